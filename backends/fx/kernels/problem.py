@@ -1,0 +1,45 @@
+"""What a quantized linear asks of a kernel, and what a kernel is."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.numerics import QParams
+from qcompile.spec import Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """y[..., N] = x[..., K] @ weight[N, K].T + bias, y in `dtype`.
+
+    capability: of a CUDA device, (9, 0) for H100 and H200; None elsewhere.
+    small: small weights matter more than speed.
+    """
+
+    N: int
+    K: int
+    weight: Spec
+    input: Spec | None
+    dtype: torch.dtype
+    device: str
+    capability: tuple[int, int] | None = None
+    small: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One way to run some problems, as one op of the lowered graph."""
+
+    name: str
+    # None if it can run the problem and is worth it, else the reason, for the report
+    why_not: Callable[[Problem], str | None]
+    # (codes [N, K], their qparams, dtype of y) -> the tensors that the op reads in place of the weight
+    pack: Callable[[Tensor, QParams, torch.dtype], dict[str, Tensor]]
+    op: Any
+    # (problem, input, packed, bias) -> the op's arguments, all of them values of the graph;
+    # input: (codes, scale, zero or None) if takes_codes, else (x,), dequantized where the input was quantized
+    arguments: Callable[[Problem, tuple[Any, ...], Mapping[str, Any], Any], tuple[Any, ...]]
+    takes_codes: bool = False

@@ -1,0 +1,56 @@
+"""The ops of a Q/DQ graph on torch.fx, registered as qcompile::*.
+
+All are composite: eager torch runs the oracle of `qcompile.numerics`, and a compiler that traces them sees plain
+torch ops, which it may fuse. Specs cross as text, because an op's schema knows no classes.
+"""
+
+import torch
+from torch import Tensor
+
+from qcompile.numerics import QParams, dequantize, find_qparams, quantize
+from qcompile.spec import parse_spec
+
+_LIBRARY = torch.library.Library("qcompile", "FRAGMENT")
+
+
+def _quantize(x: Tensor, scale: Tensor, zero: Tensor | None, levels: Tensor | None, spec: str) -> Tensor:
+    return quantize(x, QParams(spec=parse_spec(spec), scale=scale, zero=zero, levels=levels))
+
+
+def _quantize_dynamic(x: Tensor, spec: str) -> list[Tensor]:
+    qparams = find_qparams(x, parse_spec(spec))
+    return [quantize(x, qparams), qparams.scale, *([] if qparams.zero is None else [qparams.zero])]
+
+
+def _dequantize(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, levels: Tensor | None, spec: str, dtype: torch.dtype
+) -> Tensor:
+    return dequantize(codes, QParams(spec=parse_spec(spec), scale=scale, zero=zero, levels=levels), dtype)
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_last: bool) -> Tensor:
+    """RMSNorm as models write it by hand, in float32; `weight_last`: the cast back comes before the weight."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return normed.to(x.dtype)
+    return weight * normed.to(x.dtype) if weight_last else (weight * normed).to(x.dtype)
+
+
+_SCHEMAS = {
+    "quantize(Tensor x, Tensor scale, Tensor? zero, Tensor? levels, str spec) -> Tensor": _quantize,
+    "quantize_dynamic(Tensor x, str spec) -> Tensor[]": _quantize_dynamic,
+    "dequantize(Tensor codes, Tensor scale, Tensor? zero, Tensor? levels, str spec, ScalarType dtype) -> Tensor": (
+        _dequantize
+    ),
+    "rms_norm(Tensor x, Tensor? weight, float eps, bool weight_last) -> Tensor": _rms_norm,
+}
+
+for _schema, _body in _SCHEMAS.items():
+    _LIBRARY.define(_schema)
+    _LIBRARY.impl(_schema.split("(")[0], _body, "CompositeImplicitAutograd")
+
+QUANTIZE = torch.ops.qcompile.quantize.default
+QUANTIZE_DYNAMIC = torch.ops.qcompile.quantize_dynamic.default
+DEQUANTIZE = torch.ops.qcompile.dequantize.default
+RMS_NORM = torch.ops.qcompile.rms_norm.default

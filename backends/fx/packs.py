@@ -1,0 +1,121 @@
+"""Packs: the tensors that kernels read instead of weights, kept as long as the weight lives and is unchanged."""
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qcompile.errors import WeightError
+
+# of a pack: (spec and solver of the weight, kernel)
+Key = tuple[str, str]
+State = tuple[object, ...]
+
+
+class PackMissingError(Exception):
+    """A pack was asked for of which only the weight's shape is at hand."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """Tensors by name, and the signal-to-noise ratio in dB of the weight they hold."""
+
+    tensors: Mapping[str, Tensor]
+    snr_db: float
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+@dataclass(kw_only=True)
+class _Entry:
+    weight: weakref.ref[Tensor]
+    state: State
+    freed: bool = False
+    # some frame reads the float values
+    float_read: bool = False
+    packs: dict[Key, Pack] = field(default_factory=dict)
+
+
+def weight_state(weight: Tensor) -> State:
+    """What changes when a weight is moved, replaced in place, or written to."""
+    try:
+        version = weight._version
+    except RuntimeError:
+        # inference tensors keep no version counter, and cannot be written to outside inference mode
+        version = -1
+    return weight.device, weight.dtype, weight.shape, weight.data_ptr(), version
+
+
+class PackStore:
+    """Packs by weight. A weight is known by its identity, and forgotten when it dies or changes."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, _Entry] = {}
+
+    def known(self, weight: Tensor) -> bool:
+        """Whether packs of this very weight, in its present state, are here."""
+        entry = self._entry(weight)
+        return entry is not None and bool(entry.packs)
+
+    def freed(self, weight: Tensor) -> bool:
+        """Whether the weight's float values were given up."""
+        entry = self._entry(weight)
+        return entry is not None and entry.freed
+
+    def get(self, weight: Tensor, key: Key, make: Callable[[], Pack], *, at_hand: bool) -> Pack:
+        """The pack of that key, made if it is new.
+
+        Raises PackMissingError if it must be made and the weight's values are not at hand.
+        """
+        entry = self._entry(weight) or self._new_entry(weight)
+        if key not in entry.packs:
+            if not at_hand:
+                raise PackMissingError
+            entry.packs[key] = make()
+        return entry.packs[key]
+
+    def keep_float(self, weight: Tensor) -> None:
+        """Never free this weight: its float values are read."""
+        (self._entry(weight) or self._new_entry(weight)).float_read = True
+
+    def free(self, weight: Tensor) -> None:
+        """Replace the weight's values by one NaN, expanded to its shape: guards hold, and misuse gives NaN."""
+        entry = self._entry(weight)
+        if entry is None or entry.freed or entry.float_read:
+            return
+        nan = torch.full((1,) * weight.dim(), torch.nan, dtype=weight.dtype, device=weight.device)
+        weight.data = nan.expand(weight.shape)
+        entry.freed = True
+        entry.state = weight_state(weight)
+
+    def _entry(self, weight: Tensor) -> _Entry | None:
+        entry = self._entries.get(id(weight))
+        if entry is None or entry.weight() is not weight:
+            return None
+        if entry.state != weight_state(weight):
+            del self._entries[id(weight)]
+            return None
+        return entry
+
+    def _new_entry(self, weight: Tensor) -> _Entry:
+        entry = _Entry(weight=weakref.ref(weight, self._forget(id(weight))), state=weight_state(weight))
+        self._entries[id(weight)] = entry
+        return entry
+
+    def _forget(self, key: int) -> Callable[[weakref.ref[Tensor]], None]:
+        def forget(reference: weakref.ref[Tensor]) -> None:
+            if (entry := self._entries.get(key)) is not None and entry.weight is reference:
+                del self._entries[key]
+
+        return forget
+
+
+def freed_error(name: str) -> WeightError:
+    return WeightError(
+        f"weight {name!r} was freed by free_weights=True, and is now needed with other specs or in float; "
+        "load it again (model.load_state_dict), or compile without free_weights"
+    )

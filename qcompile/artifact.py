@@ -1,0 +1,173 @@
+"""Plans on disk: plan.json for people and tools, plan.safetensors for the tensors that it names."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from qcompile.errors import PlanError
+from qcompile.graph import Op
+from qcompile.numerics import QParams
+from qcompile.plan import Decision, Plan
+from qcompile.recipe import recipe_from_table, recipe_to_table
+from qcompile.spec import Spec, parse_spec
+
+SCHEMA = 1
+_JSON, _TENSORS = "plan.json", "plan.safetensors"
+_KIND = "qcompile.plan"
+
+
+def save(plan: Plan, folder: str | Path) -> None:
+    """Write a plan to a folder, whole or not at all. A plan that is there already is replaced.
+
+    Raises PlanError for anything but a plan, or if the folder holds anything else, or cannot be written.
+    """
+    if not isinstance(plan, Plan):
+        raise PlanError(f"save takes a plan, from qcompile.calibrate or qcompile.load, got {type(plan).__name__}")
+    # a link is followed, so that what it points to is replaced and not the link
+    folder = Path(folder).resolve()
+    new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        _require_ours(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new.mkdir()
+        _write(plan, new)
+        _put(new, folder)
+    except (OSError, SafetensorError) as e:
+        reason = getattr(e, "strerror", None) or str(e)
+        raise PlanError(f"cannot write the plan to {str(folder)!r}: {reason}; choose a folder you may write to") from e
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> Plan:
+    """The plan in a folder, bound to `model` if one is given.
+
+    Raises PlanError if there is none, it is broken or of a newer schema, or does not fit the model.
+    """
+    folder = Path(folder)
+    try:
+        data = json.loads((folder / _JSON).read_text(encoding="utf-8"))
+        _require_schema(data, folder)
+        tensors = load_file(folder / _TENSORS)
+        plan = _plan(data, tensors)
+    except OSError as e:
+        raise PlanError(
+            f"no plan in {str(folder)!r}: {e.strerror or e}; give the folder that qcompile.save wrote"
+        ) from e
+    except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as e:
+        raise PlanError(
+            f"the plan in {str(folder)!r} is broken ({type(e).__name__}: {e}); save it again with qcompile.save"
+        ) from e
+    return plan if model is None else plan.bind(model)
+
+
+def _require_ours(folder: Path) -> None:
+    if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
+        raise PlanError(f"{str(file)!r} is a file; a plan is saved to a folder, so choose another name")
+    if not folder.exists():
+        return
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in (_JSON, _TENSORS))
+    if others:
+        raise PlanError(
+            f"{str(folder)!r} holds something else ({', '.join(others[:3])}), which is left as it is; "
+            "choose a new or empty folder"
+        )
+
+
+def _put(new: Path, folder: Path) -> None:
+    """Give a written folder its final name; what had that name goes only when the new one stands."""
+    if not folder.exists():
+        os.rename(new, folder)
+        return
+    old = new.with_name(f"{new.name}.old")
+    os.rename(folder, old)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        os.rename(old, folder)
+        raise
+    shutil.rmtree(old)
+
+
+def _write(plan: Plan, folder: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    decisions = [_decision_table(decision, tensors) for decision in plan.decisions.values()]
+    head = {"kind": _KIND, "schema": SCHEMA, "recipe": recipe_to_table(plan.recipe)}
+    (folder / _JSON).write_text(_json(head, decisions), encoding="utf-8")
+    # cloned, because safetensors refuses a tensor that stands under two names
+    held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    (folder / _TENSORS).write_bytes(serialize(held))
+
+
+def _json(head: Mapping[str, Any], decisions: list[dict[str, Any]]) -> str:
+    """JSON in which every decision is one line, to be read, searched and compared."""
+    opened = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
+    lines = ",\n".join(f"    {json.dumps(decision, ensure_ascii=False)}" for decision in decisions)
+    return f'{opened},\n  "decisions": [\n{lines}\n  ]\n}}\n'
+
+
+def _decision_table(decision: Decision, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    table: dict[str, Any] = {"name": decision.name, "op": decision.op.value, "shape": list(decision.shape)}
+    if decision.weight is not None:
+        table |= {"weight": str(decision.weight), "solver": decision.solver}
+    if decision.input is not None:
+        table["input"] = str(decision.input)
+    if decision.input_qparams is not None:
+        held = _tensors_of(decision.input_qparams)
+        table["input_qparams"] = sorted(held)
+        tensors |= {f"{decision.name}.input.{part}": tensor for part, tensor in held.items()}
+    if decision.reason:
+        table["reason"] = decision.reason
+    return table
+
+
+def _tensors_of(qparams: QParams) -> dict[str, Tensor]:
+    parts = {"scale": qparams.scale, "zero": qparams.zero, "levels": qparams.levels}
+    stored = {f"stored.{name}": tensor for name, tensor in qparams.stored.items()}
+    return {name: tensor for name, tensor in parts.items() if tensor is not None} | stored
+
+
+def _require_schema(data: Any, folder: Path) -> None:
+    if not isinstance(data, dict) or data.get("kind") != _KIND:
+        raise PlanError(f"{str(folder / _JSON)!r} is no plan of qcompile; give the folder that qcompile.save wrote")
+    if not isinstance(data["schema"], int) or data["schema"] > SCHEMA:
+        raise PlanError(
+            f"the plan in {str(folder)!r} has schema {data['schema']!r}, and this version of qcompile reads up to "
+            f"{SCHEMA}; upgrade qcompile, or save the plan again with this version"
+        )
+
+
+def _plan(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
+    decisions = [_decision(table, tensors) for table in data["decisions"]]
+    return Plan(recipe=recipe_from_table(data["recipe"]), decisions={d.name: d for d in decisions})
+
+
+def _decision(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Decision:
+    decision = Decision(
+        name=table["name"],
+        op=Op(table["op"]),
+        shape=tuple(table["shape"]),
+        weight=parse_spec(table["weight"]) if "weight" in table else None,
+        input=parse_spec(table["input"]) if "input" in table else None,
+        solver=table.get("solver", "round"),
+        reason=table.get("reason", ""),
+    )
+    if "input_qparams" not in table:
+        return decision
+    held = {part: tensors[f"{decision.name}.input.{part}"] for part in table["input_qparams"]}
+    return replace(decision, input_qparams=_qparams(parse_spec(table["input"]), held))
+
+
+def _qparams(spec: Spec, held: Mapping[str, Tensor]) -> QParams:
+    stored = {name.removeprefix("stored."): t for name, t in held.items() if name.startswith("stored.")}
+    return QParams(spec=spec, scale=held["scale"], zero=held.get("zero"), levels=held.get("levels"), stored=stored)

@@ -1,0 +1,79 @@
+"""Which name of a model a tensor has: by identity, so that it holds for eager torch and for any compiled graph."""
+
+import weakref
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from qcompile.graph import Op
+
+
+class Binding:
+    """The parameters of one model and their qualified names. Parameters are held weakly.
+
+    A shared parameter has several names (aliases), in the order of `named_parameters`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # what torch.compile wraps around a model is no part of the names
+        model = getattr(model, "_orig_mod", model)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        aliases: dict[int, list[str]] = {}
+        for name, parameter in parameters.items():
+            aliases.setdefault(id(parameter), []).append(name)
+        self._aliases = {i: (weakref.ref(parameters[names[0]]), tuple(names)) for i, names in aliases.items()}
+        self._at = {(p.data_ptr(), p.numel()): weakref.ref(p) for p in parameters.values() if _has_memory(p)}
+        self._tables = frozenset(
+            f"{name}.{own}" if name else own
+            for name, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, nn.Embedding)
+            for own, _ in module.named_parameters(recurse=False)
+        )
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The living parameters by every name they have."""
+        alive = ((ref(), names) for ref, names in self._aliases.values())
+        return {name: p for p, names in alive if p is not None for name in names}
+
+    def parameter_of(self, tensor: Tensor) -> Tensor | None:
+        """The parameter that `tensor` is, or is a view of, or shares all its memory with; None if there is none."""
+        for candidate in (tensor, tensor._base):
+            if candidate is None:
+                continue
+            ref, _ = self._aliases.get(id(candidate), (None, ()))
+            # an id may be used again after its tensor died
+            if ref is not None and ref() is candidate:
+                return candidate
+        if not _has_memory(tensor):
+            return None
+        same = self._at.get((tensor.data_ptr(), tensor.numel()))
+        parameter = None if same is None else same()
+        # a parameter may have moved since, and left its memory to others
+        return parameter if parameter is not None and parameter.data_ptr() == tensor.data_ptr() else None
+
+    def name_of(self, tensor: Tensor) -> tuple[str, ...]:
+        """All qualified names of the parameter that `tensor` is or is a view of; () if it is none of the model's."""
+        parameter = self.parameter_of(tensor)
+        return () if parameter is None else self._aliases[id(parameter)][1]
+
+    def site_name(self, tensor: Tensor, op: Op) -> str | None:
+        """Name of the site where an op of that kind reads `tensor` as its weight; None if it is no parameter.
+
+        It is the path of the module that owns the weight, or the full name of a parameter not called "weight". Of a
+        weight shared by an embedding and a linear, each takes its own module's; a linear without one takes the
+        parameter's full name, because the table's path is the embedding's.
+        """
+        aliases = self.name_of(tensor)
+        if not aliases:
+            return None
+        own = [name for name in aliases if (name in self._tables) == (op is Op.EMBEDDING)]
+        if not own and op is not Op.EMBEDDING:
+            return aliases[0]
+        name = (own or aliases)[0]
+        return name.removesuffix(".weight")
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta and tensor.data_ptr() != 0

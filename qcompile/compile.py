@@ -1,0 +1,71 @@
+"""`torch.compile(model, backend="qcompile")`: the backend, and the report of what it compiled."""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from qcompile.backends.fx.dynamo import refuse_training
+from qcompile.errors import UnsupportedError
+from qcompile.frame import Frame
+from qcompile.options import Options
+from qcompile.report import Report, merge
+
+_FRAMES: "weakref.WeakSet[Frame]" = weakref.WeakSet()
+
+
+def backend(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Entry point of `torch.compile(model, backend="qcompile", options=..., mode=...)`.
+
+    options: see `qcompile.options.Options`. mode: handed to Inductor.
+    Raises OptionsError, RecipeError, PlanError, WeightError, SpecError, CoverageError or UnsupportedError; torch
+    wraps them in its BackendCompilerFailed.
+    """
+    parsed = Options.parse(options)
+    refuse_training(gm, example_inputs)
+    frame = Frame(gm, example_inputs, parsed, mode)
+    frame.bind(example_inputs)
+    _FRAMES.add(frame)
+    return frame
+
+
+def report(compiled: Any) -> Report:
+    """What became of a compiled model: every site, what runs it, what it cost and what it saved.
+
+    compiled: what torch.compile returned, or a model that was compiled in place or in parts, after its first call.
+    Raises UnsupportedError if nothing of it has been compiled with backend "qcompile".
+    """
+    model = getattr(compiled, "_orig_mod", compiled)
+    names = {id(p): name for name, p in model.named_parameters()} if isinstance(model, nn.Module) else {}
+    asked = _options_of(compiled)
+    found = [
+        bound.named_report(names)
+        for frame in _FRAMES
+        if asked is None or frame.asked == asked
+        for bound in frame.bounds()
+        if bound.reads(names)
+    ]
+    if not found:
+        raise UnsupportedError(
+            "nothing of this model was compiled by backend 'qcompile' yet: compile it with "
+            "torch.compile(model, backend='qcompile'), call it once, and ask for the report of what torch.compile gave"
+        )
+    return merge(found)
+
+
+def _options_of(compiled: Any) -> tuple[Options, str | None] | None:
+    """The options and mode that a torch.compile wrapper was made with; None for a bare model."""
+    layer = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
+    while layer is not None and not hasattr(layer, "kwargs"):
+        layer = getattr(layer, "_torchdynamo_orig_backend", None)
+    if layer is None:
+        return None
+    return Options.parse(layer.kwargs.get("options")), layer.kwargs.get("mode")

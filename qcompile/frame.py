@@ -1,0 +1,297 @@
+"""One frame of torch.compile: code and packs for whatever weights it is called with."""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qcompile import pipeline
+from qcompile.backends.fx.door import open_dynamo
+from qcompile.backends.fx.dynamo import Parameter, is_whole, parameters
+from qcompile.backends.fx.graph import FxGraph
+from qcompile.backends.fx.inductor import Compiled, Inductor, structure
+from qcompile.backends.fx.kernels import Kernel, Problem
+from qcompile.backends.fx.lower import Lowered, Target, lower
+from qcompile.backends.fx.packs import Pack, PackMissingError, PackStore, freed_error, weight_state
+from qcompile.errors import CoverageError, WeightError
+from qcompile.graph import Op
+from qcompile.numerics import QParams, dequantize, snr_db
+from qcompile.options import Options
+from qcompile.plan import Decision, Plan
+from qcompile.presets import default_recipe, parse_recipe
+from qcompile.recipe import Recipe
+from qcompile.report import Report, SiteReport
+from qcompile.sites import find_sites, left_over
+
+PACKS = PackStore()
+# code, names of the frame's inputs it takes, names of the module's tensors it takes after them
+_Code = tuple[Compiled, list[str], list[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """Compiled code together with what one set of weights gives it.
+
+    sources: for each argument of the code, a position among the frame's inputs, or a tensor.
+    packed: the weights that packs stand for: position, identity, and state.
+    weights: the weight of each site.
+    """
+
+    code: Compiled
+    sources: tuple[int | Tensor, ...]
+    packed: tuple[tuple[int, "weakref.ref[Tensor]", tuple[object, ...]], ...]
+    weights: Mapping[str, "weakref.ref[Tensor]"]
+    report: Report
+
+    def fits(self, args: Sequence[Any]) -> bool:
+        """Whether the packs were made from the weights among `args`, as they are now."""
+        return all(ref() is args[i] and weight_state(args[i]) == state for i, ref, state in self.packed)
+
+    def alive(self) -> bool:
+        """Whether all weights that packs stand for still exist."""
+        return all(ref() is not None for _, ref, _ in self.packed)
+
+    def reads(self, names: Mapping[int, str]) -> bool:
+        """Whether the weight of any site is among those names, by identity."""
+        return any(id(ref()) in names for ref in self.weights.values())
+
+    def named_report(self, names: Mapping[int, str]) -> Report:
+        """The report, with sites named as seen from the whole model, for a frame that is only a part of it."""
+        sites = []
+        for site in self.report.sites:
+            ref = self.weights.get(site.name)
+            path = names.get(id(ref()), "").rpartition(".")[0] if ref is not None else ""
+            sites.append(replace(site, name=path) if path.endswith(f".{site.name}") else site)
+        return replace(self.report, sites=tuple(sites))
+
+
+class Frame:
+    """What torch.compile calls in place of one piece of bytecode.
+
+    It may be called with the weights of several module instances, and with weights that changed. Each unseen set
+    of weights goes through the passes; where that gives a graph of known structure, the code compiled for it is
+    used again with other packs.
+    """
+
+    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> None:
+        self.asked = (options, mode)
+        self._options = options
+        self._gm = gm
+        self._parameters = parameters(gm, example_inputs)
+        self._positions = {n.name: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
+        self._inductor = Inductor(gm, example_inputs, mode)
+        self._code: dict[str, _Code] = {}
+        self._bounds: dict[tuple[int, ...], Bound] = {}
+        self._last: Bound | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        bound = self._last
+        if bound is None or not bound.fits(args):
+            bound = self.bind(args)
+        with torch.no_grad():
+            return bound.code(*[args[s] if type(s) is int else s for s in bound.sources])
+
+    def bounds(self) -> list[Bound]:
+        """What the frame was bound to and still could be called with."""
+        return [bound for bound in self._bounds.values() if bound.alive()]
+
+    def bind(self, args: Sequence[Any]) -> Bound:
+        """Code and packs for the weights among `args`, from before or made now."""
+        key = tuple(id(args[p.position]) for p in self._parameters)
+        bound = self._bounds.get(key)
+        if bound is None or not bound.fits(args):
+            bound = self._quantized(args)
+            self._bounds = {k: b for k, b in self._bounds.items() if b.alive()} | {key: bound}
+        self._last = bound
+        return bound
+
+    def _quantized(self, args: Sequence[Any]) -> Bound:
+        try:
+            # of weights that are packed already, only the shape is needed
+            return self._bound(_Quantized(self._gm, self._parameters, args, self._options, reuse=self._options.lower))
+        except PackMissingError:
+            return self._bound(_Quantized(self._gm, self._parameters, args, self._options, reuse=False))
+
+    def _bound(self, quantized: "_Quantized") -> Bound:
+        report = quantized.report()
+        _require_coverage(report, self._options.min_coverage)
+        module, constants = quantized.module, quantized.constants()
+        code, inputs, names = self._lowered(module) if self._options.lower else self._eager(module)
+        sources = (*(self._positions[name] for name in inputs), *(constants[name] for name in names))
+        if self._options.free_weights:
+            quantized.free()
+        _write_report(report, self._options)
+        return Bound(code=code, sources=sources, packed=quantized.packed(), weights=quantized.weights(), report=report)
+
+    def _lowered(self, module: GraphModule) -> _Code:
+        text = structure(module)
+        if text not in self._code:
+            self._code[text] = self._inductor.compile(module)
+        return self._code[text]
+
+    def _eager(self, module: GraphModule) -> _Code:
+        return module, [n.name for n in module.graph.find_nodes(op="placeholder")], []
+
+
+class _Quantized:
+    """The frame's graph, quantized with one set of weights."""
+
+    def __init__(
+        self, gm: GraphModule, slots: Sequence[Parameter], args: Sequence[Any], options: Options, *, reuse: bool
+    ) -> None:
+        slots = [replace(slot, name=_whole_name(slot, args[slot.position], options.plan)) for slot in slots]
+        self._slots = {slot.name: slot for slot in slots}
+        self._weights: dict[str, Tensor] = {slot.name: args[slot.position] for slot in slots}
+        self._given = {name: _stand_in(name, w, reuse) for name, w in self._weights.items()}
+        graph = open_dynamo(gm, {slot.placeholder: (slot.name, self._given[slot.name]) for slot in slots})
+        self._canonical = {f.site.name: f.site.weight for f in find_sites(graph)} | {
+            left.name: left.weight for left in left_over(graph)
+        }
+        self._weight_of = {f.site.name: _weight_name(graph, f.value) for f in find_sites(graph)}
+        device = next((w.device.type for w in self._weights.values()), "cpu")
+        capability = torch.cuda.get_device_capability() if device == "cuda" else None
+        target = Target(device=device, capability=capability, small=options.free_weights)
+        self.plan = pipeline.quantize(graph, _decide(options, target), whole=is_whole(gm), dump=options.dump)
+        self._packs: dict[str, Pack] = {}
+        self._runs = lower(graph, target, self._pack) if options.lower else []
+        self._graph, self._device = graph, device
+        self.module = graph.module
+
+    def constants(self) -> dict[str, int | Tensor]:
+        """The module's tensors by attribute: the position of a weight among the frame's inputs, or a pack.
+
+        Weights that were only shapes so far are put in place.  Raises WeightError if one was freed.
+        """
+        positions = {id(self._given[name]): (name, slot.position) for name, slot in self._slots.items()}
+        found: dict[str, int | Tensor] = {}
+        for attribute, tensor in self._graph.constants().items():
+            if id(tensor) not in positions:
+                found[attribute] = tensor
+                continue
+            name, found[attribute] = positions[id(tensor)]
+            if PACKS.freed(self._weights[name]):
+                raise freed_error(name)
+            PACKS.keep_float(self._weights[name])
+            setattr(self.module, attribute, self._weights[name])
+        return found
+
+    def free(self) -> None:
+        """Give up the float values of weights that only packs stand for."""
+        for run in self._runs:
+            PACKS.free(self._weights[self._weight_of[run.site]])
+
+    def packed(self) -> tuple[tuple[int, "weakref.ref[Tensor]", tuple[object, ...]], ...]:
+        """Position, identity and state of the weights that packs stand for."""
+        names = dict.fromkeys(self._weight_of[run.site] for run in self._runs)
+        return tuple(
+            (self._slots[name].position, weakref.ref(self._weights[name]), weight_state(self._weights[name]))
+            for name in names
+        )
+
+    def weights(self) -> dict[str, "weakref.ref[Tensor]"]:
+        """The weight of each site."""
+        return {site: weakref.ref(self._weights[name]) for site, name in self._weight_of.items()}
+
+    def report(self) -> Report:
+        """Every site and every weight left alone."""
+        runs = {run.site: run for run in self._runs}
+        # a weight of several sites counts where it is quantized, or else at the first
+        ordered = sorted(self.plan.decisions.values(), key=lambda d: d.weight is None)
+        owners = {self._weight_of.get(d.name, d.name): d.name for d in reversed(ordered)}
+        sites = tuple(
+            self._site_report(d, runs.get(d.name), owners[self._weight_of.get(d.name, d.name)])
+            for d in self.plan.decisions.values()
+        )
+        return Report(recipe=self.plan.recipe.name, device=self._device, sites=sites)
+
+    def _site_report(self, decision: Decision, run: Lowered | None, owner: str) -> SiteReport:
+        weight = self._canonical[decision.name]
+        pack, owned = self._packs.get(decision.name), decision.name == owner
+        float_bytes = weight.nbytes if owned or owner in self._packs else 0
+        packed_bytes = pack.nbytes if pack is not None and owned else 0
+        return SiteReport(
+            name=decision.name,
+            op=decision.op.value,
+            shape=tuple(decision.shape),
+            weight=None if decision.weight is None else str(decision.weight),
+            input=None if decision.input is None else str(decision.input),
+            kernel="" if run is None else run.kernel,
+            refused={} if run is None else run.refused,
+            snr_db=None if pack is None else pack.snr_db,
+            bytes_before=weight.nbytes if owned else 0,
+            bytes_after=float_bytes if pack is None else packed_bytes,
+            macs=0 if decision.op is Op.EMBEDDING else weight.numel(),
+            reason=decision.reason,
+        )
+
+    def _pack(
+        self, site: str, kernel: Kernel, problem: Problem, codes: Tensor, qparams: QParams
+    ) -> Mapping[str, Tensor]:
+        decision = self.plan.decisions[site]
+
+        def make() -> Pack:
+            snr = snr_db(self._canonical[site], dequantize(codes, qparams))
+            return Pack(tensors=kernel.pack(codes, qparams, problem.dtype), snr_db=snr)
+
+        key = (f"{decision.weight} {decision.solver} {problem.dtype}", kernel.name)
+        weight = self._weights[self._weight_of[site]]
+        self._packs[site] = PACKS.get(weight, key, make, at_hand=not codes.is_meta)
+        return self._packs[site].tensors
+
+
+def _stand_in(name: str, weight: Tensor, reuse: bool) -> Tensor:
+    """The weight, or only its shape where packs hold its values.  Raises WeightError if it has no values."""
+    if weight.is_meta:
+        raise WeightError(
+            f"weight {name!r} {list(weight.shape)} is on the meta device: the checkpoint is not fully loaded; "
+            "load it before compiling"
+        )
+    gone = PACKS.freed(weight) or (reuse and PACKS.known(weight))
+    return torch.empty(weight.shape, dtype=weight.dtype, device="meta") if gone else weight
+
+
+def _whole_name(slot: Parameter, weight: Tensor, plan: Plan | None) -> str:
+    """The weight's name as the plan knows it, which sees the whole model; else its name seen from the frame."""
+    aliases = () if plan is None or plan.binding is None else plan.binding.name_of(weight)
+    return aliases[0] if aliases else slot.name
+
+
+def _decide(options: Options, target: Target) -> Recipe | Plan:
+    if options.plan is not None:
+        return options.plan
+    return default_recipe(target.device, target.capability) if options.recipe is None else parse_recipe(options.recipe)
+
+
+def _weight_name(graph: FxGraph, site: Node) -> str:
+    """Qualified name of a site's weight, behind the transposes and reshapes of the graph."""
+    value: Node | None = graph.inputs(site)[1]
+    while value is not None and graph.op(value) is not Op.CONSTANT:
+        value = graph.inputs(value)[0]
+    assert value is not None
+    return graph.name(value)
+
+
+def _require_coverage(report: Report, least: float) -> None:
+    if report.coverage >= least:
+        return
+    left = sorted((s for s in report.sites if s.weight is None), key=lambda s: -s.bytes_before)
+    listed = "; ".join(f"{s.name!r} {list(s.shape)}: {s.reason}" for s in left[:5])
+    raise CoverageError(
+        f"recipe {report.recipe!r} quantized {report.coverage:.1%} of the weight bytes, less than min_coverage="
+        f"{least:.1%}. Left alone, largest first: {listed}. Add rules for them, or lower min_coverage"
+    )
+
+
+def _write_report(report: Report, options: Options) -> None:
+    match options.report:
+        case None:
+            return
+        case str() | Path():
+            report.to_json(options.report)
+        case receive:
+            receive(report)

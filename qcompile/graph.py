@@ -1,0 +1,139 @@
+"""The lens: one small view of a live graph, the same for every host, and its text form.
+
+A host's graph (torch.fx, ONNX) is read and edited in place through `Graph`; nothing is copied and nothing is
+stored here. Values are the host's own handles. `Op` names only what quantization must tell apart.
+"""
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from qcompile.numerics import QParams
+from qcompile.spec import Spec
+
+V = TypeVar("V")
+Shape = tuple[int | None, ...]
+
+
+class Op(Enum):
+    """What a value is made by. Inputs in the order of `Graph.inputs`, optional ones may be None."""
+
+    INPUT = "input"
+    CONSTANT = "constant"
+    LINEAR = "linear"  # x [..., K], weight [N, K], bias [N]
+    MATMUL = "matmul"  # two activations
+    CONV = "conv"  # x, weight, bias
+    EMBEDDING = "embedding"  # indices, weight [V, D]
+    RMS_NORM = "rms_norm"  # x, weight
+    LAYER_NORM = "layer_norm"  # x, weight, bias
+    BATCH_NORM = "batch_norm"  # x, weight, bias, mean, variance
+    ADD = "add"
+    MUL = "mul"
+    SILU = "silu"
+    GELU = "gelu"
+    RELU = "relu"
+    SOFTMAX = "softmax"
+    ATTENTION = "attention"  # q, k, v
+    RESHAPE = "reshape"  # same elements in the same order
+    TRANSPOSE = "transpose"
+    QUANTIZE = "quantize"  # x
+    DEQUANTIZE = "dequantize"  # codes: a QUANTIZE, or a CONSTANT of codes
+    OTHER = "other"
+
+
+class Graph(Protocol[V]):
+    """View of a host's live graph. An op is named by the value it makes (its first output)."""
+
+    def values(self) -> Sequence[V]:
+        """All values, each after what it reads."""
+
+    def outputs(self) -> Sequence[V]:
+        """The values that the graph returns."""
+
+    def op(self, value: V) -> Op:
+        """The kind of op that makes `value`."""
+
+    def inputs(self, value: V) -> Sequence[V | None]:
+        """The values that the op reads, in the order that `Op` states."""
+
+    def users(self, value: V) -> Sequence[V]:
+        """The values whose ops read `value`; graph outputs are not among them."""
+
+    def shape(self, value: V) -> Shape:
+        """Dimensions, None where one is dynamic; () if the value is no tensor."""
+
+    def name(self, value: V) -> str:
+        """Module path of an op ("layers.0.q_proj"), qualified name of a constant ("layers.0.q_proj.weight")."""
+
+    def label(self, value: V) -> str:
+        """What the host calls the op, for messages about ops that are left alone."""
+
+    def constant(self, value: V) -> Tensor | None:
+        """The tensor, if it is known before the graph runs (seen through transposes and reshapes), else None."""
+
+    def qparams(self, value: V) -> QParams | Spec:
+        """Of a QUANTIZE or DEQUANTIZE: its qparams, or only the spec where they are found while running.
+
+        Raises GraphError for any other op.
+        """
+
+    def add_constant(self, name: str, tensor: Tensor) -> V:
+        """A new constant of that qualified name."""
+
+    def add_qdq(self, value: V, qparams: QParams | Spec) -> V:
+        """quantize(value) and dequantize of it, inserted right after `value`; returns the dequantized value.
+
+        A Spec alone makes the quantization dynamic: qparams are found from each input.
+        """
+
+    def set_input(self, value: V, index: int, new: V) -> None:
+        """Make the op of `value` read `new` as its input number `index`."""
+
+    def replace_uses(self, old: V, new: V) -> None:
+        """Make everything that reads `old`, graph outputs included, read `new`."""
+
+    def prune(self) -> int:
+        """Remove ops and constants that nothing reads; returns how many."""
+
+    def run(self, args: Sequence[Any], watch: Sequence[V]) -> tuple[Any, Mapping[V, Tensor]]:
+        """The graph's result for these inputs, and the tensors seen at `watch`."""
+
+
+def graph_text(graph: Graph[V]) -> str:
+    """The graph as text, a line for each value: number, op, operands, module path, shape. Constants stand inline."""
+    numbers: dict[V, int] = {}
+    lines = []
+    for value in graph.values():
+        if graph.op(value) is Op.CONSTANT:
+            continue
+        numbers[value] = len(numbers)
+        lines.append(f"%{numbers[value]} = {_line(graph, value, numbers)}")
+    returned = ", ".join(_operand(graph, value, numbers) for value in graph.outputs())
+    return "\n".join([*lines, f"return {returned}"])
+
+
+def _line(graph: Graph[V], value: V, numbers: Mapping[V, int]) -> str:
+    op = graph.op(value)
+    words = [graph.label(value) if op is Op.OTHER else op.value]
+    if operands := ", ".join(_operand(graph, v, numbers) for v in graph.inputs(value)):
+        words.append(operands)
+    if op in (Op.QUANTIZE, Op.DEQUANTIZE):
+        qparams = graph.qparams(value)
+        words.append(f"{qparams.spec} static" if isinstance(qparams, QParams) else f"{qparams} dynamic")
+    if name := graph.name(value):
+        words.append(f'"{name}"')
+    return " ".join(words) + f" : {_shape(graph.shape(value))}"
+
+
+def _operand(graph: Graph[V], value: V | None, numbers: Mapping[V, int]) -> str:
+    if value is None:
+        return "none"
+    if value in numbers:
+        return f"%{numbers[value]}"
+    return f'const{_shape(graph.shape(value))} "{graph.name(value)}"'
+
+
+def _shape(shape: Shape) -> str:
+    return "[" + ", ".join("?" if d is None else str(d) for d in shape) + "]"

@@ -1,0 +1,211 @@
+"""The oracle: what quantize and dequantize mean, in plain torch, for every format and spec.
+
+Every kernel and every host is tested against this file. Save for learned code books, all of it can be
+traced (no value of a tensor decides the control flow), so that a compiler may fuse it as it stands.
+
+One rule rounds: to the nearest number of the format, ties to the even significand; in a code book, ties to
+the lower number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from qcompile.codebooks import learned_levels
+from qcompile.errors import SpecError
+from qcompile.formats import CodeBook, Float, Integer, code_values
+from qcompile.scales import keep_scale
+from qcompile.spec import ALL, Granularity, Spec
+
+# smallest normal float32: what is below may be flushed to zero
+SMALLEST_SCALE = 2.0**-126
+FLOAT32_BIAS = 127
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QParams:
+    """What one spec got on one tensor: `x ~ (q - zero) * scale`, tile by tile.
+
+    scale: float32, as its storage rounds it. For x: [..., K] it is [] for tensor, [..., 1] for channel and
+        token, [..., K / g] for groups; [N / r, K / c] for blocks of several rows of [N, K].
+    zero: the code of 0, float32, shaped like scale; None if symmetric.
+    levels: float32 [2**bits], for code books learned from the tensor.
+    stored: what is stored in place of scale (see `qcompile.scales`).
+    """
+
+    spec: Spec
+    scale: Tensor
+    zero: Tensor | None = None
+    levels: Tensor | None = None
+    stored: dict[str, Tensor] = field(default_factory=dict)
+
+
+def tiles(x: Tensor, granularity: Granularity) -> tuple[Tensor, tuple[int, ...]]:
+    """View of x in which the elements of one tile lie along the returned dimensions.
+
+    x: [..., K]; [N, K] for blocks of several rows.  Raises SpecError if the tile does not divide the shape.
+    """
+    if granularity.columns == ALL:
+        return (x, tuple(range(x.dim()))) if granularity.rows == ALL else (x.unsqueeze(-2), (-1,))
+    divides = x.dim() > 0 and x.shape[-1] % granularity.columns == 0
+    if granularity.rows != 1:
+        divides = divides and x.dim() == 2 and x.shape[0] % granularity.rows == 0
+    if not divides:
+        shape = "[..., K]" if granularity.rows == 1 else "[N, K]"
+        raise SpecError(
+            f"granularity {granularity.name!r} needs {shape} that divides by "
+            f"{granularity.rows} x {granularity.columns}, got shape {list(x.shape)}; take a smaller group"
+        )
+    view = x.unflatten(-1, (-1, granularity.columns))
+    return (view, (-1,)) if granularity.rows == 1 else (view.unflatten(0, (-1, granularity.rows)), (1, 3))
+
+
+def over_tiles(parameter: Tensor, granularity: Granularity) -> Tensor:
+    """A scale or zero point in the shape that broadcasts over `tiles(x)`."""
+    if granularity.rows == ALL:
+        return parameter
+    return parameter.unsqueeze(-1) if granularity.rows == 1 else parameter[:, None, :, None]
+
+
+def find_qparams(x: Tensor, spec: Spec, *, clip: Tensor | float = 1.0) -> QParams:
+    """Scale (and zero point) that cover the range of each tile of x.
+
+    x: floating, any shape that the tiles divide.  clip: multiplies the range, a number or shaped like the scale.
+    A tile of zeros gets a positive scale. A tile with NaN or Inf gets a scale that is not finite, so that it
+    propagates. Raises SpecError if the tiles do not divide x.
+    """
+    view, dims = tiles(x, spec.granularity)
+    qparams = qparams_of_range(view.amin(dims).float(), view.amax(dims).float(), spec, clip=clip)
+    if not isinstance(spec.format, CodeBook) or spec.format.levels is not None:
+        return qparams
+    scaled = view.float() / over_tiles(qparams.scale, spec.granularity)
+    return replace(qparams, levels=learned_levels(spec.format, scaled))
+
+
+def qparams_of_range(low: Tensor, high: Tensor, spec: Spec, *, clip: Tensor | float = 1.0) -> QParams:
+    """Scale (and zero point) for values between low and high, without the levels of a learned code book.
+
+    low, high: float32, shaped like the scale.  clip: as for `find_qparams`.
+    """
+    if spec.symmetric:
+        amax = torch.maximum(high, -low)
+        scale = clip * amax / spec.format.max
+    else:
+        # 0 belongs to the range, so that padding and dead weights stay exactly 0
+        low = low.clamp(max=0.0)
+        amax = high.clamp(min=0.0) - low
+        scale = clip * amax / spec.code_range[1]
+    scale = torch.where(scale == 0, 1.0, scale.clamp(min=SMALLEST_SCALE))
+    # a code book ends at 1, and the power of two at or below amax would cover half of the tile: take just below 1
+    element_max = 1 - 2.0**-24 if isinstance(spec.format, CodeBook) else spec.format.max
+    scale, stored = keep_scale(scale, spec.scale, amax, element_max, clip)
+    zero = None if spec.symmetric else (-clip * low / scale).round().clamp(*spec.code_range)
+    return QParams(spec=spec, scale=scale, zero=zero, stored=stored)
+
+
+def quantize(x: Tensor, qparams: QParams) -> Tensor:
+    """Codes of x: the nearest number of the format for x / scale + zero, clipped to its range.
+
+    x: floating.  Returns int8 for symmetric integers, uint8 for all else, one code an element, shape of x.
+    The division is exact division, not a multiplication with the inverse (they differ at ties).
+    NaN under a finite scale has no defined code: only qparams found from x itself propagate it.
+    """
+    spec = qparams.spec
+    view, _ = tiles(x.float(), spec.granularity)
+    scaled = view / over_tiles(qparams.scale, spec.granularity)
+    if not isinstance(spec.format, Integer):
+        return encode(scaled, spec.format, qparams.levels).reshape(x.shape)
+    codes = scaled.round()
+    if qparams.zero is not None:
+        codes = codes + over_tiles(qparams.zero, spec.granularity)
+    dtype = torch.int8 if spec.symmetric else torch.uint8
+    return codes.clamp(*spec.code_range).to(dtype).reshape(x.shape)
+
+
+def dequantize(codes: Tensor, qparams: QParams, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The numbers that codes stand for, computed in float32 and rounded once to dtype.  Shape of codes."""
+    spec = qparams.spec
+    if isinstance(spec.format, Integer):
+        values = codes.float()
+    else:
+        values = decode(codes, spec.format, qparams.levels)
+    view, _ = tiles(values, spec.granularity)
+    if qparams.zero is not None:
+        view = view - over_tiles(qparams.zero, spec.granularity)
+    return (view * over_tiles(qparams.scale, spec.granularity)).reshape(codes.shape).to(dtype)
+
+
+def fake_quantize(x: Tensor, spec: Spec) -> Tensor:
+    """x rounded to what `spec` can hold: dequantize(quantize(x)).  Same shape and dtype as x."""
+    qparams = find_qparams(x, spec)
+    return dequantize(quantize(x, qparams), qparams, x.dtype)
+
+
+def encode(x: Tensor, fmt: Float | CodeBook, levels: Tensor | None = None) -> Tensor:
+    """Code of the number of the format nearest to x, clipped to its range; ties as the module states.
+
+    x: float32.  levels: of a learned code book.  Returns uint8, shape of x.
+    NaN becomes the format's NaN where it has one, else the largest value: callers propagate it by the scale.
+    """
+    if isinstance(fmt, CodeBook):
+        return _encode_learned(x, levels) if fmt.levels is None else _encode_fixed(x, fmt.levels)
+    if fmt.dtype is not None:
+        # what a cast does beyond the range differs by dtype, device and version
+        return x.clamp(-fmt.max, fmt.max).to(fmt.dtype).view(torch.uint8)
+    # the comparison sends NaN to the largest value, too
+    magnitude = torch.where(x.abs() < fmt.max, x.abs(), fmt.max)
+    # exponent code of the binade; the lowest one holds the subnormals, equally spaced with its normal numbers
+    p = ((magnitude.view(torch.int32) >> 23) - FLOAT32_BIAS + fmt.bias).clamp(min=1)
+    step = ((p - fmt.mantissa - fmt.bias + FLOAT32_BIAS) << 23).view(torch.float32)
+    # rounding up to the next binade carries into the exponent code by itself
+    code = ((p - 1) << fmt.mantissa) + (magnitude / step).round().to(torch.int32)
+    return (code + (torch.signbit(x).to(torch.int32) << (fmt.bits - 1))).to(torch.uint8)
+
+
+def _encode_fixed(x: Tensor, levels: Sequence[float]) -> Tensor:
+    # of equal levels the lowest code is used
+    codes = {level: code for code, level in reversed(list(enumerate(levels)))}
+    ordered = sorted(codes)
+    edges = [(a + b) / 2 for a, b in pairwise(ordered)]
+    order = torch.tensor([codes[level] for level in ordered], dtype=torch.uint8, device=x.device)
+    return order[torch.bucketize(x.contiguous(), torch.tensor(edges, dtype=torch.float32, device=x.device))]
+
+
+def _encode_learned(x: Tensor, levels: Tensor | None) -> Tensor:
+    assert levels is not None, "a learned code book needs the levels of its qparams"
+    return torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+
+
+def decode(codes: Tensor, fmt: Float | CodeBook, levels: Tensor | None = None) -> Tensor:
+    """The float32 number of each code; what is no number gives NaN, or Inf for the two codes of E5M2 that mean it.
+
+    codes: uint8.  levels: of a learned code book.
+    """
+    if isinstance(fmt, Float) and fmt.dtype is not None:
+        return codes.view(fmt.dtype).float()
+    values = code_values(fmt).to(codes.device) if levels is None else levels
+    return values[codes.long()]
+
+
+def exponent_bias(scale: Tensor, fmt: Float) -> Tensor:
+    """The real-valued exponent bias that is the same as `scale`: values are 2**-bias times those of bias 0.
+
+    scale: > 0.  Returns float64, shaped like scale, so that `scale_of_bias` gives the float32 scale back exactly.
+    Source: Kuzmin 2022 (FP8 Quantization: The Power of the Exponent); LLM-FP4.
+    """
+    return fmt.bias - scale.double().log2()
+
+
+def scale_of_bias(bias: Tensor, fmt: Float) -> Tensor:
+    """The float32 scale that is the same as the real-valued exponent bias `bias`, see `exponent_bias`."""
+    return torch.exp2(fmt.bias - bias.double()).float()
+
+
+def snr_db(reference: Tensor, approximation: Tensor) -> float:
+    """Signal-to-noise ratio in dB: 10 log10(sum reference**2 / sum (reference - approximation)**2)."""
+    signal = reference.double().square().sum()
+    noise = (reference.double() - approximation.double()).square().sum()
+    return float(10 * torch.log10(signal / noise)) if noise > 0 else float("inf")

@@ -1,0 +1,76 @@
+"""The architecture in one place: what happens to a graph, in order, on every host."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from qcompile.errors import PlanError, nearest
+from qcompile.graph import Graph, V, graph_text
+from qcompile.passes.freeze_weights import freeze_weights
+from qcompile.passes.insert_qdq import insert_qdq
+from qcompile.passes.merge_qdq import merge_qdq
+from qcompile.plan import Decision, Plan, make_plan
+from qcompile.recipe import Recipe
+from qcompile.sites import find_sites, left_over
+
+Pass = Callable[[Graph[V]], int]
+
+
+def passes(plan: Plan) -> dict[str, Pass[V]]:
+    """The passes that apply a plan, by name, in order."""
+    return {
+        "insert_qdq": partial(insert_qdq, plan=plan),
+        "merge_qdq": merge_qdq,
+        "freeze_weights": freeze_weights,
+    }
+
+
+def quantize(graph: Graph[V], decide: Recipe | Plan, *, whole: bool = True, dump: str | Path | None = None) -> Plan:
+    """Quantize a graph in place; returns the plan that was applied. The result is right on any machine, and slow.
+
+    decide: a recipe, or a plan made before (its decisions are taken by site name).
+    whole: the graph is the whole model, so that a rule which matches nothing in it is an error.
+    dump: a folder that gets the graph's text before the first and after every pass.
+    Raises RecipeError, PlanError, WeightError or SpecError, before anything is changed.
+    """
+    plan = plan_for(graph, decide, whole=whole)
+    _write(graph, dump, 0, "opened")
+    steps: dict[str, Pass[V]] = passes(plan)
+    for number, (name, run) in enumerate(steps.items(), start=1):
+        run(graph)
+        graph.prune()
+        _write(graph, dump, number, name)
+    return plan
+
+
+def plan_for(graph: Graph[V], decide: Recipe | Plan, *, whole: bool = True) -> Plan:
+    """Decisions for the sites of this graph.
+
+    Raises PlanError if a given plan knows none of them, RecipeError if a rule of a given recipe matches nothing.
+    """
+    sites = [found.site for found in find_sites(graph)]
+    left = list(left_over(graph))
+    if isinstance(decide, Recipe):
+        return make_plan(sites, decide, left=left, whole=whole)
+    known = decide.decisions
+    if sites and not any(site.name in known for site in sites):
+        raise PlanError(
+            f"the plan knows none of this graph's sites, such as {sites[0].name!r}; nearest in the plan: "
+            f"{nearest(sites[0].name, known)}. It belongs to another model, or the model was compiled in parts: "
+            "then bind it to the whole model first, plan.bind(model)"
+        )
+    decisions = {
+        site.name: known.get(site.name)
+        or Decision(name=site.name, op=site.op, shape=tuple(site.weight.shape), reason="not in the plan")
+        for site in sites
+    }
+    decisions |= make_plan([], decide.recipe, left=left).decisions
+    return replace(decide, decisions=decisions)
+
+
+def _write(graph: Graph[V], folder: str | Path | None, number: int, name: str) -> None:
+    if folder is None:
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / f"{number:02d}_{name}.txt").write_text(graph_text(graph) + "\n")

@@ -1,0 +1,286 @@
+"""The plan: what every site gets, or why it gets nothing. Pure data, the same for every host."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from math import gcd
+
+import torch
+from torch import Tensor, nn
+
+from qcompile.binding import Binding
+from qcompile.errors import CalibrationError, PlanError, RecipeError, SpecError, WeightError, nearest
+from qcompile.formats import CodeBook
+from qcompile.graph import Op
+from qcompile.numerics import QParams
+from qcompile.observers import OBSERVERS, Stats
+from qcompile.recipe import Recipe, Rule
+from qcompile.sites import LeftOver, Site
+from qcompile.solvers import SOLVERS
+from qcompile.spec import ALL, Spec, parse_granularity
+
+# in smaller groups, the scales of 4-bit codes take half as much as the codes or more
+SMALLEST_GROUP = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What one site gets. A weight or input without spec stays float, and `reason` says why.
+
+    input_qparams: of a static input; None with an input spec means found from each input while running.
+    """
+
+    name: str
+    op: Op
+    shape: tuple[int, ...]
+    weight: Spec | None = None
+    input: Spec | None = None
+    input_qparams: QParams | None = field(default=None, hash=False)
+    solver: str = "round"
+    reason: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Decision):
+            return NotImplemented
+        names = (f.name for f in fields(self) if f.name != "input_qparams")
+        return all(getattr(self, name) == getattr(other, name) for name in names) and equal_qparams(
+            self.input_qparams, other.input_qparams
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Decisions by site name, and the recipe that they follow.
+
+    binding: names of the parameters of the model that the plan was bound to; no part of the data.
+    """
+
+    recipe: Recipe
+    decisions: Mapping[str, Decision]
+    binding: Binding | None = field(default=None, compare=False, repr=False)
+
+    def bind(self, model: nn.Module) -> "Plan":
+        """The same plan, with the parameters of `model` known by identity and static qparams on their devices.
+
+        Raises PlanError if the model lacks a weight that the plan names, or has it in another shape.
+        """
+        binding = Binding(model)
+        parameters = binding.parameters
+        decisions = {name: _bound(decision, parameters) for name, decision in self.decisions.items()}
+        if bad := [problem for problem in decisions.values() if isinstance(problem, str)]:
+            more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+            raise PlanError(
+                f"this plan is a calibration for another model: {'; '.join(bad[:3])}{more}. "
+                "Bind it to the model it was made for, or calibrate this one with qcompile.calibrate"
+            )
+        good = {name: decision for name, decision in decisions.items() if isinstance(decision, Decision)}
+        return replace(self, decisions=good, binding=binding)
+
+
+def make_plan(
+    sites: Sequence[Site],
+    recipe: Recipe,
+    stats: Mapping[str, Stats] | None = None,
+    left: Iterable[LeftOver] = (),
+    *,
+    whole: bool = True,
+) -> Plan:
+    """What each site gets by the first rule that matches it. Pure: nothing is changed, weights are only looked at.
+
+    stats: by site name, for static inputs. left: weights that no site reads; they get a reason.
+    whole: the sites are all there are. A part of a model need not have a site for every rule.
+    Sites of one name and weight (a module called twice) share the decision; of one name and several weights, they
+    stay float. Weights on meta are checked by shape only.
+    Raises RecipeError, SpecError, WeightError or CalibrationError, each with the site and the remedy.
+    """
+    _check_methods(recipe)
+    decisions: dict[str, Decision] = {}
+    first: dict[str, Site] = {}
+    used: set[int] = set()
+    for site in sites:
+        number = next((i for i, rule in enumerate(recipe.rules, start=1) if rule.matches(site)), None)
+        if number is not None:
+            used.add(number)
+        if site.name not in decisions:
+            first[site.name] = site
+            decisions[site.name] = _decide(site, number, recipe, stats or {})
+        elif not _same_weight(first[site.name], site):
+            reason = "ops with different weights have this name, and a plan goes by names"
+            decisions[site.name] = replace(_left_alone(first[site.name]), reason=reason)
+    if whole:
+        _require_use(recipe, sites, used)
+    for weight in left:
+        reason = f"read by {weight.reader}, which is not a linear" if weight.reader else "no op read it"
+        shape = tuple(weight.weight.shape)
+        decisions.setdefault(weight.name, Decision(name=weight.name, op=Op.OTHER, shape=shape, reason=reason))
+    return Plan(recipe=recipe, decisions=decisions)
+
+
+def equal_qparams(a: QParams | Spec | None, b: QParams | Spec | None) -> bool:
+    """Whether both quantize every tensor alike; a Spec alone finds its qparams from each tensor."""
+    if not isinstance(a, QParams) or not isinstance(b, QParams):
+        return a == b
+    return a is b or (
+        a.spec == b.spec and _equal(a.scale, b.scale) and _equal(a.zero, b.zero) and _equal(a.levels, b.levels)
+    )
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    # tensors that are only shapes may hold different values
+    return a is b or (not a.is_meta and a.device == b.device and torch.equal(a, b))
+
+
+def _left_alone(site: Site) -> Decision:
+    return Decision(name=site.name, op=site.op, shape=tuple(site.weight.shape))
+
+
+def _same_weight(a: Site, b: Site) -> bool:
+    if a.op is not b.op or a.weight.shape != b.weight.shape or a.weight.is_meta is not b.weight.is_meta:
+        return False
+    # a view of one parameter is a new tensor each time it is taken
+    return a.weight.is_meta or a.weight.data_ptr() == b.weight.data_ptr()
+
+
+def _decide(site: Site, number: int | None, recipe: Recipe, stats: Mapping[str, Stats]) -> Decision:
+    left_alone = _left_alone(site)
+    if number is None:
+        return replace(left_alone, reason=f"no rule of recipe {recipe.name!r} matches this {site.op.value}")
+    rule = recipe.rules[number - 1]
+    # the input of an embedding is indices
+    input_spec = rule.input if site.op is Op.LINEAR else None
+    if rule.weight is None and input_spec is None:
+        return replace(left_alone, reason=f"rule {number} leaves it alone")
+    if rule.weight is not None:
+        _check_weight(site)
+        _check_tiles(site, rule.weight, "weight")
+    if input_spec is not None:
+        _check_tiles(site, input_spec, "input")
+    return replace(
+        left_alone,
+        weight=rule.weight,
+        input=input_spec,
+        input_qparams=_static_qparams(site, rule, stats) if input_spec is not None and rule.static_input else None,
+        solver=rule.solver,
+    )
+
+
+def _static_qparams(site: Site, rule: Rule, stats: Mapping[str, Stats]) -> QParams:
+    assert rule.input is not None
+    seen = stats.get(site.name)
+    if seen is None:
+        raise CalibrationError(
+            f"{site.name!r} gets the static input {rule.input}, and no data was seen there: call "
+            "qcompile.calibrate(model, batches, recipe) with batches that reach it, or take a spec that finds its "
+            f"scale while running, {rule.input.format.name}/token"
+        )
+    if not seen.is_finite:
+        raise CalibrationError(
+            f"the input of {site.name!r} held NaN or Inf (range {float(seen.low)} to {float(seen.high)}): "
+            "calibrate with batches for which the float model gives finite values"
+        )
+    return OBSERVERS[rule.observer](seen, rule.input)
+
+
+def _check_weight(site: Site) -> None:
+    weight = site.weight
+    where = f"the weight of {site.name!r} {list(weight.shape)}"
+    if not weight.is_floating_point():
+        raise WeightError(
+            f"{where} has dtype {str(weight.dtype).removeprefix('torch.')}, not a floating one: it is quantized "
+            "already; exclude it with a rule without specs, or load the float model"
+        )
+    if weight.is_meta:
+        return
+    bad = weight.numel() - int(torch.isfinite(weight).sum())
+    if bad:
+        raise WeightError(
+            f"{where} holds {bad} NaN or Inf among {weight.numel()} values: load the checkpoint again, "
+            "or exclude the site with a rule without specs"
+        )
+
+
+def _check_tiles(site: Site, spec: Spec, what: str) -> None:
+    n, k = site.weight.shape
+    rows, columns = spec.granularity.rows, spec.granularity.columns
+    if (columns == ALL or k % columns == 0) and (rows in (ALL, 1) or n % rows == 0):
+        return
+    needs = f"K to divide by {columns}" if rows == 1 else f"N and K to divide by {rows} and {columns}"
+    raise SpecError(
+        f"{spec} needs {needs}, got [N, K] = {[n, k]} at the {what} of {site.name!r}; "
+        f"{_fitting(spec, n, k)} fits: write a rule with it, or exclude the site with a rule without specs"
+    )
+
+
+def _fitting(spec: Spec, n: int, k: int) -> Spec:
+    """The spec with the largest tile that divides [n, k] and the spec's own tile."""
+    tile = spec.granularity
+    rows, columns = gcd(n, tile.rows), gcd(k, tile.columns)
+    if columns < SMALLEST_GROUP:
+        return replace(spec, granularity=parse_granularity("channel"))
+    name = f"{tile.name[0]}{columns}" if tile.rows == 1 else f"b{rows}x{columns}"
+    return replace(spec, granularity=parse_granularity(name))
+
+
+def _check_methods(recipe: Recipe) -> None:
+    for number, rule in enumerate(recipe.rules, start=1):
+        where = f"rule {number} ({rule.match!r}) of recipe {recipe.name!r}"
+        for what, name, known in (("solver", rule.solver, SOLVERS), ("observer", rule.observer, OBSERVERS)):
+            if name not in known:
+                raise RecipeError(f"{where} names the unknown {what} {name!r}; nearest: {nearest(name, known)}")
+        if problem := _input_problem(rule):
+            raise RecipeError(f"{where} gives inputs the spec {rule.input}, but {problem}")
+
+
+def _input_problem(rule: Rule) -> str:
+    """What speaks against the input spec of a rule, and what to take; empty if nothing does."""
+    if rule.input is None:
+        return ""
+    fmt, tile = rule.input.format, rule.input.granularity
+    if tile.rows > 1:
+        return f"blocks of several rows are for weights; take groups along K: {fmt.name}/g{tile.columns}"
+    if rule.static_input and isinstance(fmt, CodeBook) and fmt.levels is None:
+        return "learned levels need all the data, and calibration keeps ranges; take a format with fixed levels"
+    return ""
+
+
+def _require_use(recipe: Recipe, sites: Sequence[Site], used: set[int]) -> None:
+    """Raise RecipeError for a rule that decides nothing, unless it is optional or about all that earlier rules left."""
+    for number, rule in enumerate(recipe.rules, start=1):
+        about = [site.name for site in sites if site.op in rule.ops]
+        if number in used or not sites or rule.optional or rule.match == "*":
+            continue
+        where = f"rule {number} ({rule.match!r}) of recipe {recipe.name!r}"
+        if taken := [site.name for site in sites if rule.matches(site)]:
+            raise RecipeError(
+                f"{where} decides nothing: earlier rules took all {len(taken)} sites that it matches, such as "
+                f"{taken[0]!r}; move it up or remove it"
+            )
+        ops = " or ".join(op.value for op in rule.ops)
+        known = nearest(rule.match, about or [site.name for site in sites])
+        raise RecipeError(f"{where} matches no {ops}; nearest sites: {known}. Correct the glob or remove the rule")
+
+
+def _bound(decision: Decision, parameters: Mapping[str, Tensor]) -> Decision | str:
+    """The decision with its qparams on the device of the weight, or what speaks against it."""
+    weight = parameters.get(f"{decision.name}.weight", parameters.get(decision.name))
+    if weight is None:
+        names = (name.removesuffix(".weight") for name, p in parameters.items() if p.dim() > 1)
+        return f"the model has no {decision.name!r} (nearest: {nearest(decision.name, names)})"
+    if sorted(weight.shape) != sorted(decision.shape):
+        return f"{decision.name!r} is {list(weight.shape)} in the model and {list(decision.shape)} in the plan"
+    if decision.input_qparams is None:
+        return decision
+    return replace(decision, input_qparams=_on_device(decision.input_qparams, weight.device))
+
+
+def _on_device(qparams: QParams, device: torch.device) -> QParams:
+    if qparams.scale.device == device or device.type == "meta":
+        return qparams
+    return replace(
+        qparams,
+        scale=qparams.scale.to(device),
+        zero=None if qparams.zero is None else qparams.zero.to(device),
+        levels=None if qparams.levels is None else qparams.levels.to(device),
+        stored={name: tensor.to(device) for name, tensor in qparams.stored.items()},
+    )

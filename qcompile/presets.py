@@ -1,0 +1,85 @@
+"""Recipes that have a name, and the way from what a user wrote to a recipe. To add one, add a line to `PRESETS`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qcompile.errors import RecipeError, nearest
+from qcompile.recipe import Recipe, Rule, read_recipe, recipe_from_table
+from qcompile.spec import parse_spec
+
+# the layer that makes logits, in the models of Hugging Face and others
+_HEAD = "*lm_head|*embed_out|*output_layer"
+_HEAD_SPEC = "int8/channel"
+
+
+def _linears(
+    name: str, weight: str, given: str | None, summary: str, solver: str = "round", *, head: str | None = None
+) -> Recipe:
+    """All linears with these specs; of fewer bits than 8, logits layers keep 8, and `head` as input spec."""
+    spec = None if given is None else parse_spec(given)
+    rule = Rule(weight=parse_spec(weight), input=spec, solver=solver)
+    if parse_spec(weight).format.bits >= parse_spec(_HEAD_SPEC).format.bits:
+        return Recipe(name=name, summary=summary, rules=(rule,))
+    head_input = None if head is None else parse_spec(head)
+    head_rule = Rule(match=_HEAD, optional=True, weight=parse_spec(_HEAD_SPEC), input=head_input)
+    return Recipe(name=name, summary=summary, rules=(head_rule, rule))
+
+
+# activations are skewed: a zero point halves their error, and costs one addition after the integer matmul
+_INT8 = "int8/token/asym"
+_FP8 = "fp8_e4m3/token"
+_MXFP4 = "fp4_e2m1/b32/e8m0"
+_NVFP4 = "fp4_e2m1/b16/fp8_e4m3"
+
+# "mse" stands where the search pays for the time it takes: formats of 4 bits whose range is symmetric
+PRESETS: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        _linears("int8", "int8/channel", _INT8, "8-bit integers, inputs scaled token by token"),
+        _linears("int8-weight", "int8/channel", None, "8-bit integer weights, inputs as they are"),
+        _linears("int4-weight", "int4/g128/asym/bf16", None, "4-bit integer weights in groups of 128"),
+        _linears("fp8", "fp8_e4m3/channel", _FP8, "8-bit floats, inputs scaled token by token"),
+        _linears("nf4", "nf4/g64", None, "4-bit NormalFloat weights in groups of 64 (QLoRA)", solver="mse"),
+        _linears("int4-token", "int4/channel", "int4/token/asym", "4-bit integers, inputs too", "mse", head=_INT8),
+        _linears("w4a8", "int4/g128/asym/bf16", _INT8, "4-bit weights in groups of 128, 8-bit inputs", head=_INT8),
+        _linears("mxfp4", _MXFP4, _MXFP4, "4-bit floats in blocks of 32 under powers of two (OCP MX)", head=_INT8),
+        _linears("nvfp4", _NVFP4, _NVFP4, "4-bit floats in blocks of 16 under 8-bit scales (NVIDIA)", head=_INT8),
+        _linears("int8-static", "int8/channel", "int8/tensor/asym", "8-bit integers, one calibrated scale an input"),
+        _linears("fp8-static", "fp8_e4m3/channel", "fp8_e4m3/tensor", "8-bit floats, one calibrated scale an input"),
+    )
+}
+
+# first compute capability whose tensor cores multiply fp8 (CUDA programming guide, compute capability 8.9)
+_FP8_CAPABILITY = (8, 9)
+
+
+def parse_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
+    """The recipe that a user means: a preset's name, the path of a TOML file, a table of its content, or a Recipe.
+
+    Raises RecipeError, for an unknown name with the nearest presets.
+    """
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, Mapping):
+        return recipe_from_table(source)
+    if not isinstance(source, str | Path):
+        raise RecipeError(f"a recipe is a preset's name, the path of a TOML file or a Recipe, got {source!r}")
+    if isinstance(source, str) and source in PRESETS:
+        return PRESETS[source]
+    path = Path(source)
+    if isinstance(source, Path) or path.suffix == ".toml" or path.is_file():
+        return read_recipe(path)
+    raise RecipeError(
+        f"unknown recipe {source!r}; nearest presets: {nearest(source, PRESETS)}; "
+        "the path of a TOML file (ending in .toml) or a Recipe works too"
+    )
+
+
+def default_recipe(device: str, capability: tuple[int, int] | None = None) -> Recipe:
+    """The recipe for a device when the user named none; it needs no data.
+
+    device: its type, as "cpu" or "cuda". capability: of a CUDA device.
+    """
+    fast_fp8 = device == "cuda" and capability is not None and capability >= _FP8_CAPABILITY
+    return PRESETS["fp8" if fast_fp8 else "int8"]

@@ -1,0 +1,154 @@
+"""Recipes: ordered rules that say which sites get which specs. The first rule that matches a site decides."""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from qcompile.errors import RecipeError, SpecError, nearest
+from qcompile.graph import Op
+from qcompile.sites import SITE_OPS, Site
+from qcompile.spec import ALL, Spec, parse_spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Sites whose module path matches the glob `match` and whose op is in `ops` get these specs.
+
+    A rule without specs leaves its sites alone. `match`: "*" crosses dots, so "*.down_proj" is every layer's;
+    "|" stands between alternatives.
+    """
+
+    match: str = "*"
+    # an optional rule may decide nothing; of any other that is an error
+    optional: bool = False
+    ops: tuple[Op, ...] = (Op.LINEAR,)
+    weight: Spec | None = None
+    input: Spec | None = None
+    # how the weight's codes are chosen: a name in qcompile.solvers.SOLVERS
+    solver: str = "round"
+    # how a static input range is found: a name in qcompile.observers.OBSERVERS
+    observer: str = "absmax"
+
+    def matches(self, site: Site) -> bool:
+        """Whether the rule is about this site; an earlier rule may still decide it."""
+        return site.op in self.ops and any(fnmatchcase(site.name, glob) for glob in self.match.split("|"))
+
+    @property
+    def static_input(self) -> bool:
+        """Whether one scale serves all inputs: then it must be known beforehand, from calibration."""
+        return self.input is not None and self.input.granularity.rows == ALL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Rules in order, and a name for messages and reports."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    summary: str = ""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the recipe can be followed only after calibration."""
+        return any(rule.static_input for rule in self.rules)
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe in a TOML file; without `name` it is called like the file.
+
+    Raises RecipeError if there is no such file, or it is no TOML, or no recipe.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise RecipeError(f"cannot read recipe file {str(path)!r}: {e.strerror}; give the path of a TOML file") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise RecipeError(f"recipe file {str(path)!r} is not TOML: {e}; write key = value lines") from e
+    return recipe_from_table({"name": path.stem, **table}, place=repr(str(path)))
+
+
+def recipe_from_table(table: Mapping[str, Any], place: str = "recipe") -> Recipe:
+    """The recipe that a table (from TOML or JSON) describes: name, summary, rules with the fields of `Rule`.
+
+    place: what messages call it.  Raises RecipeError for unknown keys, wrong types, and specs that do not parse.
+    """
+    read = _read(table, {"name": _text, "summary": _text, "rules": _tables}, place)
+    rules = read.pop("rules", [])
+    if not rules:
+        raise RecipeError(f"{place} has no rules; write at least one [[rules]] table, such as weight = 'int8/channel'")
+    return Recipe(
+        name=read.pop("name", "custom"),
+        rules=tuple(Rule(**_read(rule, _RULE, f"rule {i} of {place}")) for i, rule in enumerate(rules, start=1)),
+        **read,
+    )
+
+
+def recipe_to_table(recipe: Recipe) -> dict[str, Any]:
+    """The table that `recipe_from_table` reads back."""
+    rules = [
+        {
+            "match": rule.match,
+            **({"optional": True} if rule.optional else {}),
+            "ops": [op.value for op in rule.ops],
+            **({} if rule.weight is None else {"weight": str(rule.weight)}),
+            **({} if rule.input is None else {"input": str(rule.input)}),
+            "solver": rule.solver,
+            "observer": rule.observer,
+        }
+        for rule in recipe.rules
+    ]
+    return {"name": recipe.name, "summary": recipe.summary, "rules": rules}
+
+
+def _read(table: Mapping[str, Any], readers: Mapping[str, Callable[[Any], Any]], place: str) -> dict[str, Any]:
+    read = {}
+    for key, value in table.items():
+        if key not in readers:
+            raise RecipeError(
+                f"{place} has the unknown key {key!r}; nearest: {nearest(key, readers)}; known: {', '.join(readers)}"
+            )
+        try:
+            read[key] = readers[key](value)
+        except (RecipeError, SpecError) as e:
+            raise RecipeError(f"{place}, key {key!r}: {e}") from e
+    return read
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise RecipeError(f"takes text, got {value!r}")
+    return value
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise RecipeError(f"takes true or false, got {value!r}")
+    return value
+
+
+def _tables(value: Any) -> list[Mapping[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(v, Mapping) for v in value):
+        raise RecipeError(f"takes tables, written [[rules]], got {value!r}")
+    return value
+
+
+def _ops(value: Any) -> tuple[Op, ...]:
+    known = [op.value for op in SITE_OPS]
+    if not isinstance(value, list) or not value or any(v not in known for v in value):
+        raise RecipeError(f"takes a list of ops out of {', '.join(known)}, got {value!r}")
+    return tuple(Op(v) for v in value)
+
+
+_RULE: dict[str, Callable[[Any], Any]] = {
+    "match": _text,
+    "optional": _truth,
+    "ops": _ops,
+    "weight": lambda value: parse_spec(_text(value)),
+    "input": lambda value: parse_spec(_text(value)),
+    "solver": _text,
+    "observer": _text,
+}

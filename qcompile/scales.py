@@ -1,0 +1,142 @@
+"""How a scale is kept: rounded to 16 bits, to a power of two, under a second scale, or quantized itself.
+
+Sources: OCP Microscaling v1.0 section 6.3 (e8m0); NVIDIA Transformer Engine's NVFP4 reference (fp8_e4m3);
+QLoRA section 3, double quantization (dq256).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from qcompile.formats import FORMATS, dynamic_levels
+
+Stored = dict[str, Tensor]
+_Keep = Callable[[Tensor, Tensor, float, Tensor | float], tuple[Tensor, Stored]]
+
+_E4M3 = FORMATS["fp8_e4m3"].max
+_E4M3_SMALLEST = 2.0**-9
+# exponent code of a float32 that is Inf or NaN
+_NOT_FINITE = 255
+DOUBLE_BLOCK = 256
+
+
+def keep_scale(
+    scale: Tensor, kind: str, amax: Tensor, element_max: float, clip: Tensor | float = 1.0
+) -> tuple[Tensor, Stored]:
+    """`scale` as storage of this kind gives it back, and the tensors that are stored.
+
+    scale: float32 > 0, any shape; amax: largest magnitude of each tile, same shape; element_max: of the format;
+    clip: the part of amax that scale covers.  Returns float32 shaped like scale, and tensors by name.
+    A tile's result under fp8_e4m3 does not depend on clip elsewhere: the tensor's scale is that of clip 1.
+    """
+    return _KEEP[kind](scale, amax, element_max, clip)
+
+
+def stored_scale(stored: Stored, kind: str) -> Tensor:
+    """The float32 scale that `keep_scale` returned, from what it stored."""
+    return _RESTORE[kind](stored)
+
+
+def _as_it_is(scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float) -> tuple[Tensor, Stored]:
+    return scale, {"scale": scale}
+
+
+def _rounded(dtype: torch.dtype) -> _Keep:
+    limits = torch.finfo(dtype)
+    dropped = 23 + round(math.log2(limits.eps))
+    # distance of the subnormal numbers
+    step = limits.smallest_normal * limits.eps
+
+    def keep(scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float) -> tuple[Tensor, Stored]:
+        # in integers, because a compiler that fuses a cast down with a cast up leaves out the rounding
+        bits = scale.view(torch.int32)
+        half = (1 << (dropped - 1)) - 1 + ((bits >> dropped) & 1)
+        normal = (((bits + half) >> dropped) << dropped).view(torch.float32).clamp(max=limits.max)
+        subnormal = (scale / step).round().clamp(min=1.0) * step
+        finite = torch.where(scale < limits.smallest_normal, subnormal, normal)
+        # NaN and Inf stay, so that a poisoned tile is not hidden
+        kept = torch.where(torch.isfinite(scale), finite, scale)
+        return kept, {"scale": kept.to(dtype)}
+
+    return keep
+
+
+def _power_of_two(scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float) -> tuple[Tensor, Stored]:
+    # float32 log2 is off by one just below powers of two; the exponent field is exact
+    exponent = ((clip * amax).view(torch.int32) >> 23) & 255
+    # frexp counts from a significand below 1, OCP from one below 2
+    element_exponent = math.frexp(element_max)[1] - 1
+    code = (exponent - element_exponent).clamp(0, 254)
+    code = torch.where(amax == 0, 127, code)
+    code = torch.where(exponent == _NOT_FINITE, _NOT_FINITE, code).to(torch.uint8)
+    stored = {"code": code}
+    return _restore_power_of_two(stored), stored
+
+
+def _restore_power_of_two(stored: Stored) -> Tensor:
+    code = stored["code"].to(torch.int32)
+    # 2**-127 is the one power here that float32 holds as a subnormal
+    bits = torch.where(code == 0, 1 << 22, code << 23)
+    return torch.where(code == _NOT_FINITE, torch.nan, bits.view(torch.float32))
+
+
+def _under_tensor_scale(scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float) -> tuple[Tensor, Stored]:
+    top = amax.amax()
+    outer = torch.where(top == 0, 1.0, (top / (_E4M3 * element_max)).clamp(min=torch.finfo(torch.float32).tiny))
+    # a block far below the tensor's largest keeps the smallest scale there is, rather than none
+    inner = (scale / outer).clamp(_E4M3_SMALLEST, _E4M3).to(torch.float8_e4m3fn)
+    stored = {"code": inner.view(torch.uint8), "outer": outer}
+    return _restore_under_tensor_scale(stored), stored
+
+
+def _restore_under_tensor_scale(stored: Stored) -> Tensor:
+    return stored["code"].view(torch.float8_e4m3fn).float() * stored["outer"]
+
+
+def _double(scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float) -> tuple[Tensor, Stored]:
+    # a tile of zeros takes the mean, so that it costs its neighbours no precision
+    live = (amax != 0).flatten()
+    flat = torch.where(live, scale.flatten(), 0.0)
+    # in float64, so that the order of summation does not show
+    offset = (flat.double().sum() / live.sum().clamp(min=1)).float()
+    centred = torch.where(live, flat - offset, 0.0)
+    centred = pad(centred, (0, -flat.numel() % DOUBLE_BLOCK)).unflatten(0, (-1, DOUBLE_BLOCK))
+    outer = centred.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
+    levels = torch.tensor(dynamic_levels(8), device=scale.device)
+    code = torch.bucketize(centred / outer[:, None], (levels[1:] + levels[:-1]) / 2)
+    stored = {
+        "code": code.to(torch.uint8).flatten()[: flat.numel()].reshape(scale.shape),
+        "outer": outer,
+        "offset": offset,
+    }
+    return _restore_double(stored), stored
+
+
+def _restore_double(stored: Stored) -> Tensor:
+    code = stored["code"]
+    levels = torch.tensor(dynamic_levels(8), device=code.device)
+    flat = pad(levels[code.flatten().long()], (0, -code.numel() % DOUBLE_BLOCK))
+    centred = flat.unflatten(0, (-1, DOUBLE_BLOCK)) * stored["outer"][:, None]
+    restored = centred.flatten()[: code.numel()].reshape(code.shape) + stored["offset"]
+    return restored.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+_KEEP: dict[str, _Keep] = {
+    "fp32": _as_it_is,
+    "fp16": _rounded(torch.float16),
+    "bf16": _rounded(torch.bfloat16),
+    "e8m0": _power_of_two,
+    "fp8_e4m3": _under_tensor_scale,
+    "dq256": _double,
+}
+_RESTORE: dict[str, Callable[[Stored], Tensor]] = {
+    "fp32": lambda stored: stored["scale"],
+    "fp16": lambda stored: stored["scale"].float(),
+    "bf16": lambda stored: stored["scale"].float(),
+    "e8m0": _restore_power_of_two,
+    "fp8_e4m3": _restore_under_tensor_scale,
+    "dq256": _restore_double,
+}

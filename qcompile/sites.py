@@ -1,0 +1,81 @@
+"""Sites: the ops of a graph whose weight and input may be quantized, and the weights that no site reaches."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic
+
+from torch import Tensor
+
+from qcompile.graph import Graph, Op, V
+
+# ops with a weight as their input number 1; K runs along its last dimension
+SITE_OPS = (Op.LINEAR, Op.EMBEDDING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One op with a weight.
+
+    name: module path. weight: [N, K] ([V, D] of an embedding), on the meta device if its values are gone.
+    group: equal for sites that read the same activation.
+    """
+
+    name: str
+    op: Op
+    weight: Tensor
+    group: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOver:
+    """A weight of the graph that no site reads, with the op that reads it."""
+
+    name: str
+    weight: Tensor
+    reader: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found(Generic[V]):
+    """A site and the graph's value that it makes."""
+
+    site: Site
+    value: V
+
+
+def find_sites(graph: Graph[V]) -> list[Found[V]]:
+    """The sites of a graph, in its order."""
+    groups: dict[V | None, int] = {}
+    found = []
+    for value in graph.values():
+        if graph.op(value) not in SITE_OPS:
+            continue
+        x, weight = graph.inputs(value)[:2]
+        tensor = None if weight is None else graph.constant(weight)
+        if tensor is None:
+            continue
+        group = groups.setdefault(x, len(groups))
+        found.append(
+            Found(site=Site(name=graph.name(value), op=graph.op(value), weight=tensor, group=group), value=value)
+        )
+    return found
+
+
+def left_over(graph: Graph[V]) -> Iterator[LeftOver]:
+    """Float constants of two and more dimensions that no site reads: what a recipe cannot reach."""
+    for value in graph.values():
+        tensor = graph.constant(value) if graph.op(value) is Op.CONSTANT else None
+        if tensor is None or tensor.dim() < 2 or not tensor.is_floating_point():
+            continue
+        readers = list(_readers(graph, value))
+        if readers and not any(graph.op(r) in SITE_OPS for r in readers):
+            yield LeftOver(name=graph.name(value), weight=tensor, reader=graph.label(readers[0]))
+
+
+def _readers(graph: Graph[V], value: V) -> Iterator[V]:
+    """The ops that read `value`, seen through transposes and reshapes."""
+    for user in graph.users(value):
+        if graph.op(user) in (Op.TRANSPOSE, Op.RESHAPE):
+            yield from _readers(graph, user)
+        else:
+            yield user

@@ -1,0 +1,72 @@
+"""Clip each tile where the squared error of its elements is least, instead of at its largest element.
+
+Source: Nagel 2021 (A White Paper on Neural Network Quantization), section 3.1; the floats' error over the clip
+is a saw-tooth with the period of one octave (Kuzmin 2022), so that the first search covers octaves densely.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qcompile.numerics import QParams, dequantize, find_qparams, qparams_of_range, quantize, tiles
+from qcompile.spec import ALL, Spec
+
+# six candidates an octave; above 1, rounding may be better centred
+COARSE = tuple(1.2 * 2 ** (-i / 6) for i in range(25))
+# octaves that the best clip may lie below the range: heavy tails at 2 bits clip at a tenth of it
+OCTAVES = {2: 4, 3: 3, 4: 2}
+# between two neighbours of the coarse search
+FINE = tuple(2 ** (i / 18) for i in (-2, -1, 1, 2))
+POWERS_OF_TWO = tuple(2.0**i for i in (1, 0, -1, -2, -3, -4))
+# elements that one step of the search holds in float32
+CHUNK = 2**22
+
+
+def solve_mse(weight: Tensor, spec: Spec) -> QParams:
+    """Scales whose clip, a part of the tile's range, gives the least squared error; never more than `round`.
+
+    weight: [N, K].  Both ends of an asymmetric range shrink together; the levels of a learned code book stay
+    those of the whole range. A scale that is a power of two is searched among its neighbours.
+    Raises SpecError if the spec's tiles do not divide the weight.
+    """
+    base = find_qparams(weight, spec)
+    view, dims = tiles(weight, spec.granularity)
+    low, high = view.amin(dims).float(), view.amax(dims).float()
+    # dq256 keeps neighbours together: each tile is searched as if alone, and the outcome is checked below
+    alone = replace(spec, scale="fp32") if spec.scale == "dq256" else spec
+
+    def candidate(clip: Tensor | float, spec: Spec = alone) -> QParams:
+        return replace(qparams_of_range(low, high, spec, clip=clip), levels=base.levels)
+
+    best = torch.ones_like(low)
+    error = squared_error(weight, candidate(best))
+    coarse = COARSE[: 6 * OCTAVES.get(spec.format.bits, 1) + 1]
+    for ratios in (POWERS_OF_TWO,) if spec.scale == "e8m0" else (coarse, FINE):
+        centre = best if ratios is FINE else torch.ones_like(low)
+        for ratio in ratios:
+            tried = squared_error(weight, candidate(centre * ratio))
+            best = torch.where(tried < error, centre * ratio, best)
+            error = torch.minimum(tried, error)
+    found = candidate(best, spec)
+    if alone is spec or squared_error(weight, found).sum() < squared_error(weight, base).sum():
+        return found
+    return base
+
+
+def squared_error(weight: Tensor, qparams: QParams) -> Tensor:
+    """Sum of squared errors of each tile under qparams, slice by slice of rows.  Returns float32 like the scale."""
+    rows = qparams.spec.granularity.rows
+    unit = max(rows, 1)
+    count = unit * max(1, CHUNK // (unit * weight[0].numel()))
+    parts = []
+    for start in range(0, len(weight), count):
+        part = weight[start : start + count].float()
+        held = qparams if rows == ALL else _of_rows(qparams, slice(start // unit, (start + count) // unit))
+        view, dims = tiles((dequantize(quantize(part, held), held) - part).square(), qparams.spec.granularity)
+        parts.append(view.sum(dims))
+    return torch.stack(parts).sum(0) if rows == ALL else torch.cat(parts)
+
+
+def _of_rows(qparams: QParams, rows: slice) -> QParams:
+    return replace(qparams, scale=qparams.scale[rows], zero=None if qparams.zero is None else qparams.zero[rows])

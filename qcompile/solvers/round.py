@@ -1,0 +1,11 @@
+"""Round to nearest under the range of each tile."""
+
+from torch import Tensor
+
+from qcompile.numerics import QParams, find_qparams
+from qcompile.spec import Spec
+
+
+def solve_round(weight: Tensor, spec: Spec) -> QParams:
+    """Scales that cover each tile's range; codes are the nearest.  weight: [N, K]; on meta, shapes only."""
+    return find_qparams(weight, spec)

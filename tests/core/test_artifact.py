@@ -1,0 +1,199 @@
+"""Plans on disk: what is saved is what is loaded, and nothing else is ever overwritten."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qcompile import artifact
+from qcompile.artifact import load, save
+from qcompile.calibrate import calibrate
+from qcompile.errors import PlanError
+from qcompile.graph import Op
+from qcompile.numerics import QParams
+from qcompile.plan import Decision, Plan
+from qcompile.recipe import Recipe, Rule
+from qcompile.spec import parse_spec
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(11, 16)
+        self.fc = nn.Linear(16, 8)
+        self.extra = nn.Parameter(torch.zeros(2, 3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.emb(x))
+
+
+@pytest.fixture
+def model() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def plan(model: Net) -> Plan:
+    return calibrate(model, [torch.arange(11)[None]], "int8-static")
+
+
+def test_a_plan_comes_back_equal_and_bound(plan: Plan, model: Net, tmp_path: Path) -> None:
+    save(plan, tmp_path / "deep" / "plan")
+    assert load(tmp_path / "deep" / "plan") == plan
+    assert load(tmp_path / "deep" / "plan").binding is None
+    bound = load(tmp_path / "deep" / "plan", model)
+    assert bound.binding is not None
+    assert bound.binding.site_name(model.fc.weight, Op.LINEAR) == "fc"
+    assert {p.name for p in (tmp_path / "deep" / "plan").iterdir()} == {"plan.json", "plan.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "zero", "levels", "stored"),
+    [
+        ("int8/tensor/asym", torch.tensor(3.0), None, {}),
+        ("nf4/tensor/bf16", None, None, {"scale": torch.tensor(0.5, dtype=torch.bfloat16)}),
+        ("lloyd4/tensor", None, torch.linspace(-1, 1, 16), {"code": torch.tensor([7], dtype=torch.uint8)}),
+    ],
+)
+def test_every_tensor_of_qparams_is_kept(
+    spec: str, zero: Tensor | None, levels: Tensor | None, stored: dict[str, Tensor], tmp_path: Path
+) -> None:
+    parsed = parse_spec(spec)
+    held = QParams(spec=parsed, scale=torch.tensor(0.5), zero=zero, levels=levels, stored=stored)
+    decision = Decision(name="a.b", op=Op.LINEAR, shape=(2, 4), input=parsed, input_qparams=held, solver="round")
+    save(Plan(recipe=Recipe(name="r", rules=(Rule(),)), decisions={"a.b": decision}), tmp_path / "p")
+    found = load(tmp_path / "p").decisions["a.b"].input_qparams
+    assert found is not None
+    assert found.spec == parsed
+    for name in ("scale", "zero", "levels"):
+        before, after = getattr(held, name), getattr(found, name)
+        assert (before is None and after is None) or torch.equal(before, after)
+    assert {k: (v.dtype, v.tolist()) for k, v in found.stored.items()} == {
+        k: (v.dtype, v.tolist()) for k, v in stored.items()
+    }
+
+
+def test_the_json_is_a_line_for_each_decision(plan: Plan, tmp_path: Path) -> None:
+    save(plan, tmp_path / "p")
+    text = (tmp_path / "p" / "plan.json").read_text()
+    lines = [line for line in text.splitlines() if '"shape"' in line]
+    assert [json.loads(line.strip(" ,"))["name"] for line in lines] == ["emb", "fc", "extra"]
+    assert json.loads(text)["schema"] == artifact.SCHEMA
+
+
+def test_saving_again_replaces_a_plan(plan: Plan, model: Net, tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    save(plan, tmp_path / "p")
+    other = calibrate(model, [torch.arange(3)[None]], "int8")
+    save(other, tmp_path / "p")
+    assert load(tmp_path / "p") == other
+    assert [entry.name for entry in tmp_path.iterdir()] == ["p"]
+
+
+def test_a_folder_that_holds_something_else_is_left_as_it_is(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(PlanError, match=r"holds something else \(notes\.txt\).*new or empty folder"):
+        save(plan, tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(PlanError, match=r"is a file; a plan is saved to a folder"):
+        save(plan, tmp_path / "notes.txt")
+    with pytest.raises(PlanError, match=r"notes\.txt' is a file; a plan is saved to a folder"):
+        save(plan, tmp_path / "notes.txt" / "p")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_is_named(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(PlanError, match=r"cannot write the plan to '.*p': Permission denied; choose a folder"):
+        save(plan, tmp_path / "p")
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failure_while_writing_leaves_what_was_there(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
+) -> None:
+    if existing:
+        save(plan, tmp_path / "p")
+
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifact, "serialize", fail)
+    with pytest.raises(PlanError, match="No space left on device"):
+        save(plan, tmp_path / "p")
+    assert [entry.name for entry in tmp_path.iterdir()] == (["p"] if existing else [])
+    assert not existing or load(tmp_path / "p") == plan
+
+
+def test_a_failure_while_renaming_brings_the_old_plan_back(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(plan, tmp_path / "p")
+    rename, calls = artifact.os.rename, []
+
+    def second_fails(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(artifact.os, "rename", second_fails)
+    with pytest.raises(PlanError, match="Input/output error"):
+        save(plan, tmp_path / "p")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["p"]
+    assert load(tmp_path / "p") == plan
+
+
+def test_only_plans_are_saved(model: Net, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"save takes a plan, from qcompile\.calibrate.*got Net"):
+        save(model, tmp_path / "p")  # type: ignore[arg-type]
+
+
+def test_a_newer_schema_is_refused_with_both_versions(plan: Plan, tmp_path: Path) -> None:
+    save(plan, tmp_path / "p")
+    path = tmp_path / "p" / "plan.json"
+    path.write_text(path.read_text().replace('"schema": 1', '"schema": 7'))
+    with pytest.raises(PlanError, match=r"has schema 7, and this version of qcompile reads up to 1; upgrade qcompile"):
+        load(tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("plan.json", "{", "is broken .JSONDecodeError.*save it again"),
+        ("plan.json", "[]", "is no plan of qcompile; give the folder"),
+        ("plan.json", '{"kind": "other"}', "is no plan of qcompile; give the folder"),
+        ("plan.json", '{"kind": "qcompile.plan", "schema": 1}', "is broken .KeyError.*decisions.*save it again"),
+        ("plan.safetensors", "", "is broken .*save it again"),
+    ],
+)
+def test_a_broken_plan_is_named(plan: Plan, tmp_path: Path, name: str, content: str, message: str) -> None:
+    save(plan, tmp_path / "p")
+    (tmp_path / "p" / name).write_text(content)
+    with pytest.raises(PlanError, match=message):
+        load(tmp_path / "p")
+
+
+def test_a_missing_tensor_or_file_is_named(plan: Plan, tmp_path: Path) -> None:
+    save(plan, tmp_path / "p")
+    tensors = tmp_path / "p" / "plan.safetensors"
+    tensors.write_bytes(artifact.serialize({}))
+    with pytest.raises(PlanError, match=r"is broken .KeyError: 'fc\.input\.scale'"):
+        load(tmp_path / "p")
+    tensors.unlink()
+    with pytest.raises(PlanError, match=r"no plan in '.*p'.*give the folder that qcompile\.save wrote"):
+        load(tmp_path / "p")
+    with pytest.raises(PlanError, match=r"no plan in '.*nowhere'"):
+        load(tmp_path / "nowhere")
+
+
+def test_a_plan_for_another_model_is_refused_when_bound(plan: Plan, tmp_path: Path) -> None:
+    save(plan, tmp_path / "p")
+    with pytest.raises(PlanError, match=r"calibration for another model: the model has no 'emb'"):
+        load(tmp_path / "p", nn.Sequential(nn.Linear(2, 2)))

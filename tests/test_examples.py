@@ -1,0 +1,30 @@
+"""Every example runs as a user would run it, from another folder, and says what it promises."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+# the least that a reader should see of each
+SAYS = {
+    "calibrate_and_save.py": "int8-static on cpu: 2 of 2 sites",
+    "compile_a_model.py": "int8 on cpu: 2 of 2 sites",
+    "own_recipe.py": "file and object give the same numbers: True",
+}
+
+
+def test_every_example_is_here() -> None:
+    assert sorted(p.name for p in EXAMPLES.glob("*.py")) == sorted(SAYS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAYS)
+def test_example(name: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert SAYS[name] in done.stdout
+    assert done.stderr == ""
