@@ -17,8 +17,8 @@ from qcompile.backends.fx.graph import FxGraph
 from qcompile.backends.fx.inductor import Compiled, Inductor, structure
 from qcompile.backends.fx.kernels import Kernel, Problem
 from qcompile.backends.fx.lower import Lowered, Target, lower
-from qcompile.backends.fx.packs import Pack, PackMissingError, PackStore, freed_error, weight_state
-from qcompile.errors import CoverageError, WeightError
+from qcompile.backends.fx.packs import Pack, PackMissingError, PackStore, State, freed_error, weight_state
+from qcompile.errors import CoverageError, PlanError, WeightError
 from qcompile.graph import Op
 from qcompile.numerics import QParams, dequantize, snr_db
 from qcompile.options import Options
@@ -38,23 +38,25 @@ class Bound:
     """Compiled code together with what one set of weights gives it.
 
     sources: for each argument of the code, a position among the frame's inputs, or a tensor.
-    packed: the weights that packs stand for: position, identity, and state.
+    parameters: every parameter of the frame: position, identity, and its state if a pack stands for it.
     weights: the weight of each site.
     """
 
     code: Compiled
     sources: tuple[int | Tensor, ...]
-    packed: tuple[tuple[int, "weakref.ref[Tensor]", tuple[object, ...]], ...]
+    parameters: tuple[tuple[int, "weakref.ref[Tensor]", State | None], ...]
     weights: Mapping[str, "weakref.ref[Tensor]"]
     report: Report
 
     def fits(self, args: Sequence[Any]) -> bool:
-        """Whether the packs were made from the weights among `args`, as they are now."""
-        return all(ref() is args[i] and weight_state(args[i]) == state for i, ref, state in self.packed)
+        """Whether this was made for the parameters among `args`, and packs from their present values."""
+        return all(
+            ref() is args[i] and (state is None or weight_state(args[i]) == state) for i, ref, state in self.parameters
+        )
 
     def alive(self) -> bool:
-        """Whether all weights that packs stand for still exist."""
-        return all(ref() is not None for _, ref, _ in self.packed)
+        """Whether all the parameters still exist."""
+        return all(ref() is not None for _, ref, _ in self.parameters)
 
     def reads(self, names: Mapping[int, str]) -> bool:
         """Whether the weight of any site is among those names, by identity."""
@@ -77,6 +79,20 @@ class Frame:
     of weights goes through the passes; where that gives a graph of known structure, the code compiled for it is
     used again with other packs.
     """
+
+    # Dynamo wraps what a backend returns, and would copy a __dict__, which kept packs of dead weights alive
+    __slots__ = (
+        "__weakref__",
+        "_bounds",
+        "_code",
+        "_gm",
+        "_inductor",
+        "_last",
+        "_options",
+        "_parameters",
+        "_positions",
+        "asked",
+    )
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> None:
         self.asked = (options, mode)
@@ -126,7 +142,13 @@ class Frame:
         if self._options.free_weights:
             quantized.free()
         _write_report(report, self._options)
-        return Bound(code=code, sources=sources, packed=quantized.packed(), weights=quantized.weights(), report=report)
+        return Bound(
+            code=code,
+            sources=sources,
+            parameters=quantized.parameters(),
+            weights=quantized.weights(),
+            report=report,
+        )
 
     def _lowered(self, module: GraphModule) -> _Code:
         text = structure(module)
@@ -144,7 +166,7 @@ class _Quantized:
     def __init__(
         self, gm: GraphModule, slots: Sequence[Parameter], args: Sequence[Any], options: Options, *, reuse: bool
     ) -> None:
-        slots = [replace(slot, name=_whole_name(slot, args[slot.position], options.plan)) for slot in slots]
+        slots = _named(slots, args, options.plan)
         self._slots = {slot.name: slot for slot in slots}
         self._weights: dict[str, Tensor] = {slot.name: args[slot.position] for slot in slots}
         self._given = {name: _stand_in(name, w, reuse) for name, w in self._weights.items()}
@@ -185,12 +207,12 @@ class _Quantized:
         for run in self._runs:
             PACKS.free(self._weights[self._weight_of[run.site]])
 
-    def packed(self) -> tuple[tuple[int, "weakref.ref[Tensor]", tuple[object, ...]], ...]:
-        """Position, identity and state of the weights that packs stand for."""
-        names = dict.fromkeys(self._weight_of[run.site] for run in self._runs)
+    def parameters(self) -> tuple[tuple[int, "weakref.ref[Tensor]", State | None], ...]:
+        """Position and identity of every parameter, and the state of those that packs stand for."""
+        packed = {self._weight_of[run.site] for run in self._runs}
         return tuple(
-            (self._slots[name].position, weakref.ref(self._weights[name]), weight_state(self._weights[name]))
-            for name in names
+            (self._slots[name].position, weakref.ref(weight), weight_state(weight) if name in packed else None)
+            for name, weight in self._weights.items()
         )
 
     def weights(self) -> dict[str, "weakref.ref[Tensor]"]:
@@ -255,10 +277,20 @@ def _stand_in(name: str, weight: Tensor, reuse: bool) -> Tensor:
     return torch.empty(weight.shape, dtype=weight.dtype, device="meta") if gone else weight
 
 
-def _whole_name(slot: Parameter, weight: Tensor, plan: Plan | None) -> str:
-    """The weight's name as the plan knows it, which sees the whole model; else its name seen from the frame."""
-    aliases = () if plan is None or plan.binding is None else plan.binding.name_of(weight)
-    return aliases[0] if aliases else slot.name
+def _named(slots: Sequence[Parameter], args: Sequence[Any], plan: Plan | None) -> list[Parameter]:
+    """The parameters by the names that the plan knows, which sees the whole model; else by those seen from the frame.
+
+    Raises PlanError if the plan was bound to a model that owns none of them.
+    """
+    if plan is None or plan.binding is None:
+        return list(slots)
+    aliases = {slot.placeholder: plan.binding.name_of(args[slot.position]) for slot in slots}
+    if slots and not any(aliases.values()):
+        raise PlanError(
+            f"the plan was bound to another model: none of this one's parameters, such as {slots[-1].name!r}, is known "
+            "to it. Bind it to this model, plan.bind(model), or calibrate this one with qcompile.calibrate"
+        )
+    return [replace(slot, name=next(iter(aliases[slot.placeholder]), slot.name)) for slot in slots]
 
 
 def _decide(options: Options, target: Target) -> Recipe | Plan:

@@ -47,7 +47,8 @@ def quantize(graph: Graph[V], decide: Recipe | Plan, *, whole: bool = True, dump
 def plan_for(graph: Graph[V], decide: Recipe | Plan, *, whole: bool = True) -> Plan:
     """Decisions for the sites of this graph.
 
-    Raises PlanError if a given plan knows none of them, RecipeError if a rule of a given recipe matches nothing.
+    Raises PlanError if a given plan knows none of them, or other shapes, and RecipeError if a rule of a given recipe
+    matches nothing.
     """
     sites = [found.site for found in find_sites(graph)]
     left = list(left_over(graph))
@@ -60,6 +61,12 @@ def plan_for(graph: Graph[V], decide: Recipe | Plan, *, whole: bool = True) -> P
             f"{nearest(sites[0].name, known)}. It belongs to another model, or the model was compiled in parts: "
             "then bind it to the whole model first, plan.bind(model)"
         )
+    for site in sites:
+        if site.name in known and tuple(known[site.name].shape) != tuple(site.weight.shape):
+            raise PlanError(
+                f"the weight of {site.name!r} is {list(site.weight.shape)} here and {list(known[site.name].shape)} in "
+                "the plan: it was made for another model; calibrate this one with qcompile.calibrate"
+            )
     decisions = {
         site.name: known.get(site.name)
         or Decision(name=site.name, op=site.op, shape=tuple(site.weight.shape), reason="not in the plan")

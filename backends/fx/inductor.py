@@ -4,8 +4,11 @@ Constants are inputs because one compiled frame may serve several module instanc
 would silently be used for all.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +18,8 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import Graph, GraphModule, Node
+
+import qcompile.numerics
 
 # freezing would bake constants in, and rewrites integer matmuls into reference kernels on the CPU
 PATCHES = {"freezing": False}
@@ -61,7 +66,8 @@ class Inductor:
         for node in lifted.graph.find_nodes(op="placeholder"):
             self._mark(node)
         lifted._param_name_to_source = {}  # type: ignore[assignment]
-        with tracing(self._context) if self._context is not None else nullcontext(), torch.no_grad():
+        inside = tracing(self._context) if self._context is not None else nullcontext()
+        with inside, torch.no_grad(), torch.compiler.config.patch(cache_key_tag=_cache_tag()):  # type: ignore[attr-defined]
             code = cast(Compiled, compile_fx(lifted, fakes, config_patches=self._patches))
         return code, names, constants
 
@@ -76,6 +82,18 @@ class Inductor:
             source = LocalSource(f"qcompile_{node.name}")
         if source is not None:
             node._dynamo_source = source
+
+
+def _cache_tag() -> str:
+    """What torch's compile caches add to their keys: they know our ops by name only, not what they decompose into."""
+    return f"{torch.compiler.config.cache_key_tag}qcompile {_source_hash()}"
+
+
+@cache
+def _source_hash() -> str:
+    root = Path(qcompile.numerics.__file__).parent
+    sources = sorted([*root.glob("*.py"), *root.glob("backends/fx/**/*.py")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def _fake(x: Any, context: TracingContext | None, *, static: bool = False) -> Any:

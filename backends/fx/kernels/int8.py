@@ -63,7 +63,8 @@ def _linear_int8(
     dtype: torch.dtype,
 ) -> Tensor:
     if zero is not None:
-        codes = (codes.to(torch.int16) - OFFSET).to(torch.int8)
+        # through float32, because Inductor's C++ does not vectorize the way through int16
+        codes = (codes.float() - OFFSET).to(torch.int8)
     product = torch.ops.qcompile.int_mm(codes.reshape(-1, codes.shape[-1]), weight)
     product = product.unflatten(0, codes.shape[:-1]) if codes.dim() != 2 else product
     if zero is not None:
