@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from qcompile.errors import WeightError
 from qcompile.graph import Op
 
 
@@ -77,3 +78,12 @@ class Binding:
 
 def _has_memory(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_meta and tensor.data_ptr() != 0
+
+
+def require_values(name: str, tensor: Tensor) -> None:
+    """Raise WeightError for a tensor on the meta device: a checkpoint was not loaded, or not wholly."""
+    if tensor.is_meta:
+        raise WeightError(
+            f"weight {name!r} {list(tensor.shape)} is on the meta device: the checkpoint is not fully loaded; "
+            "load it first"
+        )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qcompile.binding import Binding
+from qcompile.binding import Binding, require_values
 from qcompile.errors import CalibrationError
 from qcompile.graph import Op
 from qcompile.observers import Stats, merge, observe
@@ -42,7 +42,8 @@ def calibrate(
         dict has an attention_mask [B, T], rows of activations that are padding (0) are not counted.
     progress: show a bar, if standard error is a terminal.
     The model runs in eval mode without gradients; its training flags are as before afterwards.
-    Raises CalibrationError without batches, without sites, or if an activation is NaN or Inf; and what `make_plan`
+    Raises CalibrationError without batches, without sites, or if an activation is NaN or Inf; WeightError if a
+    parameter has no values; and what `make_plan`
     and `parse_recipe` raise.
     """
     parsed = parse_recipe(recipe)
@@ -51,6 +52,8 @@ def calibrate(
             f"batches is one {type(batches).__name__}, not a collection of batches: write calibrate(model, [batch])"
         )
     model = getattr(model, "_orig_mod", model)
+    for name, parameter in model.named_parameters():
+        require_values(name, parameter)
     watch = _Watch(Binding(model))
     index = -1
     with _evaluating(model), torch.no_grad():

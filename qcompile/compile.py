@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -31,8 +32,9 @@ def backend(
     """
     parsed = Options.parse(options)
     refuse_training(gm, example_inputs)
-    frame = Frame(gm, example_inputs, parsed, mode)
-    frame.bind(example_inputs)
+    with torch.no_grad():
+        frame = Frame(gm, example_inputs, parsed, mode)
+        frame.bind(example_inputs)
     _FRAMES.add(frame)
     return frame
 

@@ -18,7 +18,8 @@ from qcompile.backends.fx.inductor import Compiled, Inductor, structure
 from qcompile.backends.fx.kernels import Kernel, Problem
 from qcompile.backends.fx.lower import Lowered, Target, lower
 from qcompile.backends.fx.packs import Pack, PackMissingError, PackStore, State, freed_error, weight_state
-from qcompile.errors import CoverageError, PlanError, WeightError
+from qcompile.binding import require_values
+from qcompile.errors import CoverageError, PlanError
 from qcompile.graph import Op
 from qcompile.numerics import QParams, dequantize, snr_db
 from qcompile.options import Options
@@ -40,12 +41,14 @@ class Bound:
     sources: for each argument of the code, a position among the frame's inputs, or a tensor.
     parameters: every parameter of the frame: position, identity, and its state if a pack stands for it.
     weights: the weight of each site.
+    freeable: weights whose float values may be given up once the code has run.
     """
 
     code: Compiled
     sources: tuple[int | Tensor, ...]
     parameters: tuple[tuple[int, "weakref.ref[Tensor]", State | None], ...]
     weights: Mapping[str, "weakref.ref[Tensor]"]
+    freeable: tuple["weakref.ref[Tensor]", ...]
     report: Report
 
     def fits(self, args: Sequence[Any]) -> bool:
@@ -107,10 +110,13 @@ class Frame:
 
     def __call__(self, *args: Any) -> Any:
         bound = self._last
-        if bound is None or not bound.fits(args):
-            bound = self.bind(args)
         with torch.no_grad():
-            return bound.code(*[args[s] if type(s) is int else s for s in bound.sources])
+            if bound is None or not bound.fits(args):
+                bound = self.bind(args)
+            result = bound.code(*[args[s] if type(s) is int else s for s in bound.sources])
+        if bound.freeable:
+            self._free(bound)
+        return result
 
     def bounds(self) -> list[Bound]:
         """What the frame was bound to and still could be called with."""
@@ -126,6 +132,19 @@ class Frame:
         self._last = bound
         return bound
 
+    def _free(self, bound: Bound) -> None:
+        """Give up float weights. Dynamo's guards see another stride then, and its next frame starts from the packs.
+
+        It cannot be done while compiling: Dynamo checks its new guards against the weights it traced.
+        """
+        for ref in bound.freeable:
+            if (weight := ref()) is not None:
+                PACKS.free(weight)
+        self._bounds = {
+            key: replace(other, freeable=()) if other is bound else other for key, other in self._bounds.items()
+        }
+        self._last = None
+
     def _quantized(self, args: Sequence[Any]) -> Bound:
         try:
             # of weights that are packed already, only the shape is needed
@@ -139,14 +158,13 @@ class Frame:
         module, constants = quantized.module, quantized.constants()
         code, inputs, names = self._lowered(module) if self._options.lower else self._eager(module)
         sources = (*(self._positions[name] for name in inputs), *(constants[name] for name in names))
-        if self._options.free_weights:
-            quantized.free()
         _write_report(report, self._options)
         return Bound(
             code=code,
             sources=sources,
             parameters=quantized.parameters(),
             weights=quantized.weights(),
+            freeable=quantized.packed() if self._options.free_weights else (),
             report=report,
         )
 
@@ -202,10 +220,10 @@ class _Quantized:
             setattr(self.module, attribute, self._weights[name])
         return found
 
-    def free(self) -> None:
-        """Give up the float values of weights that only packs stand for."""
-        for run in self._runs:
-            PACKS.free(self._weights[self._weight_of[run.site]])
+    def packed(self) -> tuple["weakref.ref[Tensor]", ...]:
+        """The weights that packs stand for and that still have float values."""
+        weights = {id(w): w for run in self._runs if not PACKS.freed(w := self._weights[self._weight_of[run.site]])}
+        return tuple(weakref.ref(weight) for weight in weights.values())
 
     def parameters(self) -> tuple[tuple[int, "weakref.ref[Tensor]", State | None], ...]:
         """Position and identity of every parameter, and the state of those that packs stand for."""
@@ -261,18 +279,16 @@ class _Quantized:
             return Pack(tensors=kernel.pack(codes, qparams, problem.dtype), snr_db=snr)
 
         key = (f"{decision.weight} {decision.solver} {problem.dtype}", kernel.name)
-        weight = self._weights[self._weight_of[site]]
-        self._packs[site] = PACKS.get(weight, key, make, at_hand=not codes.is_meta)
+        name = self._weight_of[site]
+        if codes.is_meta and PACKS.freed(self._weights[name]) and not PACKS.has(self._weights[name], key):
+            raise freed_error(name)
+        self._packs[site] = PACKS.get(self._weights[name], key, make, at_hand=not codes.is_meta)
         return self._packs[site].tensors
 
 
 def _stand_in(name: str, weight: Tensor, reuse: bool) -> Tensor:
     """The weight, or only its shape where packs hold its values.  Raises WeightError if it has no values."""
-    if weight.is_meta:
-        raise WeightError(
-            f"weight {name!r} {list(weight.shape)} is on the meta device: the checkpoint is not fully loaded; "
-            "load it before compiling"
-        )
+    require_values(name, weight)
     gone = PACKS.freed(weight) or (reuse and PACKS.known(weight))
     return torch.empty(weight.shape, dtype=weight.dtype, device="meta") if gone else weight
 

@@ -61,6 +61,11 @@ class PackStore:
         entry = self._entry(weight)
         return entry is not None and bool(entry.packs)
 
+    def has(self, weight: Tensor, key: Key) -> bool:
+        """Whether the pack of that key is here."""
+        entry = self._entry(weight)
+        return entry is not None and key in entry.packs
+
     def freed(self, weight: Tensor) -> bool:
         """Whether the weight's float values were given up."""
         entry = self._entry(weight)

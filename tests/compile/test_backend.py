@@ -1,0 +1,172 @@
+"""The backend as a user meets it: found by name, options checked, uses that it cannot serve refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qcompile
+from qcompile.compile import backend
+from qcompile.report import Report
+
+
+def net(width: int = 32) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, 48), nn.GELU(), nn.Linear(48, width)).eval()
+
+
+def run(model: nn.Module, x: Tensor | None = None, **options: object) -> Tensor:
+    return torch.compile(model, backend="qcompile", options=options)(torch.randn(3, 32) if x is None else x)
+
+
+def test_found_by_name_without_importing_us() -> None:
+    code = (
+        "import torch, sys; m = torch.nn.Linear(8, 8).eval(); x = torch.randn(2, 8)\n"
+        "with torch.no_grad(): y = torch.compile(m, backend='qcompile')(x); e = (y - m(x)).abs().max()\n"
+        "assert 0 < e < 0.1, e; assert 'onnx' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipee": "int8"}, r"unknown option 'recipee'.*nearest: 'recipe'.*known: recipe, plan, report"),
+        ({"recipe": "int9"}, r"unknown recipe 'int9'.*'int8'.*TOML"),
+        ({"recipe": 8}, r"option 'recipe' takes .*got 8"),
+        ({"min_coverage": 2}, r"share from 0 to 1, got 2"),
+        ({"free_weights": "yes"}, r"'free_weights' takes bool, got 'yes'"),
+        ({"plan": "int8"}, r"option 'plan' takes Plan.*got 'int8'"),
+    ],
+)
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(Exception, match=f"(?s){message}"):
+        run(net(), **options)
+
+
+def test_recipe_that_matches_nothing_names_the_nearest_sites(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[[rules]]\nmatch = "*.down_prj"\nweight = "int8/channel"\n')
+    model = nn.ModuleDict({"down_proj": nn.Linear(32, 8), "up_proj": nn.Linear(32, 8)})
+    model.forward = lambda x: model["down_proj"](x) + model["up_proj"](x)
+    with pytest.raises(Exception, match=r"(?s)rule 1 \('\*\.down_prj'\).*matches no linear.*down_proj"):
+        torch.compile(model.forward, backend="qcompile", options={"recipe": str(recipe)})(torch.randn(2, 32))
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_minimum_coverage() -> None:
+    model = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 16)).eval()
+    ids = torch.randint(0, 64, (2, 3))
+    with pytest.raises(Exception, match=r"(?s)CoverageError.*quantized 20\.0%.*min_coverage=90\.0%.*'0' \[64, 32\]"):
+        run(model, ids, min_coverage=0.9)
+    assert run(model, ids, min_coverage=0.2).shape == (2, 3, 16)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite(bad: float) -> None:
+    model = net()
+    model[2].weight[3, 5] = bad
+    with pytest.raises(Exception, match=r"(?s)WeightError.*weight of '2' \[32, 48\] holds 1 NaN or Inf.*checkpoint"):
+        run(model)
+
+
+def test_half_loaded_checkpoint() -> None:
+    model = net()
+    model[0].weight = nn.Parameter(torch.empty(48, 32, device="meta"))
+    with pytest.raises(qcompile.QcompileError, match=r"'0.weight' \[48, 32\] is on the meta device.*load it"):
+        qcompile.calibrate(model, [torch.randn(3, 32)], recipe="int8", progress=False)
+    with pytest.raises(Exception, match=r"(?s)WeightError.*'0.weight' \[48, 32\] is on the meta device.*load it"):
+        run(model.to("meta"), torch.randn(3, 32, device="meta"))
+
+
+def test_report_goes_to_a_file_and_to_a_function(tmp_path: Path) -> None:
+    seen: list[Report] = []
+    model, path = net(), tmp_path / "report.json"
+    run(model, report=seen.append)
+    torch._dynamo.reset()
+    run(model, report=path)
+    assert [site["name"] for site in json.loads(path.read_text())["sites"]] == ["0", "2"]
+    assert len(seen) == 1
+    assert seen[0].coverage == 1.0
+    assert all(site.kernel == "int8" and site.snr_db > 35 for site in seen[0].sites)
+
+
+def test_report_before_the_first_call_says_what_to_do() -> None:
+    with pytest.raises(qcompile.QcompileError, match="call it once"):
+        qcompile.report(torch.compile(net(), backend="qcompile"))
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_dump_writes_the_graph_after_every_pass(tmp_path: Path) -> None:
+    run(net(), dump=tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["00_opened.txt", "01_insert_qdq.txt", "02_merge_qdq.txt", "03_freeze_weights.txt"]
+    assert "quantize" not in (tmp_path / names[0]).read_text()
+    assert "dequantize" in (tmp_path / names[3]).read_text()
+
+
+def test_training_uses_are_refused_or_told() -> None:
+    with torch.enable_grad():
+        with pytest.raises(Exception, match=r"(?s)dropout.*training mode.*model\.eval\(\)"):
+            run(nn.Sequential(nn.Linear(32, 8), nn.Dropout(0.1)).train())
+        with pytest.raises(Exception, match=r"(?s)input .* \[3, 32\] requires grad.*no_grad"):
+            run(net(), torch.randn(3, 32, requires_grad=True))
+        torch._dynamo.reset()
+        with pytest.warns(UserWarning, match="outputs carry no gradient"):
+            y = run(net())
+        assert not y.requires_grad
+
+
+def test_mode_is_passed_to_inductor() -> None:
+    x = torch.randn(3, 32)
+    model = net()
+    y = torch.compile(model, backend="qcompile", mode="max-autotune-no-cudagraphs")(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(y, torch.compile(model, backend="qcompile")(x), atol=2e-2, rtol=0)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="no-such-mode"):
+        torch.compile(net(), backend="qcompile", mode="no-such-mode")(x)
+
+
+def test_functional_weights_and_plain_functions() -> None:
+    weight, x = nn.Parameter(torch.randn(16, 32)), torch.randn(3, 32)
+
+    def f(x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, weight) + x @ weight.t()
+
+    y = torch.compile(f, backend="qcompile")(x)
+    assert 0 < float((y - f(x)).norm() / f(x).norm()) < 0.02
+
+
+def test_a_weight_that_is_an_input_is_left_alone() -> None:
+    x, w = torch.randn(3, 32), torch.randn(16, 32)
+    y = torch.compile(torch.nn.functional.linear, backend="qcompile")(x, w)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, w))
+
+
+def test_the_entry_point_is_the_backend() -> None:
+    assert torch._dynamo.lookup_backend("qcompile") is backend
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_caches_do_not_outlive_our_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    tags: list[str] = []
+    from qcompile.backends.fx import inductor
+
+    compile_fx = inductor.compile_fx
+
+    def spy(*args: object, **kwargs: object) -> object:
+        tags.append(torch.compiler.config.cache_key_tag)
+        return compile_fx(*args, **kwargs)
+
+    monkeypatch.setattr(inductor, "compile_fx", spy)
+    run(net())
+    torch._dynamo.reset()
+    monkeypatch.setattr(inductor, "_source_hash", lambda: "other sources")
+    run(net())
+    assert tags[0].startswith("qcompile ")
+    assert tags[0] != tags[1]
+    assert torch.compiler.config.cache_key_tag == ""

@@ -1,0 +1,75 @@
+"""free_weights=True: the float weights go, the packs stay, and what still needs them says so."""
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qcompile
+from tests.families import build, tokens
+
+pytestmark = pytest.mark.usefixtures("graphs_only")
+
+
+def live_bytes(dtype: torch.dtype) -> int:
+    """Bytes of all living storages of tensors of that dtype with at least 1024 elements."""
+    gc.collect()
+    storages = {}
+    for o in gc.get_objects():
+        if issubclass(type(o), Tensor) and type(o).__name__ in ("Tensor", "Parameter") and o.dtype is dtype:
+            storage = o.untyped_storage()
+            if o.layout is torch.strided and not o.is_meta and storage.nbytes() >= 1024:
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def freed(model: nn.Module, **options: object) -> nn.Module:
+    return torch.compile(model, backend="qcompile", options={"free_weights": True, **options})
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4-weight", "nf4"])
+def test_memory_drops_to_the_packed_size(recipe: str) -> None:
+    model, ids = build("llama"), tokens(2, 8)
+    torch.manual_seed(0)
+    before = live_bytes(torch.float32)
+    linears = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear) and m.weight.nbytes >= 1024)
+    fast = freed(model, recipe=recipe)
+    first = fast(ids).logits
+    report = qcompile.report(fast)
+    after = live_bytes(torch.float32)
+    # scales are float32 too, and small
+    assert before - after > 0.85 * linears
+    packed = sum(site.bytes_after for site in report.sites if site.weight)
+    assert packed < 0.45 * linears
+    # a second shape compiles again, from the packs alone
+    torch.testing.assert_close(fast(ids[:, :5]).logits, first[:, :5], atol=2e-2, rtol=0)
+    assert live_bytes(torch.float32) <= after + 4096
+    assert torch.equal(fast(ids).logits, first)
+
+
+def test_a_weight_that_is_also_read_in_float_is_kept() -> None:
+    model, ids = build("gpt2"), tokens(2, 8)
+    fast = freed(model)
+    fast(ids)
+    assert model.transformer.wte.weight.isfinite().all()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.transformer.h[0].mlp.c_fc.weight.isnan().all()
+
+
+def test_misuse_gives_nan_or_an_error_that_says_what_to_do() -> None:
+    model, ids = build("llama"), tokens(2, 8)
+    freed(model)(ids)
+    assert model(ids).logits.isnan().all()
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"(?s)WeightError.*was freed by free_weights=True.*load it again"):
+        torch.compile(model, backend="qcompile", options={"recipe": "int8-weight"})(ids)
+
+
+def test_loading_again_brings_the_model_back() -> None:
+    model, ids = build("llama"), tokens(2, 8)
+    fast = freed(model)
+    first = fast(ids).logits
+    model.load_state_dict(build("llama").state_dict(), assign=True)
+    torch.testing.assert_close(fast(ids).logits, first)
+    assert model.model.layers[0].mlp.up_proj.weight.isnan().all()
