@@ -73,7 +73,7 @@ class Binding:
         if not own and op is not Op.EMBEDDING:
             return aliases[0]
         name = (own or aliases)[0]
-        return name.removesuffix(".weight")
+        return "" if name == "weight" else name.removesuffix(".weight")
 
 
 def _has_memory(tensor: Tensor) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from qcompile.errors import PlanError, nearest
+from qcompile.errors import PlanError, QcompileError, nearest
 from qcompile.graph import Graph, V, graph_text
 from qcompile.passes.freeze_weights import freeze_weights
 from qcompile.passes.insert_qdq import insert_qdq
@@ -79,5 +79,8 @@ def plan_for(graph: Graph[V], decide: Recipe | Plan, *, whole: bool = True) -> P
 def _write(graph: Graph[V], folder: str | Path | None, number: int, name: str) -> None:
     if folder is None:
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / f"{number:02d}_{name}.txt").write_text(graph_text(graph) + "\n")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / f"{number:02d}_{name}.txt").write_text(graph_text(graph) + "\n")
+    except OSError as e:
+        raise QcompileError(f"cannot dump to {str(folder)!r}: {e.strerror}; choose a folder you may write to") from e

@@ -138,6 +138,9 @@ def _left_alone(site: Site) -> Decision:
 def _same_weight(a: Site, b: Site) -> bool:
     if a.op is not b.op or a.weight.shape != b.weight.shape or a.weight.is_meta is not b.weight.is_meta:
         return False
+    # a square weight and its transpose
+    if a.weight.stride() != b.weight.stride():
+        return False
     # a view of one parameter is a new tensor each time it is taken
     return a.weight.is_meta or a.weight.data_ptr() == b.weight.data_ptr()
 
@@ -263,7 +266,8 @@ def _require_use(recipe: Recipe, sites: Sequence[Site], used: set[int]) -> None:
 
 def _bound(decision: Decision, parameters: Mapping[str, Tensor]) -> Decision | str:
     """The decision with its qparams on the device of the weight, or what speaks against it."""
-    weight = parameters.get(f"{decision.name}.weight", parameters.get(decision.name))
+    name = f"{decision.name}.weight" if decision.name else "weight"
+    weight = parameters.get(name, parameters.get(decision.name))
     if weight is None:
         names = (name.removesuffix(".weight") for name, p in parameters.items() if p.dim() > 1)
         return f"the model has no {decision.name!r} (nearest: {nearest(decision.name, names)})"

@@ -4,7 +4,7 @@ The graph that comes in is never edited. In the copy, weights are attributes of 
 aten.linear with a weight [N, K], RMSNorm written by hand is one op, and what does nothing is gone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from operator import attrgetter
 from typing import Any
@@ -16,10 +16,11 @@ from torch.export import ExportedProgram
 from qcompile.backends.fx.dynamo import spelled
 from qcompile.backends.fx.graph import FxGraph, free_attribute
 from qcompile.backends.fx.linears import fold_biases, make_linears
-from qcompile.backends.fx.names import Frame, frame_of, in_model, module_path, op_path
+from qcompile.backends.fx.names import Frame, frame_of, in_model, module_path, op_path, root_variable
 from qcompile.backends.fx.norms import make_rms_norms
 from qcompile.backends.fx.targets import CASTS, DROPOUT, argument, aten, is_call, operands, spelling
 from qcompile.backends.fx.values import constant_source, example, fake_constant
+from qcompile.backends.fx.writes import pin_inputs
 from qcompile.graph import Op
 
 # ops whose input number 1 is the weight that gives them their name
@@ -38,9 +39,7 @@ def open_dynamo(gm: fx.GraphModule, constants: Mapping[str, Constant]) -> FxGrap
     """
     known = {node: constants[node.name] for node in gm.graph.nodes if node.name in constants}
     known |= {node: (str(node.target), tensor) for node, tensor in _attributes(gm)}
-    paths = ((module_path(spelled(node)), name) for node, (name, _) in known.items())
-    frame = frame_of((path, name) for path, name in paths if path)
-    return _canonical(_copy(gm, known), frame)
+    return _canonical(_copy(gm, known), _frames([(spelled(node), name) for node, (name, _) in known.items()]))
 
 
 def open_exported(program: ExportedProgram) -> FxGraph:
@@ -50,7 +49,17 @@ def open_exported(program: ExportedProgram) -> FxGraph:
     # a tensor of several names goes by the first of them
     names = {id(tensor): name for name, tensor in (*gm.named_parameters(), *gm.named_buffers())}
     known = {node: (names.get(id(tensor), str(node.target)), tensor) for node, tensor in _attributes(gm)}
-    return _canonical(_copy(gm, known), ("", ""))
+    return _canonical(_copy(gm, known), {"": ("", "")})
+
+
+def _frames(tensors: Sequence[tuple[str, str]]) -> dict[str, Frame]:
+    """For each variable that holds a module, how paths in it relate to qualified names; "" stands for any other.
+
+    tensors: as Dynamo spells them, and their qualified names.
+    """
+    paths = [(root_variable(where), (module_path(where), name)) for where, name in tensors if module_path(where)]
+    frames = {root: frame_of(path for other, path in paths if other == root) for root, _ in paths}
+    return frames | {"": frame_of(path for _, path in paths)}
 
 
 def _attributes(gm: fx.GraphModule) -> list[tuple[fx.Node, Tensor]]:
@@ -111,27 +120,41 @@ def _complete_examples(graph: fx.Graph, constants: Mapping[fx.Node, Tensor]) -> 
             node.meta["example_value"] = node.meta.get("val", fake_constant(tensor, graph))
 
 
-def _canonical(module: fx.GraphModule, frame: Frame) -> FxGraph:
+def _canonical(module: fx.GraphModule, frames: Mapping[str, Frame]) -> FxGraph:
     graph = module.graph
     _drop_inert(graph)
     make_linears(graph)
     fold_biases(graph)
     make_rms_norms(graph)
+    pin_inputs(graph)
     for node in graph.nodes:
         if node.op not in ("placeholder", "get_attr", "output"):
-            node.meta["module_path"] = _name(node, frame)
+            node.meta["module_path"] = _name(node, frames)
     opened = FxGraph(module)
     opened.prune()
     return opened
 
 
-def _name(node: fx.Node, frame: Frame) -> str:
+def _name(node: fx.Node, frames: Mapping[str, Frame]) -> str:
     modules = list((node.meta.get("nn_module_stack") or {}).values())
-    running = in_model(module_path(modules[-1][0]) if modules else "", frame)
+    where = modules[-1][0] if modules else ""
+    running = in_model(module_path(where), frames.get(root_variable(where), frames[""]))
     found = spelling(node)
     weight = operands(node, found)[1] if found is not None and found.op in _NAMED_BY_WEIGHT else None
     source = None if weight is None else constant_source(weight)
-    return op_path(running, None if source is None else source.meta["qualified_name"])
+    if source is None:
+        return op_path(running, None)
+    weight_name = str(source.meta["qualified_name"])
+    name = op_path(running, weight_name)
+    # the module that owns a table is the embedding's name, and a linear of another module takes the weight's
+    owner = weight_name.removesuffix(".weight")
+    borrowed = found is not None and found.op is Op.LINEAR and name == owner != running
+    return weight_name if borrowed and any(_is_embedding(user) for user in source.users) else name
+
+
+def _is_embedding(node: fx.Node) -> bool:
+    found = spelling(node)
+    return found is not None and found.op is Op.EMBEDDING
 
 
 def _drop_inert(graph: fx.Graph) -> None:

@@ -1,7 +1,8 @@
 """What Dynamo tells a backend about its frame: which inputs are parameters, their names, and how it will be used."""
 
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from qcompile.backends.fx.names import module_path
+from qcompile.backends.fx.names import module_path, root_variable
 from qcompile.errors import UnsupportedError
 
 
@@ -26,14 +27,24 @@ def parameters(frame: GraphModule, example_inputs: Sequence[Any]) -> list[Parame
     """The inputs of the frame that are parameters of modules.
 
     The name starts at the module that the frame is a method of, which is not the whole model if the model was
-    compiled in parts.
+    compiled in parts. Where a function runs several modules, parameters of one name start with the modules' variables.
     """
     nodes = frame.graph.find_nodes(op="placeholder")
-    return [
-        Parameter(placeholder=node.name, position=position, name=module_path(spelled(node)) or node.name)
+    found = {
+        node: position
         for position, (node, x) in enumerate(zip(nodes, example_inputs, strict=True))
         if isinstance(x, nn.Parameter)
-    ]
+    }
+    names = _unique({node: module_path(spelled(node)) or node.name for node in found})
+    return [Parameter(placeholder=node.name, position=found[node], name=names[node]) for node in found]
+
+
+def _unique(names: Mapping[Node, str]) -> dict[Node, str]:
+    """The names, those that several parameters have told apart by their variables, or else by their placeholders."""
+    count = Counter(names.values())
+    told = {n: f"{root_variable(spelled(n))}.{name}" if count[name] > 1 else name for n, name in names.items()}
+    count = Counter(told.values())
+    return {n: n.name if count[name] > 1 else name for n, name in told.items()}
 
 
 def spelled(placeholder: Node) -> str:
@@ -83,6 +94,9 @@ def _trains(node: Node) -> str | None:
     """The name of an op that behaves differently in training and does so here, else None."""
     name = getattr(node.target, "__name__", "")
     if node.op != "call_function" or name not in _TRAINING:
+        return None
+    if node.target is nn.functional.batch_norm and node.args[1:3] == (None, None):
+        # without running statistics it takes those of the batch at inference too
         return None
     index, keyword, rate = _TRAINING[name]
     training = node.args[index] if len(node.args) > index else node.kwargs.get(keyword, False)

@@ -10,6 +10,8 @@ _INDEX = re.compile(r"\[(\d+)\]")
 # the variable that holds the outermost module: L['self'], G["model"], L__self__
 _ROOT = re.compile(r"^(?:[LG]\[(['\"]).*?\1\]|L__self__)_*\.?")
 
+_VARIABLE = re.compile(r"^[LG]\[(['\"])(.*?)\1\]")
+
 # what to take off the front of a path in a frame, and what to put there instead
 Frame = tuple[str, str]
 
@@ -20,6 +22,12 @@ def module_path(spelled: str) -> str:
     "L['self'].model.layers.0" and "L['self']._modules['model']._modules['layers'][0]" are "model.layers.0".
     """
     return _ROOT.sub("", _INDEX.sub(r".\1", _DICTIONARY.sub(r".\2", spelled)))
+
+
+def root_variable(spelled: str) -> str:
+    """The variable that holds the outermost module: "a" of "G['a']._modules['fc']"; "" if torch does not say."""
+    match = _VARIABLE.match(spelled)
+    return match[2] if match else ""
 
 
 def frame_of(tensors: Iterable[tuple[str, str]]) -> Frame:

@@ -6,6 +6,8 @@ A new spelling of an op is one line here. What no line names is `Op.OTHER`.
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -101,8 +103,21 @@ def writes_to(node: fx.Node, value: fx.Node) -> bool:
         return True
     if not node.args or node.args[0] is not value:
         return False
+    flag = _inplace_position(target)
+    if node.kwargs.get("inplace") is True or (flag is not None and node.args[flag : flag + 1] == (True,)):
+        return True
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+@cache
+def _inplace_position(target: Any) -> int | None:
+    """Position of the parameter `inplace` of a function, None if it has none."""
+    try:
+        names = list(signature(target).parameters)
+    except (TypeError, ValueError):
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 def _target(node: fx.Node) -> Any:

@@ -170,3 +170,81 @@ def test_caches_do_not_outlive_our_sources(monkeypatch: pytest.MonkeyPatch) -> N
     assert tags[0].startswith("qcompile ")
     assert tags[0] != tags[1]
     assert torch.compiler.config.cache_key_tag == ""
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_batch_norm_without_statistics_is_no_training() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(32, track_running_stats=False), nn.Linear(32, 8)).eval()
+    x = torch.randn(6, 32)
+    torch.testing.assert_close(run(model, x), model(x), atol=0.05, rtol=0)
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_two_models_in_one_function_keep_their_weights() -> None:
+    first, second = nn.Sequential(nn.Linear(32, 32)).eval(), nn.Sequential(nn.Linear(32, 32)).eval()
+    reports: list[Report] = []
+    x = torch.randn(4, 32)
+    options = {"report": reports.append}
+    y = torch.compile(lambda x: second(first(x)), backend="qcompile", options=options)(x)
+    torch.testing.assert_close(y, second(first(x)), atol=0.05, rtol=0)
+    assert [site.name for site in reports[0].quantized] == ["first.0", "second.0"]
+
+
+@pytest.mark.usefixtures("graphs_only")
+@pytest.mark.parametrize("recipe", ["int8", "int8-weight", "fp8"])
+def test_a_linear_on_one_row_without_a_batch(recipe: str) -> None:
+    model, x = nn.Linear(32, 8).eval(), torch.randn(32)
+    torch.testing.assert_close(run(model, x, recipe=recipe), model(x), atol=0.2, rtol=0)
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_a_plan_of_a_bare_linear() -> None:
+    model, x = nn.Linear(32, 8).eval(), torch.randn(5, 32)
+    plan = qcompile.calibrate(model, [x], progress=False)
+    torch.testing.assert_close(run(model, x, plan=plan), model(x), atol=0.1, rtol=0)
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_a_square_weight_read_both_ways_stays_float() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) @ self.fc.weight
+
+    model, x = Net().eval(), torch.randn(5, 16)
+    torch.testing.assert_close(run(model, x), model(x))
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_a_head_that_reads_the_table_itself_is_a_site_of_its_own() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(50, 32)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.table(ids) @ self.table.weight.t()
+
+    model, ids = Net().eval(), torch.arange(6)
+    fast = torch.compile(model, backend="qcompile", options={"recipe": "int8"})
+    torch.testing.assert_close(fast(ids), model(ids), atol=1.0, rtol=0)
+    weights = {site.name: site.weight for site in qcompile.report(fast).sites}
+    assert weights == {"table": None, "table.weight": "int8/channel"}
+    assert set(qcompile.calibrate(model, [ids], progress=False).decisions) == set(weights)
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_a_dump_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Exception, match=r"(?s)cannot dump to .*choose a folder"):
+        run(net(), dump=tmp_path / "file" / "folder")
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_under_vmap() -> None:
+    model, x = net(), torch.randn(3, 4, 32)
+    fast = torch.compile(lambda x: torch.vmap(model)(x), backend="qcompile", options={"recipe": "int8-weight"})
+    torch.testing.assert_close(fast(x), model(x), atol=0.1, rtol=0)

@@ -1,8 +1,8 @@
 """W8A8 on fp8 tensor cores, through `torch._scaled_mm` (cuBLASLt, CUTLASS).
 
 codes: fp8 [..., K], scale float32 [..., 1] or []; weight uint8 [N, K] (the bits of fp8), weight_scale float32
-[N, 1]. A 16-bit result takes both scales inside the matmul; a float32 result takes them after it, because
-row-wise scaling returns 16 bits only.
+[N, 1]. A bfloat16 result takes both scales inside the matmul; others take them after it, in float32, because
+row-wise scaling returns bfloat16 only.
 """
 
 from collections.abc import Mapping
@@ -41,11 +41,11 @@ def _linear_fp8(
     x, w = rows.view(input_format), weight.view(weight_format).t()
     row_scale = scale.expand(*codes.shape[:-1], 1).reshape(-1, 1)
     channel_scale = weight_scale.reshape(1, -1)
-    if dtype is torch.float32:
+    if dtype is not torch.bfloat16:
         one = torch.ones((), device=codes.device)
-        y = torch._scaled_mm(x, w, one, one, out_dtype=dtype) * (row_scale * channel_scale)
+        y = torch._scaled_mm(x, w, one, one, out_dtype=torch.float32) * (row_scale * channel_scale)
     else:
-        y = torch._scaled_mm(x, w, row_scale.contiguous(), channel_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+        y = torch._scaled_mm(x, w, row_scale.contiguous(), channel_scale, out_dtype=dtype, use_fast_accum=True)
     y = y if bias is None else y + bias
     return y.to(dtype).reshape(*codes.shape[:-1], weight.shape[0])
 

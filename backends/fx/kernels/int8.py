@@ -66,7 +66,7 @@ def _linear_int8(
         # through float32, because Inductor's C++ does not vectorize the way through int16
         codes = (codes.float() - OFFSET).to(torch.int8)
     product = torch.ops.qcompile.int_mm(codes.reshape(-1, codes.shape[-1]), weight)
-    product = product.unflatten(0, codes.shape[:-1]) if codes.dim() != 2 else product
+    product = product.reshape(*codes.shape[:-1], weight.shape[0]) if codes.dim() != 2 else product
     if zero is not None:
         product = product - (zero.to(torch.int32) - OFFSET) * weight_sum
     y = product.float() * (scale * weight_scale.squeeze(-1))
