@@ -43,7 +43,7 @@ def report(compiled: Any) -> Report:
     """What became of a compiled model: every site, what runs it, what it cost and what it saved.
 
     compiled: what torch.compile returned, or a model that was compiled in place or in parts, after its first call.
-    Raises UnsupportedError if nothing of it has been compiled with backend "qcompile".
+    Raises UnsupportedError if nothing of it has been compiled with backend "qcompile", or if it is a function.
     """
     model = getattr(compiled, "_orig_mod", compiled)
     names = {id(p): name for name, p in model.named_parameters()} if isinstance(model, nn.Module) else {}
@@ -55,6 +55,11 @@ def report(compiled: Any) -> Report:
         for bound in frame.bounds()
         if bound.reads(names)
     ]
+    if not names:
+        raise UnsupportedError(
+            f"a {type(model).__name__} owns no parameters by which its report could be found: compile it with "
+            "options={'report': function or path}, which gets the report of each compilation"
+        )
     if not found:
         raise UnsupportedError(
             "nothing of this model was compiled by backend 'qcompile' yet: compile it with "

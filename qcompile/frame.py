@@ -17,7 +17,7 @@ from qcompile.backends.fx.graph import FxGraph
 from qcompile.backends.fx.inductor import Compiled, Inductor, structure
 from qcompile.backends.fx.kernels import Kernel, Problem
 from qcompile.backends.fx.lower import Lowered, Target, lower
-from qcompile.backends.fx.packs import Pack, PackMissingError, PackStore, State, freed_error, weight_state
+from qcompile.backends.fx.packs import Pack, PackMissingError, PackStore, Stamp, freed_error, weight_stamp
 from qcompile.binding import require_values
 from qcompile.errors import CoverageError, PlanError
 from qcompile.graph import Op
@@ -39,14 +39,14 @@ class Bound:
     """Compiled code together with what one set of weights gives it.
 
     sources: for each argument of the code, a position among the frame's inputs, or a tensor.
-    parameters: every parameter of the frame: position, identity, and its state if a pack stands for it.
+    parameters: every parameter of the frame: position, identity, and its stamp if its values were quantized.
     weights: the weight of each site.
     freeable: weights whose float values may be given up once the code has run.
     """
 
     code: Compiled
     sources: tuple[int | Tensor, ...]
-    parameters: tuple[tuple[int, "weakref.ref[Tensor]", State | None], ...]
+    parameters: tuple[tuple[int, "weakref.ref[Tensor]", Stamp | None], ...]
     weights: Mapping[str, "weakref.ref[Tensor]"]
     freeable: tuple["weakref.ref[Tensor]", ...]
     report: Report
@@ -54,7 +54,7 @@ class Bound:
     def fits(self, args: Sequence[Any]) -> bool:
         """Whether this was made for the parameters among `args`, and packs from their present values."""
         return all(
-            ref() is args[i] and (state is None or weight_state(args[i]) == state) for i, ref, state in self.parameters
+            ref() is args[i] and (stamp is None or weight_stamp(args[i]) == stamp) for i, ref, stamp in self.parameters
         )
 
     def alive(self) -> bool:
@@ -62,8 +62,8 @@ class Bound:
         return all(ref() is not None for _, ref, _ in self.parameters)
 
     def reads(self, names: Mapping[int, str]) -> bool:
-        """Whether the weight of any site is among those names, by identity."""
-        return any(id(ref()) in names for ref in self.weights.values())
+        """Whether any of its parameters is among those names, by identity."""
+        return any(id(ref()) in names for _, ref, _ in self.parameters)
 
     def named_report(self, names: Mapping[int, str]) -> Report:
         """The report, with sites named as seen from the whole model, for a frame that is only a part of it."""
@@ -192,7 +192,8 @@ class _Quantized:
         self._canonical = {f.site.name: f.site.weight for f in find_sites(graph)} | {
             left.name: left.weight for left in left_over(graph)
         }
-        self._weight_of = {f.site.name: _weight_name(graph, f.value) for f in find_sites(graph)}
+        self._weight_of = {f.site.name: _weight_source(graph, f.value) for f in find_sites(graph)}
+        self._reuse = reuse
         device = next((w.device.type for w in self._weights.values()), "cpu")
         capability = torch.cuda.get_device_capability() if device == "cuda" else None
         target = Target(device=device, capability=capability, small=options.free_weights)
@@ -210,42 +211,63 @@ class _Quantized:
         positions = {id(self._given[name]): (name, slot.position) for name, slot in self._slots.items()}
         found: dict[str, int | Tensor] = {}
         for attribute, tensor in self._graph.constants().items():
-            if id(tensor) not in positions:
-                found[attribute] = tensor
+            if id(tensor) in positions:
+                name, found[attribute] = positions[id(tensor)]
+                self._require_float(name)
+                setattr(self.module, attribute, self._weights[name])
                 continue
-            name, found[attribute] = positions[id(tensor)]
-            if PACKS.freed(self._weights[name]):
-                raise freed_error(name)
+            if tensor.is_meta:
+                self._refuse_shapes_only()
+            found[attribute] = tensor
+        for name in self._quantized() - {self._weight_of[run.site].name for run in self._runs}:
             PACKS.keep_float(self._weights[name])
-            setattr(self.module, attribute, self._weights[name])
         return found
+
+    def _require_float(self, name: str) -> None:
+        if PACKS.freed(self._weights[name]):
+            raise freed_error(name)
+        PACKS.keep_float(self._weights[name])
+
+    def _refuse_shapes_only(self) -> None:
+        """What no kernel packs was quantized from a weight of which only the shape was taken."""
+        if self._reuse:
+            raise PackMissingError
+        raise freed_error(next(name for name, weight in self._weights.items() if PACKS.freed(weight)))
+
+    def _quantized(self) -> set[str]:
+        """The weights of which codes were made."""
+        decided = (d.name for d in self.plan.decisions.values() if d.weight is not None)
+        return {self._weight_of[site].name for site in decided if site in self._weight_of}
 
     def packed(self) -> tuple["weakref.ref[Tensor]", ...]:
         """The weights that packs stand for and that still have float values."""
-        weights = {id(w): w for run in self._runs if not PACKS.freed(w := self._weights[self._weight_of[run.site]])}
+        weights = {id(w): w for run in self._runs if not PACKS.freed(w := self._weight(run.site))}
         return tuple(weakref.ref(weight) for weight in weights.values())
 
-    def parameters(self) -> tuple[tuple[int, "weakref.ref[Tensor]", State | None], ...]:
-        """Position and identity of every parameter, and the state of those that packs stand for."""
-        packed = {self._weight_of[run.site] for run in self._runs}
+    def parameters(self) -> tuple[tuple[int, "weakref.ref[Tensor]", Stamp | None], ...]:
+        """Position and identity of every parameter, and the stamp of those that were quantized."""
+        quantized = self._quantized()
         return tuple(
-            (self._slots[name].position, weakref.ref(weight), weight_state(weight) if name in packed else None)
+            (self._slots[name].position, weakref.ref(weight), weight_stamp(weight) if name in quantized else None)
             for name, weight in self._weights.items()
         )
 
     def weights(self) -> dict[str, "weakref.ref[Tensor]"]:
         """The weight of each site."""
-        return {site: weakref.ref(self._weights[name]) for site, name in self._weight_of.items()}
+        return {site: weakref.ref(self._weight(site)) for site in self._weight_of}
+
+    def _weight(self, site: str) -> Tensor:
+        return self._weights[self._weight_of[site].name]
 
     def report(self) -> Report:
         """Every site and every weight left alone."""
         runs = {run.site: run for run in self._runs}
         # a weight of several sites counts where it is quantized, or else at the first
         ordered = sorted(self.plan.decisions.values(), key=lambda d: d.weight is None)
-        owners = {self._weight_of.get(d.name, d.name): d.name for d in reversed(ordered)}
+        source = {d.name: self._weight_of[d.name].name if d.name in self._weight_of else d.name for d in ordered}
+        owners = {source[d.name]: d.name for d in reversed(ordered)}
         sites = tuple(
-            self._site_report(d, runs.get(d.name), owners[self._weight_of.get(d.name, d.name)])
-            for d in self.plan.decisions.values()
+            self._site_report(d, runs.get(d.name), owners[source[d.name]]) for d in self.plan.decisions.values()
         )
         return Report(recipe=self.plan.recipe.name, device=self._device, sites=sites)
 
@@ -260,7 +282,7 @@ class _Quantized:
             shape=tuple(decision.shape),
             weight=None if decision.weight is None else str(decision.weight),
             input=None if decision.input is None else str(decision.input),
-            kernel="" if run is None else run.kernel,
+            kernel=_kernel(decision, run),
             refused={} if run is None else run.refused,
             snr_db=None if pack is None else pack.snr_db,
             bytes_before=weight.nbytes if owned else 0,
@@ -278,8 +300,8 @@ class _Quantized:
             snr = snr_db(self._canonical[site], dequantize(codes, qparams))
             return Pack(tensors=kernel.pack(codes, qparams, problem.dtype), snr_db=snr)
 
-        key = (f"{decision.weight} {decision.solver} {problem.dtype}", kernel.name)
-        name = self._weight_of[site]
+        name, view = self._weight_of[site].name, self._weight_of[site].view
+        key = (f"{decision.weight} {decision.solver} {problem.dtype} {view}", kernel.name)
         if codes.is_meta and PACKS.freed(self._weights[name]) and not PACKS.has(self._weights[name], key):
             raise freed_error(name)
         self._packs[site] = PACKS.get(self._weights[name], key, make, at_hand=not codes.is_meta)
@@ -315,13 +337,30 @@ def _decide(options: Options, target: Target) -> Recipe | Plan:
     return default_recipe(target.device, target.capability) if options.recipe is None else parse_recipe(options.recipe)
 
 
-def _weight_name(graph: FxGraph, site: Node) -> str:
-    """Qualified name of a site's weight, behind the transposes and reshapes of the graph."""
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """Where a site's weight comes from: a parameter, and how the graph views it."""
+
+    name: str
+    view: str
+
+
+def _weight_source(graph: FxGraph, site: Node) -> _Source:
+    """The parameter behind the transposes and reshapes that a site reads it through."""
     value: Node | None = graph.inputs(site)[1]
+    views = []
     while value is not None and graph.op(value) is not Op.CONSTANT:
+        views.append(f"{value.target}{[a for a in value.args if not isinstance(a, Node)]}")
         value = graph.inputs(value)[0]
     assert value is not None
-    return graph.name(value)
+    return _Source(name=graph.name(value), view=" ".join(views))
+
+
+def _kernel(decision: Decision, run: Lowered | None) -> str:
+    """What runs a site; quantized ops that no kernel takes run as the oracle has it, in plain torch."""
+    if run is not None:
+        return run.kernel
+    return "" if decision.weight is None else "plain torch"
 
 
 def _require_coverage(report: Report, least: float) -> None:

@@ -261,7 +261,10 @@ def _require_use(recipe: Recipe, sites: Sequence[Site], used: set[int]) -> None:
             )
         ops = " or ".join(op.value for op in rule.ops)
         known = nearest(rule.match, about or [site.name for site in sites])
-        raise RecipeError(f"{where} matches no {ops}; nearest sites: {known}. Correct the glob or remove the rule")
+        raise RecipeError(
+            f"{where} matches no {ops}; nearest sites: {known}. Correct the glob, remove the rule, or, if the model is "
+            "compiled in parts, plan for all of it first: qcompile.calibrate(model, batches, recipe)"
+        )
 
 
 def _bound(decision: Decision, parameters: Mapping[str, Tensor]) -> Decision | str:

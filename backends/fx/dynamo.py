@@ -24,7 +24,7 @@ class Parameter:
 
 
 def parameters(frame: GraphModule, example_inputs: Sequence[Any]) -> list[Parameter]:
-    """The inputs of the frame that are parameters of modules.
+    """The inputs of the frame that are parameters of modules, or float matrices that modules keep as buffers.
 
     The name starts at the module that the frame is a method of, which is not the whole model if the model was
     compiled in parts. Where a function runs several modules, parameters of one name start with the modules' variables.
@@ -33,10 +33,16 @@ def parameters(frame: GraphModule, example_inputs: Sequence[Any]) -> list[Parame
     found = {
         node: position
         for position, (node, x) in enumerate(zip(nodes, example_inputs, strict=True))
-        if isinstance(x, nn.Parameter)
+        if isinstance(x, nn.Parameter) or _is_matrix_of_module(node, x)
     }
     names = _unique({node: module_path(spelled(node)) or node.name for node in found})
     return [Parameter(placeholder=node.name, position=found[node], name=names[node]) for node in found]
+
+
+def _is_matrix_of_module(node: Node, x: Any) -> bool:
+    """Whether x is a float matrix that a module keeps as a buffer or plain attribute: it may be a weight too."""
+    kept = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") == "unguarded"
+    return kept and isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 2
 
 
 def _unique(names: Mapping[Node, str]) -> dict[Node, str]:

@@ -11,6 +11,7 @@ from qcompile.errors import WeightError
 
 # of a pack: (spec and solver of the weight, kernel)
 Key = tuple[str, str]
+Stamp = tuple[int, int]
 State = tuple[object, ...]
 
 
@@ -40,14 +41,19 @@ class _Entry:
     packs: dict[Key, Pack] = field(default_factory=dict)
 
 
-def weight_state(weight: Tensor) -> State:
-    """What changes when a weight is moved, replaced in place, or written to."""
+def weight_stamp(weight: Tensor) -> Stamp:
+    """What changes when a weight is moved, given other memory, or written to: its address, and torch's count of writes.
+
+    Writes through `weight.data` are not counted, nor are writes to inference tensors.
+    """
     try:
-        version = weight._version
+        return weight.data_ptr(), weight._version
     except RuntimeError:
-        # inference tensors keep no version counter, and cannot be written to outside inference mode
-        version = -1
-    return weight.device, weight.dtype, weight.shape, weight.data_ptr(), version
+        return weight.data_ptr(), -1
+
+
+def _state(weight: Tensor) -> State:
+    return weight_stamp(weight), weight.device, weight.dtype, weight.shape
 
 
 class PackStore:
@@ -95,19 +101,19 @@ class PackStore:
         nan = torch.full((1,) * weight.dim(), torch.nan, dtype=weight.dtype, device=weight.device)
         weight.data = nan.expand(weight.shape)
         entry.freed = True
-        entry.state = weight_state(weight)
+        entry.state = _state(weight)
 
     def _entry(self, weight: Tensor) -> _Entry | None:
         entry = self._entries.get(id(weight))
         if entry is None or entry.weight() is not weight:
             return None
-        if entry.state != weight_state(weight):
+        if entry.state != _state(weight):
             del self._entries[id(weight)]
             return None
         return entry
 
     def _new_entry(self, weight: Tensor) -> _Entry:
-        entry = _Entry(weight=weakref.ref(weight, self._forget(id(weight))), state=weight_state(weight))
+        entry = _Entry(weight=weakref.ref(weight, self._forget(id(weight))), state=_state(weight))
         self._entries[id(weight)] = entry
         return entry
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
+from qcompile.graph import Op
 from qcompile.recipe import Recipe, Rule
 from qcompile.spec import parse_spec
 from tests.families import build, tokens
@@ -203,3 +204,64 @@ def test_unbound_plan_of_another_model_is_refused(tmp_path: Path) -> None:
     other = nn.Sequential(nn.Linear(8, 4))
     with pytest.raises(Exception, match=r"(?s)PlanError.*knows none of this graph's sites.*another model"):
         torch.compile(other, backend="qcompile", options={"plan": unbound})(torch.randn(3, 8))
+
+
+class Both(nn.Module):
+    """One square matrix, read both ways by modules of different names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(32, 32, bias=False), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.encode(x)) @ self.encode.weight
+
+
+def test_one_weight_in_two_orientations_has_two_packs() -> None:
+    model, x = Both().eval(), torch.randn(4, 32)
+    fast = torch.compile(model, backend="qcompile", options={"recipe": "int8"})
+    assert float((fast(x) - model(x)).norm() / model(x).norm()) < 0.03
+
+
+def test_the_reference_follows_changed_weights_too() -> None:
+    model, x = Stack(2).eval(), torch.randn(3, 32)
+    slow = torch.compile(model, backend="qcompile", options={"lower": False})
+    slow(x)
+    _write(model)
+    assert float((slow(x) - model(x)).norm() / model(x).norm()) < 0.03
+
+
+def test_quantized_embeddings_with_a_tied_head() -> None:
+    model, rules = build("llama"), (Rule(match="*", ops=(Op.LINEAR, Op.EMBEDDING), weight=parse_spec("int8/channel")),)
+    options = {"recipe": Recipe(name="all", rules=rules), "free_weights": True}
+    fast = torch.compile(model, backend="qcompile", options=options)
+    for shape in ((2, 8), (3, 5)):
+        y = fast(tokens(*shape)).logits
+        assert float((y - build("llama")(tokens(*shape)).logits).norm() / y.norm()) < 0.05
+    assert {s.name: s.kernel for s in qcompile.report(fast).sites}["model.embed_tokens"] == "plain torch"
+
+
+def test_a_weight_kept_as_a_buffer_is_quantized_and_reported() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("matrix", torch.randn(16, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, self.matrix)
+
+    model, seen = Net(), []
+    y = torch.compile(model, backend="qcompile", options={"report": seen.append})(torch.ones(2, 32))
+    assert y.shape == (2, 16)
+    assert [(s.name, s.weight) for s in seen[0].sites] == [("matrix", "int8/channel")]
+
+
+def test_reports_of_functions_and_of_models_without_sites() -> None:
+    model = nn.LayerNorm(8)
+    fast = torch.compile(model, backend="qcompile")
+    fast(torch.randn(2, 8))
+    assert qcompile.report(fast).sites == ()
+    run = torch.compile(lambda x: model(x), backend="qcompile")
+    run(torch.randn(2, 8))
+    with pytest.raises(qcompile.QcompileError, match="options={'report'"):
+        qcompile.report(run)
