@@ -263,5 +263,5 @@ def test_reports_of_functions_and_of_models_without_sites() -> None:
     assert qcompile.report(fast).sites == ()
     run = torch.compile(lambda x: model(x), backend="qcompile")
     run(torch.randn(2, 8))
-    with pytest.raises(qcompile.QcompileError, match="options={'report'"):
+    with pytest.raises(qcompile.QcompileError, match=r"options=\{'report'"):
         qcompile.report(run)
