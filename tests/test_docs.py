@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -55,3 +56,10 @@ def test_make_targets_that_are_named_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     text = "".join((ROOT / d).read_text() for d in DOCUMENTS)
     assert set(re.findall(r"\bmake ([a-z-]+)", text)) - {"it"} <= targets
+
+
+def test_measured_tables_are_those_of_the_result_files() -> None:
+    sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+    tables = importlib.import_module("tables").tables()
+    sys.path.pop(0)
+    assert tables in (ROOT / "README.md").read_text(), "stale: run `python examples/benchmarks/tables.py`"

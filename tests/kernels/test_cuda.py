@@ -107,5 +107,5 @@ def test_memory_is_freed(recipe: str) -> None:
         torch.testing.assert_close(fast(x), first, atol=1e-3, rtol=1e-2)
 
 
-def test_every_kernel_is_tested_on_the_gpu() -> None:
-    assert {kernel.name for kernel in KERNELS} == {case[0] for case in CASES} | {"dense"}
+def test_every_kernel_but_those_of_the_cpu_is_tested() -> None:
+    assert {kernel.name for kernel in KERNELS} == {case[0] for case in CASES} | {"dense", "narrow"}

@@ -20,6 +20,8 @@ CASES = [
     ("int8", "int8/channel", "int8/tensor"),
     ("int8", "int8/channel", "int8/token/asym"),
     ("int8", "int8/channel", "int8/tensor/asym"),
+    ("narrow", "int8/channel", None),
+    ("narrow", "int4/g32/asym/bf16", None),
     ("dense", "int4/g32/asym/bf16", None),
     ("packed", "int8/channel", None),
     ("packed", "int4/g32/asym/bf16", None),
@@ -64,7 +66,10 @@ def run(kernel: Kernel, p: Problem, x: Tensor, weight: Tensor, bias: Tensor | No
 def test_kernel_equals_oracle(
     name: str, weight: str, given: str | None, shape: tuple[int, ...], dtype: torch.dtype, with_bias: bool
 ) -> None:
-    N, K = 40, shape[-1]
+    if name == "narrow" and dtype is not torch.bfloat16:
+        assert "float32" in str(BY_NAME[name].why_not(problem(weight, given, 48, shape[-1])))
+        return
+    N, K = 48, shape[-1]
     x, W = torch.randn(shape, dtype=dtype), torch.randn(N, K, dtype=dtype)
     bias = torch.randn(N, dtype=dtype) if with_bias else None
     p = problem(weight, given, N, K, dtype=dtype)
@@ -106,6 +111,10 @@ def test_poisoned_row_stays_in_its_row() -> None:
         ("int8/channel", "int8/token", {}, "int8", None),
         ("int8/channel", None, {}, "dense", "not quantized"),
         ("int4/g32/asym", None, {"small": True}, "packed", "free_weights"),
+        ("int4/g32/asym", None, {"dtype": torch.bfloat16}, "narrow", None),
+        ("int8/channel", None, {"dtype": torch.bfloat16}, "narrow", None),
+        ("int8/channel", None, {"dtype": torch.bfloat16, "device": "cuda"}, "dense", "for the CPU"),
+        ("int4/g32/asym", None, {"dtype": torch.bfloat16, "N": 24}, "dense", "multiple of 16"),
         ("int8/channel", "int8/token", {"K": 133_200}, "dense", "overflow int32"),
         ("int8/channel", "int8/token", {"device": "cuda", "N": 12}, "dense", "divide by 8"),
         ("fp8_e4m3/channel", "fp8_e4m3/token", {}, "dense", "no fp8 matmul"),
@@ -152,6 +161,15 @@ def test_opcheck(dtype: torch.dtype) -> None:
         (ops.linear_int8, (codes, scale, None, q, torch.rand(8, 1), torch.zeros(8, dtype=torch.int32), bias, dtype)),
     ]
     for kernel in KERNELS:
+        if kernel.name == "narrow" and dtype is torch.bfloat16:
+            for text in ("int8/channel", "int4/g32/asym"):
+                wide = W.repeat(2, 1)
+                p = problem(text, None, 16, 64, dtype=dtype)
+                qparams = find_qparams(wide, p.weight)
+                packed = kernel.pack(quantize(wide, qparams), qparams, dtype)
+                checks.append((kernel.op, kernel.arguments(p, (x,), packed, bias.repeat(2))))
+                given = (x, packed["codes"], packed["scale"], packed["dense"])
+                checks.append((ops.narrow_int8, given) if text[3] == "8" else (ops.narrow_int4, (*given, 32)))
         if kernel.name == "packed":
             p = problem("int4/g32/asym", None, 8, 64, dtype=dtype)
             qparams = find_qparams(W, p.weight)

@@ -1,0 +1,77 @@
+"""The measured tables of README.md, made from the result files beside this script.
+
+python examples/benchmarks/tables.py     # writes them into README.md
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parents[1] / "README.md"
+BEGIN, END = "<!-- measured: python examples/benchmarks/tables.py -->\n", "<!-- /measured -->"
+
+
+def result(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
+    return loaded
+
+
+def speed_table() -> str:
+    """Milliseconds of whole models on the CPU."""
+    found = result("cpu_models")
+    machine = found["machine"]
+    lines = [
+        f"CPU: {machine['processor']} ({', '.join(machine['features'])}), {machine['threads']} threads, "
+        f"torch {machine['torch']}; median milliseconds, all candidates under `torch.compile`, in turns "
+        "(`examples/benchmarks/cpu_models.py`).",
+        "",
+        "| model | tokens | fp32 | bf16 | qcompile int8 on the fp32 model | over fp32 |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in found["rows"]:
+        ms, (batch, length) = row["ms"], row["shape"]
+        lines.append(
+            f"| {row['model']} | {batch} x {length} | {ms['fp32']:.1f} | {ms['bf16']:.1f} | {ms['int8']:.1f} "
+            f"| {row['speed_over_fp32']['int8']:.2f}x |"
+        )
+    return "\n".join(lines)
+
+
+def quality_table() -> str:
+    """Perplexity and divergence of a language model under every preset."""
+    found = result("language_quality_cuda")
+    machine, (count, length) = found["machine"], found["windows"]
+    lines = [
+        f"Quality: {found['model']} in {found['dtype'].removeprefix('torch.')}, {count} windows of {length} tokens of "
+        f"WikiText-2, {machine['device']}, torch {machine['torch']} (`examples/benchmarks/language_quality.py`). "
+        f"Perplexity of the float model {found['rows']['float']['perplexity']:.2f}.",
+        "",
+        "| recipe | perplexity | KL to float, nats a token | weights, MB | runs as |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, row in found["rows"].items():
+        if name != "float":
+            before, after = row["weight_bytes"]
+            lines.append(
+                f"| {name} | {row['change']:+.2%} | {row['kl']:.4f} | {before / 1e6:.0f} -> {after / 1e6:.0f} "
+                f"| {', '.join(row['kernels'])} |"
+            )
+    return "\n".join(lines)
+
+
+def tables() -> str:
+    return f"{speed_table()}\n\n{quality_table()}\n"
+
+
+def main() -> None:
+    text = README.read_text()
+    head, rest = text.split(BEGIN)
+    beside = README.with_suffix(".tmp")
+    beside.write_text(f"{head}{BEGIN}{tables()}{END}{rest.split(END)[1]}")
+    os.replace(beside, README)
+
+
+if __name__ == "__main__":
+    main()
