@@ -165,6 +165,7 @@ def _decide(site: Site, number: int | None, recipe: Recipe, stats: Mapping[str, 
         input=input_spec,
         input_qparams=_static_qparams(site, rule, stats) if input_spec is not None and rule.static_input else None,
         solver=rule.solver,
+        reason="" if rule.weight is not None else f"rule {number} quantizes its input only",
     )
 
 

@@ -252,3 +252,9 @@ def test_qparams_that_are_only_shapes_are_equal_to_themselves_alone() -> None:
     a = find_qparams(meta, INT8)
     assert equal_qparams(a, a)
     assert not equal_qparams(a, find_qparams(meta, INT8))
+
+
+def test_a_rule_for_inputs_alone_says_why_the_weight_stays() -> None:
+    decision = make_plan([site("fc")], recipe(Rule(input=TOKEN))).decisions["fc"]
+    assert (decision.weight, decision.input) == (None, TOKEN)
+    assert decision.reason == "rule 1 quantizes its input only"
