@@ -1,7 +1,7 @@
 """One frame of torch.compile: code and packs for whatever weights it is called with."""
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -194,6 +194,7 @@ class _Quantized:
         }
         self._weight_of = {f.site.name: _weight_source(graph, f.value) for f in find_sites(graph)}
         self._reuse = reuse
+        self._notes = tuple(_without_parameter(graph))
         device = next((w.device.type for w in self._weights.values()), "cpu")
         capability = torch.cuda.get_device_capability() if device == "cuda" else None
         target = Target(device=device, capability=capability, small=options.free_weights)
@@ -269,7 +270,7 @@ class _Quantized:
         sites = tuple(
             self._site_report(d, runs.get(d.name), owners[source[d.name]]) for d in self.plan.decisions.values()
         )
-        return Report(recipe=self.plan.recipe.name, device=self._device, sites=sites)
+        return Report(recipe=self.plan.recipe.name, device=self._device, sites=sites, notes=self._notes)
 
     def _site_report(self, decision: Decision, run: Lowered | None, owner: str) -> SiteReport:
         weight = self._canonical[decision.name]
@@ -354,6 +355,15 @@ def _weight_source(graph: FxGraph, site: Node) -> _Source:
         value = graph.inputs(value)[0]
     assert value is not None
     return _Source(name=graph.name(value), view=" ".join(views))
+
+
+def _without_parameter(graph: FxGraph) -> Iterator[str]:
+    """A note for each linear that is no site, because its weight is no parameter."""
+    for value in graph.values():
+        weight = graph.inputs(value)[1] if graph.op(value) is Op.LINEAR else None
+        if weight is not None and graph.constant(weight) is None:
+            name = graph.name(value) or graph.label(value)
+            yield f"{name!r} is left alone: its weight is no parameter, but computed or an input of the graph"
 
 
 def _kernel(decision: Decision, run: Lowered | None) -> str:

@@ -141,10 +141,13 @@ def test_functional_weights_and_plain_functions() -> None:
     assert 0 < float((y - f(x)).norm() / f(x).norm()) < 0.02
 
 
-def test_a_weight_that_is_an_input_is_left_alone() -> None:
+def test_a_weight_that_is_an_input_is_left_alone_and_said_so() -> None:
     x, w = torch.randn(3, 32), torch.randn(16, 32)
-    y = torch.compile(torch.nn.functional.linear, backend="qcompile")(x, w)
+    seen: list[Report] = []
+    y = torch.compile(torch.nn.functional.linear, backend="qcompile", options={"report": seen.append})(x, w)
     torch.testing.assert_close(y, torch.nn.functional.linear(x, w))
+    assert len(seen[0].notes) == 1
+    assert "left alone: its weight is no parameter" in seen[0].notes[0]
 
 
 def test_the_entry_point_is_the_backend() -> None:
