@@ -38,6 +38,8 @@ class Op(Enum):
     ATTENTION = "attention"  # q, k, v
     RESHAPE = "reshape"  # same elements in the same order
     TRANSPOSE = "transpose"
+    SELECT = "select"  # x [..., K], channels int64 [n]: those of the last dimension
+    OUTLIERS = "outliers"  # x [..., K], threshold []: the columns that reach it anywhere, zeros elsewhere
     QUANTIZE = "quantize"  # x
     DEQUANTIZE = "dequantize"  # codes: a QUANTIZE, or a CONSTANT of codes
     OTHER = "other"
@@ -81,6 +83,12 @@ class Graph(Protocol[V]):
 
     def add_constant(self, name: str, tensor: Tensor) -> V:
         """A new constant of that qualified name."""
+
+    def add_op(self, op: Op, inputs: Sequence[V | None], name: str = "") -> V:
+        """A new op of one of the kinds LINEAR, MUL, ADD, SELECT, OUTLIERS, right after the last of its inputs.
+
+        name: its module path.  Raises GraphError for any other kind.
+        """
 
     def add_qdq(self, value: V, qparams: QParams | Spec) -> V:
         """quantize(value) and dequantize of it, inserted right after `value`; returns the dequantized value.

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from qcompile.backends.fx import ops
 from qcompile.backends.fx.targets import (
     CASTS,
+    NEW_CALLS,
     is_call,
     label,
     operands,
@@ -134,6 +135,15 @@ class FxGraph:
             node = graph.get_attr(attribute_name)
         node.meta = {"qualified_name": name, "example_value": fake_constant(tensor, graph)}
         self._edited = True
+        return node
+
+    def add_op(self, op: Op, inputs: Sequence[fx.Node | None], name: str = "") -> fx.Node:
+        if op not in NEW_CALLS:
+            raise GraphError(f"cannot add {op.value!r}; what can be added: {', '.join(o.value for o in NEW_CALLS)}")
+        read = [None if value is None else self._tensor(value) for value in inputs]
+        target, args = NEW_CALLS[op](*read)
+        node = self._call(target, args, after=max(value for value in read if value is not None))
+        node.meta["module_path"] = name
         return node
 
     def add_qdq(self, value: fx.Node, qparams: QParams | Spec) -> fx.Node:

@@ -37,6 +37,12 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_last: bool) -
     return weight * normed.to(x.dtype) if weight_last else (weight * normed).to(x.dtype)
 
 
+def _outliers(x: Tensor, threshold: Tensor) -> Tensor:
+    """Source: LLM.int8 (Dettmers 2022), section 3.2, with a mask in place of indices, whose number depends on data."""
+    reached = (x.abs() >= threshold).reshape(-1, x.shape[-1]).any(0)
+    return torch.where(reached, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
 _SCHEMAS = {
     "quantize(Tensor x, Tensor scale, Tensor? zero, Tensor? levels, str spec) -> Tensor": _quantize,
     "quantize_dynamic(Tensor x, str spec) -> Tensor[]": _quantize_dynamic,
@@ -44,6 +50,7 @@ _SCHEMAS = {
         _dequantize
     ),
     "rms_norm(Tensor x, Tensor? weight, float eps, bool weight_last) -> Tensor": _rms_norm,
+    "outliers(Tensor x, Tensor threshold) -> Tensor": _outliers,
 }
 
 for _schema, _body in _SCHEMAS.items():
@@ -54,3 +61,4 @@ QUANTIZE = torch.ops.qcompile.quantize.default
 QUANTIZE_DYNAMIC = torch.ops.qcompile.quantize_dynamic.default
 DEQUANTIZE = torch.ops.qcompile.dequantize.default
 RMS_NORM = torch.ops.qcompile.rms_norm.default
+OUTLIERS = torch.ops.qcompile.outliers.default

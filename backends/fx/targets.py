@@ -4,7 +4,7 @@ A new spelling of an op is one line here. What no line names is `Op.OTHER`.
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -217,8 +217,21 @@ SPELLINGS: dict[Any, Spelling] = {
         *(torch.t, torch.transpose, torch.permute, torch.swapaxes, torch.swapdims),
         *(aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.mT.default),
     ),
+    **_spell(
+        Op.SELECT, "input dim index", torch.index_select, aten.index_select.default, operands="input index", dim=-1
+    ),
+    **_spell(Op.OUTLIERS, "x threshold", ops.OUTLIERS),
     **_spell(Op.QUANTIZE, "x", ops.QUANTIZE, ops.QUANTIZE_DYNAMIC),
     **_spell(Op.DEQUANTIZE, "codes", ops.DEQUANTIZE),
+}
+
+# how a new op is called, with a place for each of its inputs
+NEW_CALLS: dict[Op, Callable[..., tuple[Any, tuple[Any, ...]]]] = {
+    Op.LINEAR: lambda x, weight, bias=None: (aten.linear.default, (x, weight, bias)),
+    Op.MUL: lambda a, b: (aten.mul.Tensor, (a, b)),
+    Op.ADD: lambda a, b: (aten.add.Tensor, (a, b)),
+    Op.SELECT: lambda x, channels: (aten.index_select.default, (x, -1, channels)),
+    Op.OUTLIERS: lambda x, threshold: (ops.OUTLIERS, (x, threshold)),
 }
 
 # input + mat1 @ mat2 in one call, where mat2 is [K, N]; the door makes a linear of it

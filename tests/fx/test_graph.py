@@ -328,3 +328,31 @@ def test_mlp_quantized_by_hand(assert_text):
     assert_text("fx_mlp_quantized", graph_text(graph))
     error = (result(graph, x) - model(x)).abs().max()
     assert 0 < error < 0.05
+
+
+def test_added_ops_compute_what_they_are_called(graph, model, x):
+    linear = linear_of(graph)
+    source = graph.inputs(linear)[0]
+    channels, threshold = torch.tensor([K - 1, 0]), torch.tensor(2.0)
+    selected = graph.add_op(Op.SELECT, [source, graph.add_constant("fc.channels", channels)])
+    thin = graph.add_constant("fc.thin", model.fc.weight.detach()[:, channels].clone())
+    tail = graph.add_op(Op.LINEAR, [selected, thin, None], "fc.outliers")
+    outliers = graph.add_op(Op.OUTLIERS, [source, graph.add_constant("fc.threshold", threshold)])
+    total = graph.add_op(Op.ADD, [linear, graph.add_op(Op.MUL, [tail, graph.add_constant("two", torch.tensor(2.0))])])
+    graph.replace_uses(linear, total)
+    assert [graph.op(v) for v in (selected, tail, outliers, total)] == [Op.SELECT, Op.LINEAR, Op.OUTLIERS, Op.ADD]
+    assert graph.name(tail) == "fc.outliers"
+    assert graph.shape(tail) == (2, 3, N)
+    _, seen = graph.run([x], [selected, outliers])
+    assert torch.equal(seen[selected], x[..., channels])
+    reached = (x.abs() >= threshold).flatten(0, 1).any(0)
+    assert torch.equal(seen[outliers], x * reached)
+    expected = F.linear(x, model.fc.weight, model.fc.bias) + 2 * F.linear(
+        x[..., channels], model.fc.weight[:, channels]
+    )
+    torch.testing.assert_close(result(graph, x), expected.relu())
+
+
+def test_only_some_kinds_can_be_added(graph):
+    with pytest.raises(GraphError, match="cannot add 'softmax'"):
+        graph.add_op(Op.SOFTMAX, [graph.inputs(linear_of(graph))[0]])
