@@ -4,6 +4,7 @@ from collections import Counter
 
 from qcompile.graph import Graph, Op, V
 from qcompile.numerics import QParams, quantize
+from qcompile.sites import constant_name
 
 
 def freeze_weights(graph: Graph[V]) -> int:
@@ -22,18 +23,9 @@ def freeze_weights(graph: Graph[V]) -> int:
         qparams = graph.qparams(value)
         if source is None or tensor is None or not isinstance(qparams, QParams):
             continue
-        name = f"{_qualified_name(graph, source)}_codes"
+        name = f"{constant_name(graph, source)}_codes"
         names[name] += 1
         unique = name if names[name] == 1 else f"{name}_{names[name]}"
         graph.replace_uses(value, graph.add_constant(unique, quantize(tensor, qparams)))
         edits += 1
     return edits
-
-
-def _qualified_name(graph: Graph[V], value: V) -> str:
-    """Name of the constant that `value` is, or is a view of."""
-    while graph.op(value) is not Op.CONSTANT:
-        source = graph.inputs(value)[0]
-        assert source is not None
-        value = source
-    return graph.name(value)

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from qcompile.errors import GraphError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,3 +22,24 @@ class Fold:
     scale: Tensor = field(hash=False, compare=False)
     into: str = ""
     method: str = ""
+
+
+def rescaled(name: str, tensor: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor:
+    """[N, K] times columns [K], [N, K] or [N] divided by rows [N], rounded once to its own dtype.
+
+    name: for GraphError, which is raised if finite numbers overflow.
+    """
+    # float32 holds the products of shorter floats well enough, in half the memory
+    short = tensor.dtype.itemsize < torch.float32.itemsize
+    wide = tensor.to(torch.float32 if short else torch.float64)
+    if columns is not None and tensor.dim() == 2:
+        wide = wide * columns.to(wide)
+    if rows is not None:
+        wide = wide / rows.to(wide).reshape(-1, *[1] * (tensor.dim() - 1))
+    scaled = wide.to(tensor.dtype)
+    if not tensor.is_meta and bool(tensor.isfinite().all()) and not bool(scaled.isfinite().all()):
+        raise GraphError(
+            f"a fold makes {name!r} overflow {str(tensor.dtype).removeprefix('torch.')}: its largest value would be "
+            f"{float(wide.abs().max()):.3g}; clip the scales of this fold, or leave its sites out"
+        )
+    return scaled

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from qcompile.channels import Channels
 from qcompile.numerics import QParams
 from qcompile.spec import Spec
 
@@ -26,8 +27,8 @@ class Op(Enum):
     MATMUL = "matmul"  # two activations
     CONV = "conv"  # x, weight, bias
     EMBEDDING = "embedding"  # indices, weight [V, D]
-    RMS_NORM = "rms_norm"  # x, weight
-    LAYER_NORM = "layer_norm"  # x, weight, bias
+    RMS_NORM = "rms_norm"  # x [..., K], weight [K]
+    LAYER_NORM = "layer_norm"  # x [..., K], weight [K], bias [K]
     BATCH_NORM = "batch_norm"  # x, weight, bias, mean, variance
     ADD = "add"
     MUL = "mul"
@@ -73,7 +74,17 @@ class Graph(Protocol[V]):
         """What the host calls the op, for messages about ops that are left alone."""
 
     def constant(self, value: V) -> Tensor | None:
-        """The tensor, if it is known before the graph runs (seen through transposes and reshapes), else None."""
+        """The tensor, if it is known before the graph runs, else None.
+
+        Seen through transposes and reshapes, and for vectors through casts, sums and products of constants.
+        """
+
+    def moved(self, value: V, channels: Channels) -> Channels | None:
+        """The channels that `value` carries if its op only moves, repeats, drops or casts elements of its first input.
+
+        channels: those of that input, as in qcompile.channels.  Empty if the op looks at the shape alone; None if it
+        does anything else, or if something writes to the input in place.
+        """
 
     def qparams(self, value: V) -> QParams | Spec:
         """Of a QUANTIZE or DEQUANTIZE: its qparams, or only the spec where they are found while running.
@@ -81,8 +92,11 @@ class Graph(Protocol[V]):
         Raises GraphError for any other op.
         """
 
-    def add_constant(self, name: str, tensor: Tensor) -> V:
-        """A new constant of that qualified name."""
+    def add_constant(self, name: str, tensor: Tensor, like: V | None = None) -> V:
+        """A new constant of that qualified name.
+
+        like: a value whose dtype and device it takes.  Raises GraphError if they are not known.
+        """
 
     def add_op(self, op: Op, inputs: Sequence[V | None], name: str = "") -> V:
         """A new op of one of the kinds LINEAR, MUL, ADD, SELECT, OUTLIERS, right after the last of its inputs.

@@ -61,6 +61,13 @@ def find_sites(graph: Graph[V]) -> list[Found[V]]:
     return found
 
 
+def constant_name(graph: Graph[V], value: V) -> str:
+    """Qualified name of the constant that `value` is, is a view of, or is computed from; the first of several."""
+    while graph.op(value) is not Op.CONSTANT:
+        value = next(v for v in graph.inputs(value) if v is not None)
+    return graph.name(value)
+
+
 def left_over(graph: Graph[V]) -> Iterator[LeftOver]:
     """Float constants of two and more dimensions that no site reads: what a recipe cannot reach."""
     for value in graph.values():

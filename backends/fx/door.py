@@ -19,7 +19,7 @@ from qcompile.backends.fx.linears import fold_biases, make_linears
 from qcompile.backends.fx.names import Frame, frame_of, in_model, module_path, op_path, root_variable
 from qcompile.backends.fx.norms import make_rms_norms
 from qcompile.backends.fx.targets import CASTS, DROPOUT, argument, aten, is_call, operands, spelling
-from qcompile.backends.fx.values import constant_source, example, fake_constant
+from qcompile.backends.fx.values import example, fake_constant, named_source
 from qcompile.backends.fx.writes import pin_inputs
 from qcompile.graph import Op
 
@@ -141,7 +141,7 @@ def _name(node: fx.Node, frames: Mapping[str, Frame]) -> str:
     running = in_model(module_path(where), frames.get(root_variable(where), frames[""]))
     found = spelling(node)
     weight = operands(node, found)[1] if found is not None and found.op in _NAMED_BY_WEIGHT else None
-    source = None if weight is None else constant_source(weight)
+    source = None if weight is None else named_source(weight)
     if source is None:
         return op_path(running, None)
     weight_name = str(source.meta["qualified_name"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.backends.fx import ops
+from qcompile.backends.fx.moves import moved
 from qcompile.backends.fx.targets import (
     CASTS,
     NEW_CALLS,
@@ -29,6 +30,7 @@ from qcompile.backends.fx.values import (
     infer,
     is_constant,
 )
+from qcompile.channels import Channels
 from qcompile.errors import GraphError
 from qcompile.graph import Op, Shape
 from qcompile.numerics import QParams
@@ -122,7 +124,15 @@ class FxGraph:
             return spec
         return QParams(spec=spec, scale=scale, zero=zero, levels=levels, stored=value.meta.get("stored", {}))
 
-    def add_constant(self, name: str, tensor: Tensor) -> fx.Node:
+    def moved(self, value: fx.Node, channels: Channels) -> Channels | None:
+        return moved(value, channels)
+
+    def add_constant(self, name: str, tensor: Tensor, like: fx.Node | None = None) -> fx.Node:
+        if like is not None:
+            known = example(like)
+            if not isinstance(known, Tensor):
+                raise GraphError(f"the dtype of {like.name} ({label(like)}) is not known, which {name!r} should take")
+            tensor = tensor.to(known.device, known.dtype)
         # called after the last part of its name, which is the same for every layer that a frame of Dynamo runs
         attribute_name = free_attribute(name.rpartition(".")[2], lambda taken: hasattr(self._module, taken))
         # how a constant was computed is of no use to it

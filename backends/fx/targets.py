@@ -47,7 +47,15 @@ def spelling(node: fx.Node, table: Mapping[Any, Spelling] | None = None) -> Spel
     # x.view(dtype) reads the bits as other numbers
     if found.op is Op.RESHAPE and any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
         return None
-    return found
+    return None if _normalizes_several(node, found) else found
+
+
+def _normalizes_several(node: fx.Node, spelled: Spelling) -> bool:
+    """True for a norm over more than the last dimension."""
+    if "normalized_shape" not in spelled.parameters:
+        return False
+    shape = argument(node, spelled.parameters.index("normalized_shape"), spelled)
+    return isinstance(shape, list | tuple) and len(shape) != 1
 
 
 def argument(node: fx.Node, position: int, spelled: Spelling) -> Any:
@@ -252,4 +260,22 @@ DROPOUT = {
 CASTS: tuple[Any, ...] = (
     *("to", "float", "half", "bfloat16", "double", "type", "type_as"),
     *(aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default, aten._to_copy.default),
+)
+
+# they copy elements of their first argument to other places, or look at some of them, beside reshapes and transposes
+MOVES: tuple[Any, ...] = (
+    *(operator.getitem, "select", "narrow", "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "movedim"),
+    *("expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "unsafe_chunk", "unsafe_split"),
+    *(torch.select, torch.narrow, torch.split, torch.functional.split, torch.split_with_sizes, torch.chunk),
+    *(torch.tensor_split, torch.unbind, torch.movedim, torch.broadcast_to, torch.repeat_interleave),
+    *(aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.split.Tensor, aten.split_with_sizes.default),
+    *(aten.split.sizes, aten.chunk.default, aten.unbind.int, aten.movedim.int, aten.movedim.intlist),
+    *(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default, aten.repeat.default),
+    aten.repeat_interleave.self_int,
+)
+
+# they read the shape of a tensor and none of its elements
+LOOKS: tuple[Any, ...] = (
+    *("size", "dim", "numel", "stride", ".shape", ".ndim", ".dtype", ".device", torch.numel),
+    *(aten.sym_size.int, aten.sym_size.default, aten.sym_numel.default, aten.sym_stride.int),
 )

@@ -1,5 +1,6 @@
 """What is known of a node before its graph runs: an example of its value, and its constant if it has one."""
 
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -11,6 +12,7 @@ from qcompile.backends.fx.targets import CASTS, argument, is_call, spelling, wri
 from qcompile.graph import Op
 
 _VIEWS = (Op.RESHAPE, Op.TRANSPOSE)
+_ARITHMETIC = (Op.ADD, Op.MUL)
 
 
 def example(node: fx.Node) -> Any:
@@ -74,9 +76,55 @@ def constant_source(node: fx.Node) -> fx.Node | None:
 
 
 def constant(node: fx.Node) -> Tensor | None:
-    """The tensor that `node` always makes, None if it depends on the inputs or is written to."""
+    """The tensor that `node` always makes, None if it depends on the inputs or is written to.
+
+    A vector may be computed, as the 1 + weight of a norm is: by casts, sums and products of other constants.
+    """
     source = constant_source(node)
-    return None if source is None else _through_views(node, source)
+    return _computed(node) if source is None else _through_views(node, source)
+
+
+def named_source(node: fx.Node) -> fx.Node | None:
+    """The get_attr that a constant is, is a view of, or is computed from; the first of several."""
+    source = constant_source(node)
+    while source is None and _computed(node) is not None:
+        node = node.all_input_nodes[0]
+        source = constant_source(node)
+    return source
+
+
+def _computed(node: fx.Node) -> Tensor | None:
+    known = example(node)
+    if not isinstance(known, Tensor) or known.dim() > 1 or not _is_arithmetic(node):
+        return None
+    found = {read: constant(read) for read in node.all_input_nodes}
+    held = {read: tensor for read, tensor in found.items() if tensor is not None}
+    if not held or len(held) < len(found) or any(writes_to(user, node) for user in node.users):
+        return None
+    if any(tensor.is_meta for tensor in held.values()):
+        held = {read: tensor.to("meta") for read, tensor in held.items()}
+    if is_call(node, *CASTS):
+        # where it lies does not matter here
+        return next(iter(held.values())).detach().to(known.dtype)
+    return _called(node, held)
+
+
+def _is_arithmetic(node: fx.Node) -> bool:
+    found = spelling(node)
+    return is_call(node, *CASTS) or (found is not None and found.op in _ARITHMETIC)
+
+
+def _called(node: fx.Node, held: Mapping[fx.Node, Tensor]) -> Tensor:
+    """What the call makes of these tensors in place of the nodes that it reads."""
+    with torch.no_grad():
+        args, kwargs = fx.map_arg((node.args, node.kwargs), held.__getitem__)
+        if node.op == "call_method":
+            result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            assert callable(node.target)
+            result = node.target(*args, **kwargs)
+    assert isinstance(result, Tensor)
+    return result
 
 
 def _viewed(node: fx.Node) -> fx.Node | None:
@@ -104,9 +152,4 @@ def _through_views(node: fx.Node, source: fx.Node) -> Tensor:
     if is_call(node, *CASTS):
         # where it lies does not matter here; a tensor on the meta device could not move
         return tensor
-    with torch.no_grad():
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: tensor)
-        if node.op == "call_method":
-            return getattr(tensor, str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+    return _called(node, {below: tensor})

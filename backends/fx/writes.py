@@ -3,8 +3,9 @@
 from torch import Tensor, fx
 
 from qcompile.backends.fx.linears import LINEAR
-from qcompile.backends.fx.targets import aten, writes_to
+from qcompile.backends.fx.targets import MOVES, aten, is_call, spelling, writes_to
 from qcompile.backends.fx.values import example, fake_mode, infer
+from qcompile.graph import Op
 
 
 def pin_inputs(graph: fx.Graph) -> int:
@@ -27,6 +28,25 @@ def pin_inputs(graph: fx.Graph) -> int:
             if writes_to(node, read):
                 written[_memory(read)] = position
     return count
+
+
+def is_written(value: fx.Node) -> bool:
+    """True if something writes in place to the value, or to what may share its memory."""
+    while _may_be_view(value) and isinstance(value.args[0], fx.Node):
+        value = value.args[0]
+    waiting, seen = [value], set[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        if any(writes_to(user, node) for user in node.users):
+            return True
+        seen.add(node)
+        waiting += [user for user in node.users if user not in seen and _may_be_view(user)]
+    return False
+
+
+def _may_be_view(node: fx.Node) -> bool:
+    found = spelling(node)
+    return bool(node.args) and (is_call(node, *MOVES) or (found is not None and found.op in (Op.RESHAPE, Op.TRANSPOSE)))
 
 
 def _alias(x: fx.Node, reader: fx.Node) -> fx.Node:

@@ -1,0 +1,115 @@
+"""Move per-channel factors of activations into weights: x / scale before linears whose columns are times scale."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from qcompile.channels import tied
+from qcompile.edges import Edge, find_edges, readings
+from qcompile.errors import GraphError
+from qcompile.folds import Fold, rescaled
+from qcompile.graph import Graph, Op, V
+from qcompile.sites import constant_name
+
+K = TypeVar("K")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work(Generic[V]):
+    """What all folds together do to each op: columns times, rows divided by, and what is multiplied while running.
+
+    left: (activation, linears that read it) -> scale, where 1 / scale stays in the graph.
+    """
+
+    columns: dict[V, Tensor] = field(default_factory=dict)
+    rows: dict[V, Tensor] = field(default_factory=dict)
+    left: dict[tuple[V, tuple[V, ...]], Tensor] = field(default_factory=dict)
+
+
+def fold_smooth(graph: Graph[V], folds: Sequence[Fold]) -> int:
+    """Apply each fold to its sites in this graph. Returns how many norms and linears changed, plus multiplications.
+
+    What makes the activation takes 1 / scale if that is legal here (see qcompile.edges) and the fold names all that
+    read it; otherwise one multiplication stays in front of them. Weights are computed from the originals and rounded
+    once, whatever the order of the folds; constants that others share are copied.
+    Raises GraphError for a scale that does not fit, or a weight that overflows.
+    """
+    work = _work(graph, folds)
+    changed = [*dict.fromkeys([*work.columns, *work.rows])]
+    for value in changed:
+        _rescale(graph, value, work.columns.get(value), work.rows.get(value))
+    places = list(_places(graph, work))
+    for value, users, scale in places:
+        factor = graph.add_constant(f"{graph.name(value)}.inverse_scale", 1 / scale, like=value)
+        product = graph.add_op(Op.MUL, [value, factor], graph.name(value))
+        for user in users:
+            graph.set_input(user, 0, product)
+    return len(changed) + len(places)
+
+
+def count_multiplications(graph: Graph[V], folds: Sequence[Fold]) -> int:
+    """How many multiplications `fold_smooth` would leave in the graph; 0 where norms and linears take everything."""
+    return len(list(_places(graph, _work(graph, folds))))
+
+
+def _work(graph: Graph[V], folds: Sequence[Fold]) -> _Work[V]:
+    work: _Work[V] = _Work()
+    edges = find_edges(graph)
+    for fold in folds:
+        for edge in edges:
+            mine = tuple(found.value for found in edge.consumers if found.site.name in fold.sites)
+            if not mine:
+                continue
+            scale = _checked(fold, edge)
+            for value in mine:
+                _times(work.columns, value, scale)
+            if edge.producer is None or len(mine) < len(edge.consumers) or not _is_tied(scale, edge.channels):
+                _times(work.left, (edge.value, mine), scale)
+            else:
+                width = graph.shape(edge.producer)[-1]
+                assert width is not None
+                _times(work.rows, edge.producer, scale.new_ones(width).scatter(0, edge.channels, scale))
+    return work
+
+
+def _checked(fold: Fold, edge: Edge[V]) -> Tensor:
+    """The fold's scale in float64 on the CPU."""
+    scale = fold.scale.detach().to("cpu", torch.float64)
+    width = edge.consumers[0].site.weight.shape[1]
+    if tuple(scale.shape) == (width,) and bool((scale > 0).all()) and bool(scale.isfinite().all()):
+        return scale
+    raise GraphError(
+        f"the fold {fold.method!r} of {', '.join(map(repr, fold.sites))} has a scale {list(scale.shape)} that does not "
+        f"fit: it needs {width} numbers, all positive and finite; make it again from this model's statistics"
+    )
+
+
+def _is_tied(scale: Tensor, channels: Tensor) -> bool:
+    return torch.equal(scale, tied(scale, channels))
+
+
+def _times(factors: dict[K, Tensor], key: K, scale: Tensor) -> None:
+    factors[key] = factors[key] * scale if key in factors else scale
+
+
+def _rescale(graph: Graph[V], value: V, columns: Tensor | None, rows: Tensor | None) -> None:
+    """Give a norm or linear constants of its own, with columns multiplied and rows divided."""
+    x, weight, *bias = graph.inputs(value)[:3]
+    if weight is None and rows is not None:
+        graph.set_input(value, 1, graph.add_constant(f"{graph.name(value)}.weight", 1 / rows, like=x))
+    for index, read in enumerate((weight, *bias), start=1):
+        tensor = None if read is None else graph.constant(read)
+        if read is None or tensor is None or (rows is None and tensor.dim() == 1):
+            continue
+        name = constant_name(graph, read)
+        graph.set_input(value, index, graph.add_constant(name, rescaled(name, tensor.detach(), columns, rows)))
+
+
+def _places(graph: Graph[V], work: _Work[V]) -> Iterator[tuple[V, list[V], Tensor]]:
+    """Where multiplications stay: the value, which of its users read the product, and the scale."""
+    for (value, sites), scale in work.left.items():
+        for place, users in readings(graph, value, sites):
+            yield place, users, scale
