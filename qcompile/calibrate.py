@@ -164,7 +164,7 @@ class _Watch(TorchFunctionMode):
         rows = self._real_rows(name, x)
         if rows.numel() == 0:
             return
-        seen = observe(rows)
+        seen = observe(rows, batch=self._index)
         if not seen.is_finite:
             raise CalibrationError(
                 f"batch {self._index} gives NaN or Inf at the input of {name!r} {list(x.shape)}: "

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from qcompile.binding import Binding
 from qcompile.errors import CalibrationError, PlanError, RecipeError, SpecError, WeightError, nearest
-from qcompile.formats import CodeBook
 from qcompile.graph import Op
 from qcompile.numerics import QParams
-from qcompile.observers import OBSERVERS, Stats
+from qcompile.observers import Stats
+from qcompile.ranges import parse_observer
 from qcompile.recipe import Recipe, Rule
 from qcompile.sites import LeftOver, Site
 from qcompile.solvers import SOLVERS
@@ -180,10 +180,14 @@ def _static_qparams(site: Site, rule: Rule, stats: Mapping[str, Stats]) -> QPara
         )
     if not seen.is_finite:
         raise CalibrationError(
-            f"the input of {site.name!r} held NaN or Inf (range {float(seen.low)} to {float(seen.high)}): "
-            "calibrate with batches for which the float model gives finite values"
+            f"the input of {site.name!r} held NaN or Inf (range {float(seen.low.amin())} to "
+            f"{float(seen.high.amax())}): calibrate with batches for which the float model gives finite values"
         )
-    return OBSERVERS[rule.observer](seen, rule.input)
+    try:
+        return parse_observer(rule.observer)(seen, rule.input)
+    except (CalibrationError, SpecError) as e:
+        e.add_note(f"while finding the range of the input of {site.name!r}")
+        raise
 
 
 def _check_weight(site: Site) -> None:
@@ -229,9 +233,14 @@ def _fitting(spec: Spec, n: int, k: int) -> Spec:
 def _check_methods(recipe: Recipe) -> None:
     for number, rule in enumerate(recipe.rules, start=1):
         where = f"rule {number} ({rule.match!r}) of recipe {recipe.name!r}"
-        for what, name, known in (("solver", rule.solver, SOLVERS), ("observer", rule.observer, OBSERVERS)):
-            if name not in known:
-                raise RecipeError(f"{where} names the unknown {what} {name!r}; nearest: {nearest(name, known)}")
+        if rule.solver not in SOLVERS:
+            raise RecipeError(
+                f"{where} names the unknown solver {rule.solver!r}; nearest: {nearest(rule.solver, SOLVERS)}"
+            )
+        try:
+            parse_observer(rule.observer)
+        except RecipeError as e:
+            raise RecipeError(f"{where}: {e}") from e
         if problem := _input_problem(rule):
             raise RecipeError(f"{where} gives inputs the spec {rule.input}, but {problem}")
 
@@ -243,8 +252,6 @@ def _input_problem(rule: Rule) -> str:
     fmt, tile = rule.input.format, rule.input.granularity
     if tile.rows > 1:
         return f"blocks of several rows are for weights; take groups along K: {fmt.name}/g{tile.columns}"
-    if rule.static_input and isinstance(fmt, CodeBook) and fmt.levels is None:
-        return "learned levels need all the data, and calibration keeps ranges; take a format with fixed levels"
     return ""
 
 

@@ -29,8 +29,8 @@ class Rule:
     input: Spec | None = None
     # how the weight's codes are chosen: a name in qcompile.solvers.SOLVERS
     solver: str = "round"
-    # how a static input range is found: a name in qcompile.observers.OBSERVERS
-    observer: str = "absmax"
+    # how a static input range is found: a name in qcompile.ranges.OBSERVERS, or with a parameter as "percentile/99.9"
+    observer: str = "mse"
 
     def matches(self, site: Site) -> bool:
         """Whether the rule is about this site; an earlier rule may still decide it."""

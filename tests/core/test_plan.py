@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 from qcompile.errors import CalibrationError, PlanError, QcompileError, RecipeError, SpecError, WeightError
 from qcompile.graph import Op
 from qcompile.numerics import QParams, find_qparams
-from qcompile.observers import observe
+from qcompile.observers import Part, observe
 from qcompile.plan import Plan, equal_qparams, make_plan
 from qcompile.recipe import Recipe, Rule
 from qcompile.sites import LeftOver, Site
@@ -87,11 +88,32 @@ def test_different_weights_under_one_name_stay_float(op: Op) -> None:
 def test_a_static_input_gets_qparams_from_its_stats() -> None:
     x = torch.tensor([[1.0] * 64, [-2.0] * 64])
     stats = {"fc": observe(x)}
-    plan = make_plan([site("fc")], recipe(Rule(weight=INT8, input=STATIC)), stats)
+    plan = make_plan([site("fc")], recipe(Rule(weight=INT8, input=STATIC, observer="absmax")), stats)
     found = plan.decisions["fc"].input_qparams
     assert found is not None
     assert found.spec == STATIC
     assert float(found.scale) == float(torch.tensor(2.0) / 127)
+
+
+def test_an_observer_may_take_a_parameter_and_names_the_site_it_cannot_serve() -> None:
+    stats = {"fc": observe(torch.linspace(-1, 1, 64 * 64).reshape(64, 64))}
+    rule = Rule(weight=INT8, input=STATIC, observer="percentile/90")
+    found = make_plan([site("fc")], recipe(rule), stats).decisions["fc"].input_qparams
+    assert found is not None
+    assert float(found.scale) == pytest.approx(0.9 / 127, rel=1e-3)
+    bare = {"fc": observe(torch.ones(1, 64), parts=Part.NONE)}
+    with pytest.raises(CalibrationError, match="histogram") as caught:
+        make_plan([site("fc")], recipe(rule), bare)
+    assert "'fc'" in str(caught.value.__notes__)
+
+
+def test_a_static_input_learns_the_levels_of_a_code_book() -> None:
+    stats = {"fc": observe(torch.linspace(-1, 1, 64 * 64).reshape(64, 64))}
+    rule = Rule(weight=INT8, input=parse_spec("lloyd4/tensor"))
+    found = make_plan([site("fc")], recipe(rule), stats).decisions["fc"].input_qparams
+    assert found is not None
+    # of a uniform distribution the best levels are the middles of equal parts
+    assert_close(found.levels, torch.linspace(-15, 15, 16) / 16, rtol=0, atol=1e-3)
 
 
 def test_planning_changes_no_site_and_gives_the_same_again() -> None:
@@ -178,7 +200,7 @@ def test_groups_of_the_input_must_divide_too() -> None:
         (Rule(solver="msee"), ["rule 1", "unknown solver 'msee'", "'mse'"]),
         (Rule(observer="absmx"), ["rule 1", "unknown observer 'absmx'", "'absmax'"]),
         (Rule(input=parse_spec("int8/b32x32")), ["rule 1", "int8/b32x32", "blocks of several rows", "int8/g32"]),
-        (Rule(input=parse_spec("lloyd4/tensor")), ["rule 1", "lloyd4/tensor", "learned levels", "fixed levels"]),
+        (Rule(observer="percentile/40"), ["rule 1", "percentile/40", "above 50, at most 100", "percentile/99.99"]),
     ],
 )
 def test_a_rule_that_cannot_work_is_refused_before_any_site(rule: Rule, words: list[str]) -> None:

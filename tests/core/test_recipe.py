@@ -42,6 +42,7 @@ def test_toml_gives_the_rules_in_order(tmp_path: Path) -> None:
                 weight=parse_spec("int4/g32/asym"),
                 input=parse_spec("int8/tensor"),
                 solver="mse",
+                observer="absmax",
             ),
         ),
     )
