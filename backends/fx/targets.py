@@ -267,7 +267,7 @@ CASTS: tuple[Any, ...] = (
 MOVES: tuple[Any, ...] = (
     *(operator.getitem, "select", "narrow", "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "movedim"),
     *("expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "unsafe_chunk", "unsafe_split"),
-    *(torch.select, torch.narrow, torch.split, torch.functional.split, torch.split_with_sizes, torch.chunk),
+    *(torch.select, torch.narrow, torch.split, torch.split_with_sizes, torch.chunk),
     *(torch.tensor_split, torch.unbind, torch.movedim, torch.broadcast_to, torch.repeat_interleave),
     *("index_select", torch.index_select, aten.index_select.default, aten.index.Tensor),
     *(aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.split.Tensor, aten.split_with_sizes.default),
@@ -276,8 +276,12 @@ MOVES: tuple[Any, ...] = (
     aten.repeat_interleave.self_int,
 )
 
-# they read the shape of a tensor and none of its elements
+# they read the shape and dtype of a tensor and none of its elements
 LOOKS: tuple[Any, ...] = (
     *("size", "dim", "numel", "stride", ".shape", ".ndim", ".dtype", ".device", torch.numel),
     *(aten.sym_size.int, aten.sym_size.default, aten.sym_numel.default, aten.sym_stride.int),
+    *("new_empty", "new_zeros", "new_ones", "new_full", aten.new_empty.default, aten.new_zeros.default),
+    *(aten.new_ones.default, aten.new_full.default, torch.empty_like, torch.zeros_like, torch.ones_like),
+    *(torch.full_like, aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default),
+    aten.full_like.default,
 )

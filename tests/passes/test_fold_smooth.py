@@ -373,3 +373,22 @@ def test_no_fold_changes_nothing() -> None:
     text = graph_text(graph)
     assert fold_smooth(graph, []) == count_multiplications(graph, []) == 0
     assert graph_text(graph) == text
+
+
+def test_a_norm_in_float32_before_linears_in_bfloat16_takes_the_scale() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.fc = nn.LayerNorm(K, elementwise_affine=False), linear(K, 5).to(torch.bfloat16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.norm(x.float()).to(x.dtype))
+
+    torch.manual_seed(0)
+    model, x = Mixed().eval().requires_grad_(False), torch.randn(2, 5, K).to(torch.bfloat16)
+    graph = dynamo_graph(model, x)
+    before, every = outputs(graph, x), folds(graph, whole=True)
+    assert count_multiplications(graph, every) == 0
+    assert fold_smooth(graph, every) == 2
+    assert constants(graph)["norm.weight"].dtype is torch.float32
+    assert torch.equal(outputs(graph, x)[0], before[0])
