@@ -1,6 +1,6 @@
 """Move per-channel factors of activations into weights: x / scale before linears whose columns are times scale."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from qcompile.channels import tied
 from qcompile.edges import Edge, find_edges, readings
 from qcompile.errors import GraphError
-from qcompile.folds import Fold, rescaled
+from qcompile.folds import Fold, require_finite, rescaled
 from qcompile.graph import Graph, Op, V
 from qcompile.sites import constant_name
 
@@ -41,9 +41,8 @@ def fold_smooth(graph: Graph[V], folds: Sequence[Fold]) -> int:
     changed = [*dict.fromkeys([*work.columns, *work.rows])]
     for value in changed:
         _rescale(graph, value, work.columns.get(value), work.rows.get(value))
-    places = list(_places(graph, work))
-    for value, users, scale in places:
-        factor = graph.add_constant(f"{graph.name(value)}.inverse_scale", 1 / scale, like=value)
+    for name, value, users, scale in (places := _places(graph, work)):
+        factor = _inverse(graph, f"{name}.inverse_scale", scale, value)
         product = graph.add_op(Op.MUL, [value, factor], graph.name(value))
         for user in users:
             graph.set_input(user, 0, product)
@@ -52,7 +51,7 @@ def fold_smooth(graph: Graph[V], folds: Sequence[Fold]) -> int:
 
 def count_multiplications(graph: Graph[V], folds: Sequence[Fold]) -> int:
     """How many multiplications `fold_smooth` would leave in the graph; 0 where norms and linears take everything."""
-    return len(list(_places(graph, _work(graph, folds))))
+    return len(_places(graph, _work(graph, folds)))
 
 
 def _work(graph: Graph[V], folds: Sequence[Fold]) -> _Work[V]:
@@ -66,12 +65,13 @@ def _work(graph: Graph[V], folds: Sequence[Fold]) -> _Work[V]:
             scale = _checked(fold, edge)
             for value in mine:
                 _times(work.columns, value, scale)
-            if edge.producer is None or len(mine) < len(edge.consumers) or not _is_tied(scale, edge.channels):
+            is_legal = len(mine) == len(edge.consumers) and torch.equal(scale, tied(scale, edge.channels))
+            if edge.producer is None or not is_legal:
                 _times(work.left, (edge.value, mine), scale)
-            else:
-                width = graph.shape(edge.producer)[-1]
-                assert width is not None
-                _times(work.rows, edge.producer, scale.new_ones(width).scatter(0, edge.channels, scale))
+                continue
+            width = graph.shape(edge.producer)[-1]
+            assert width is not None
+            _times(work.rows, edge.producer, scale.new_ones(width).scatter(0, edge.channels, scale))
     return work
 
 
@@ -87,10 +87,6 @@ def _checked(fold: Fold, edge: Edge[V]) -> Tensor:
     )
 
 
-def _is_tied(scale: Tensor, channels: Tensor) -> bool:
-    return torch.equal(scale, tied(scale, channels))
-
-
 def _times(factors: dict[K, Tensor], key: K, scale: Tensor) -> None:
     factors[key] = factors[key] * scale if key in factors else scale
 
@@ -99,7 +95,8 @@ def _rescale(graph: Graph[V], value: V, columns: Tensor | None, rows: Tensor | N
     """Give a norm or linear constants of its own, with columns multiplied and rows divided."""
     x, weight, *bias = graph.inputs(value)[:3]
     if weight is None and rows is not None:
-        graph.set_input(value, 1, graph.add_constant(f"{graph.name(value)}.weight", 1 / rows, like=x))
+        assert x is not None
+        graph.set_input(value, 1, _inverse(graph, f"{graph.name(value)}.weight", rows, x))
     for index, read in enumerate((weight, *bias), start=1):
         tensor = None if read is None else graph.constant(read)
         if read is None or tensor is None or (rows is None and tensor.dim() == 1):
@@ -108,8 +105,16 @@ def _rescale(graph: Graph[V], value: V, columns: Tensor | None, rows: Tensor | N
         graph.set_input(value, index, graph.add_constant(name, rescaled(name, tensor.detach(), columns, rows)))
 
 
-def _places(graph: Graph[V], work: _Work[V]) -> Iterator[tuple[V, list[V], Tensor]]:
-    """Where multiplications stay: the value, which of its users read the product, and the scale."""
-    for (value, sites), scale in work.left.items():
-        for place, users in readings(graph, value, sites):
-            yield place, users, scale
+def _inverse(graph: Graph[V], name: str, scale: Tensor, like: V) -> V:
+    """A constant of 1 / scale, to be used beside `like`."""
+    constant = graph.add_constant(name, 1 / scale, like=like)
+    made = graph.constant(constant)
+    assert made is not None
+    require_finite(name, made, 1 / scale)
+    return constant
+
+
+def _places(graph: Graph[V], work: _Work[V]) -> list[tuple[str, V, list[V], Tensor]]:
+    """Where multiplications stay: a site they serve, the value, which of its users read the product, and the scale."""
+    left = [(graph.name(sites[0]), readings(graph, value, sites), scale) for (value, sites), scale in work.left.items()]
+    return [(name, value, users, scale) for name, places, scale in left for value, users in places]

@@ -7,7 +7,7 @@ product, attention in its values, a positively homogeneous activation) by plain 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Generic, Literal
 
 import torch
@@ -20,7 +20,7 @@ from qcompile.sites import Found, find_sites
 _NORMS = (Op.RMS_NORM, Op.LAYER_NORM)
 # inputs whose factors pass to the result while the others stay
 _CARRIERS = {Op.RELU: (0,), Op.MUL: (0, 1), Op.MATMUL: (0, 1), Op.ATTENTION: (2,)}
-# steps up from an activation; products of products could have more ways than time
+# from an activation up; products of products could have more ways than time
 _MOST_WAYS = 1000
 _OBSTACLES = {
     Op.ADD: "a sum whose other terms would not be scaled",
@@ -37,8 +37,8 @@ class Edge(Generic[V]):
     """An activation [..., K], the linears that read it, and what could divide it by a scale [K].
 
     consumers: all linears with a constant weight that read `value`, or a view, slice or cast that keeps its channels.
-    kind, producer: what could make value / scale instead; "none" and None if nothing could.
-    into: name of the producer where `reason` is empty, else "".
+    kind: what makes the value, if scales could go there or `multiply` is left. producer: the value it makes, and
+    into: its name, both only if a fold is legal.
     channels: int64 [K], the producer's channel that each channel comes from; a scale has to be equal where they are.
     multiply: only a multiplication by 1 / scale is left, because the norm is read by others too.
     reason: why no fold is legal; empty if one is.
@@ -56,10 +56,14 @@ class Edge(Generic[V]):
 
 @dataclass(frozen=True, kw_only=True)
 class _Refusal:
-    """shared: a norm stands before the linears, and others read it too."""
+    """Why a way is not legal.
+
+    shared: only because others read the norm before the linears, too. elsewhere: no norm or linear was met on it.
+    """
 
     reason: str
     shared: bool = False
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,21 +154,26 @@ class _Search(Generic[V]):
     def _origin(self, value: V, consumers: Sequence[Found[V]]) -> _Origin[V] | _Refusal:
         """The norm or linear that could take the factor, on the first way to one that is legal; else why none is."""
         refusals: list[_Refusal] = []
-        waiting: list[tuple[V, ...]] = [(value,)]
-        for _ in range(_MOST_WAYS):
-            if not waiting:
-                break
-            path = waiting.pop()
-            op = self._graph.op(path[0])
-            if op is not Op.LINEAR and op not in _NORMS:
-                waiting += [(source, *path) for source in reversed(self._sources(path[0]))]
-                continue
+        for path in islice(self._ways(value), _MOST_WAYS):
             found = self._along(path, consumers)
             if isinstance(found, _Origin):
                 return found
             refusals.append(found)
-        refusals.append(_Refusal(reason=f"{consumers[0].site.name!r} reads what no norm and no linear makes"))
-        return next((refusal for refusal in refusals if refusal.shared), refusals[0])
+        # the best known is told: that a multiplication is left, or what stands after a norm or linear
+        return min(refusals, key=lambda refusal: (not refusal.shared, refusal.elsewhere))
+
+    def _ways(self, value: V) -> Iterator[tuple[V, ...]]:
+        """Ways up from an activation, each to the first norm or linear, or to where nothing can be followed."""
+        waiting: list[tuple[V, ...]] = [(value,)]
+        while waiting:
+            path = waiting.pop()
+            sources = [] if self._is_producer(path[0]) else self._sources(path[0])
+            waiting += [(source, *path) for source in reversed(sources)]
+            if not sources:
+                yield path
+
+    def _is_producer(self, value: V) -> bool:
+        return self._graph.op(value) in (Op.LINEAR, *_NORMS)
 
     def _sources(self, value: V) -> list[V]:
         """The inputs that a factor of `value` might come from; whether it does is seen on the way back."""
@@ -176,10 +185,14 @@ class _Search(Generic[V]):
     def _along(self, path: Sequence[V], consumers: Sequence[Found[V]]) -> _Origin[V] | _Refusal:
         """The way from a norm or linear, path[0], to the activation path[-1], if factors can take it."""
         producer = path[0]
+        if not self._is_producer(producer):
+            return _Refusal(reason=self._elsewhere(path, consumers), elsewhere=True)
         if problem := self._cannot_take(producer):
             return _Refusal(reason=problem)
         carried: list[Channels] = [numbered(*self._rank_and_width(producer))]
         for before, value in pairwise(path):
+            if list(self._graph.inputs(value)).count(before) != 1:
+                return _Refusal(reason=f"{self._named(producer)} is read twice by {self._described(value)}")
             after = _carried(self._graph, before, value, carried[-1])
             if after is None:
                 return _Refusal(reason=self._obstacle(producer, value, consumers))
@@ -223,14 +236,18 @@ class _Search(Generic[V]):
         why = _OBSTACLES.get(op, "which is not homogeneous")
         return f"between {self._named(producer)} and {consumers[0].site.name!r} stands {what}, {why}"
 
+    def _elsewhere(self, path: Sequence[V], consumers: Sequence[Found[V]]) -> str:
+        passed = (*_CARRIERS, Op.RESHAPE, Op.TRANSPOSE)
+        stands = next((v for v in reversed(path) if self._graph.op(v) not in passed), path[0])
+        made = self._described(stands)
+        return f"what {consumers[0].site.name!r} reads comes from {made}, not from a norm or another linear"
+
     def _named(self, value: V) -> str:
         return repr(self._graph.name(value)) if self._graph.name(value) else f"a {self._graph.op(value).value}"
 
     def _others_on(self, path: Sequence[V], carried: Sequence[Channels], channels: Tensor) -> str:
         """Who else sees what would be scaled on the way, before the activation itself; empty if nobody does."""
         for (before, value), numbers in zip(pairwise(path), carried, strict=False):
-            if list(self._graph.inputs(value)).count(before) != 1:
-                return f"{self._named(path[0])} is read twice by {self._graph.label(value)}"
             users = [user for user in self._graph.users(before) if user != value]
             if other := self._reader(before, users, numbers, channels):
                 return f"{self._named(path[0])} is also {other}"

@@ -27,7 +27,7 @@ class Fold:
 def rescaled(name: str, tensor: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor:
     """[N, K] times columns [K], [N, K] or [N] divided by rows [N], rounded once to its own dtype.
 
-    name: for GraphError, which is raised if finite numbers overflow.
+    name: for the error.  Raises GraphError if finite numbers overflow.
     """
     # float32 holds the products of shorter floats well enough, in half the memory
     short = tensor.dtype.itemsize < torch.float32.itemsize
@@ -36,10 +36,21 @@ def rescaled(name: str, tensor: Tensor, columns: Tensor | None, rows: Tensor | N
         wide = wide * columns.to(wide)
     if rows is not None:
         wide = wide / rows.to(wide).reshape(-1, *[1] * (tensor.dim() - 1))
-    scaled = wide.to(tensor.dtype)
-    if not tensor.is_meta and bool(tensor.isfinite().all()) and not bool(scaled.isfinite().all()):
-        raise GraphError(
-            f"a fold makes {name!r} overflow {str(tensor.dtype).removeprefix('torch.')}: its largest value would be "
-            f"{float(wide.abs().max()):.3g}; clip the scales of this fold, or leave its sites out"
-        )
-    return scaled
+    return require_finite(name, wide.to(tensor.dtype), wide)
+
+
+def require_finite(name: str, made: Tensor, wide: Tensor) -> Tensor:
+    """`made`, which is `wide` rounded to a shorter dtype.  Raises GraphError if finite numbers became infinite."""
+    if _is_finite(made) or not _is_finite(wide):
+        return made
+    raise GraphError(
+        f"a fold makes {name!r} overflow {str(made.dtype).removeprefix('torch.')}: its largest value would be "
+        f"{float(wide.abs().max()):.3g}; clip the scale of this fold, or leave its sites out"
+    )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_meta or not tensor.numel():
+        return True
+    low, high = tensor.aminmax()
+    return bool(low.isfinite() and high.isfinite())

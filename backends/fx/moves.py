@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.backends.fx.targets import CASTS, LOOKS, MOVES, aten, is_call, spelling
-from qcompile.backends.fx.values import dtype, example
+from qcompile.backends.fx.values import constant, dtype, example
 from qcompile.backends.fx.writes import is_written
 from qcompile.channels import Channels, reshaped, shrunk
 from qcompile.graph import Op
@@ -63,20 +63,20 @@ def _grown(node: fx.Node, channels: Tensor, before: list[int]) -> list[int]:
 
 
 def _stand_ins(node: fx.Node, source: fx.Node) -> dict[fx.Node, Any] | None:
-    """Numbers for the sizes that the call reads; None if it reads what is not known yet, such as tensors of indices."""
-    found: dict[fx.Node, Any] = {}
-    for read in node.all_input_nodes:
-        known = example(read)
-        if read is source:
-            continue
-        if isinstance(known, Tensor) and is_call(node, *_LIKE):
-            sizes = _sizes(read)
-            found[read] = None if sizes is None else torch.zeros((), dtype=torch.int64, device="cpu").expand(sizes)
-        else:
-            found[read] = _size(known)
-        if found[read] is None:
-            return None
-    return found
+    """Sizes and constant indices for the call; None if it reads anything that is not known yet."""
+    found = {read: _stand_in(node, read) for read in node.all_input_nodes if read is not source}
+    return None if any(value is None for value in found.values()) else found
+
+
+def _stand_in(node: fx.Node, read: fx.Node) -> int | Tensor | None:
+    known = example(read)
+    if not isinstance(known, Tensor):
+        return _size(known)
+    if is_call(node, *_LIKE):
+        sizes = _sizes(read)
+        return None if sizes is None else torch.zeros((), dtype=torch.int64, device="cpu").expand(sizes)
+    index = constant(read)
+    return None if index is None or index.is_meta else index.cpu()
 
 
 def _run(node: fx.Node, read: Mapping[fx.Node, Any]) -> Any:

@@ -216,7 +216,8 @@ SPELLINGS: dict[Any, Spelling] = {
         *(torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze),
         *(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints),
         *(aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default),
-        *(aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default),
+        *(aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default, aten.view_as.default),
+        *(aten.reshape_as.default, aten.lift_fresh_copy.default),
     ),
     **_spell(
         Op.TRANSPOSE,
@@ -266,16 +267,21 @@ CASTS: tuple[Any, ...] = (
 MOVES: tuple[Any, ...] = (
     *(operator.getitem, "select", "narrow", "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "movedim"),
     *("expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "unsafe_chunk", "unsafe_split"),
-    *(torch.select, torch.narrow, torch.split, torch.functional.split, torch.split_with_sizes, torch.chunk),
+    *(torch.select, torch.narrow, torch.split, torch.split_with_sizes, torch.chunk),
     *(torch.tensor_split, torch.unbind, torch.movedim, torch.broadcast_to, torch.repeat_interleave),
+    *("index_select", torch.index_select, aten.index_select.default, aten.index.Tensor),
     *(aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.split.Tensor, aten.split_with_sizes.default),
     *(aten.split.sizes, aten.chunk.default, aten.unbind.int, aten.movedim.int, aten.movedim.intlist),
     *(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default, aten.repeat.default),
     aten.repeat_interleave.self_int,
 )
 
-# they read the shape of a tensor and none of its elements
+# they read the shape and dtype of a tensor and none of its elements
 LOOKS: tuple[Any, ...] = (
     *("size", "dim", "numel", "stride", ".shape", ".ndim", ".dtype", ".device", torch.numel),
     *(aten.sym_size.int, aten.sym_size.default, aten.sym_numel.default, aten.sym_stride.int),
+    *("new_empty", "new_zeros", "new_ones", "new_full", aten.new_empty.default, aten.new_zeros.default),
+    *(aten.new_ones.default, aten.new_full.default, torch.empty_like, torch.zeros_like, torch.ones_like),
+    *(torch.full_like, aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default),
+    aten.full_like.default,
 )
