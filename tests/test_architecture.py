@@ -26,6 +26,7 @@ CORE = (
     "graph",
     "sites",
     "edges",
+    "ways",
     "folds",
     "binding",
     "recipe",
