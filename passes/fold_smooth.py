@@ -12,7 +12,7 @@ from qcompile.edges import Edge, find_edges, readings
 from qcompile.errors import GraphError
 from qcompile.folds import Fold, require_finite, rescaled
 from qcompile.graph import Graph, Op, V
-from qcompile.sites import constant_name
+from qcompile.sites import constant_name, digest
 
 K = TypeVar("K")
 
@@ -97,11 +97,12 @@ def _rescale(graph: Graph[V], value: V, columns: Tensor | None, rows: Tensor | N
     if weight is None and rows is not None:
         assert x is not None
         graph.set_input(value, 1, _inverse(graph, f"{graph.name(value)}.weight", rows, x))
+    factors = [x for scale in (columns, rows) for x in ([0.0] if scale is None else scale.tolist())]
     for index, read in enumerate((weight, *bias), start=1):
         tensor = None if read is None else graph.constant(read)
         if read is None or tensor is None or (rows is None and tensor.dim() == 1):
             continue
-        name = constant_name(graph, read)
+        name = f"{constant_name(graph, read)}.folded_{digest(factors)}"
         graph.set_input(value, index, graph.add_constant(name, rescaled(name, tensor.detach(), columns, rows)))
 
 

@@ -4,15 +4,14 @@ Channels may be numbered anew where nobody sees it: the rows of the linears that
 that read them, with nothing but elementwise ops between. Behind a norm it would take a gather of all channels.
 """
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 
-from qcompile.sites import constant_name
-from qcompile.ways import Way, find_way
 from qcompile.graph import Graph, V
 from qcompile.plan import Plan
+from qcompile.sites import constant_name, digest
+from qcompile.ways import Way, find_way
 
 
 def permute_outliers(graph: Graph[V], plan: Plan, linears: Sequence[V]) -> dict[V, tuple[int, ...]]:
@@ -35,11 +34,6 @@ def permute_outliers(graph: Graph[V], plan: Plan, linears: Sequence[V]) -> dict[
         readers = [value for value in way.consumers if plan.decisions[graph.name(value)].outliers]
         moved |= dict.fromkeys(readers, tuple(range(way.K - len(outliers), way.K)))
     return moved
-
-
-def digest(channels: Sequence[int]) -> str:
-    """A short name for a list of channels, the same everywhere."""
-    return hashlib.sha256(str(list(channels)).encode()).hexdigest()[:8]
 
 
 def _all_quantized(graph: Graph[V], plan: Plan, way: Way[V]) -> bool:

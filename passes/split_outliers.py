@@ -8,9 +8,9 @@ Source: LLM.int8 (Dettmers 2022); with calibrated channels no shape depends on d
 import torch
 
 from qcompile.graph import Graph, Op, V
-from qcompile.passes.permute_outliers import digest, permute_outliers
+from qcompile.passes.permute_outliers import permute_outliers
 from qcompile.plan import Decision, Plan
-from qcompile.sites import constant_name, find_sites, tail_name
+from qcompile.sites import constant_name, digest, find_sites, tail_name
 
 # (what was made, of which value, for which channels or threshold)
 _Made = dict[tuple[str, V, tuple[float, ...]], V]

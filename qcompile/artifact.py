@@ -15,11 +15,14 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from qcompile.errors import PlanError
+from qcompile.folds import Fold
 from qcompile.graph import Op
 from qcompile.numerics import QParams
+from qcompile.outliers import Outliers
 from qcompile.plan import Decision, Plan
 from qcompile.recipe import recipe_from_table, recipe_to_table
 from qcompile.spec import Spec, parse_spec
+from qcompile.verify import Failure
 
 SCHEMA = 1
 _JSON, _TENSORS = "plan.json", "plan.safetensors"
@@ -71,6 +74,25 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Plan:
     return plan if model is None else plan.bind(model)
 
 
+def save_failure(failure: Failure, folder: Path, name: str) -> Path:
+    """Write what shows a broken promise of a pass to a new folder in `folder`; returns it.
+
+    It gets graph.txt, and tensors.safetensors with what the part of the graph reads, made before and makes now.
+    Raises PlanError if it cannot be written.
+    """
+    place = folder / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "graph.txt").write_text(failure.text, encoding="utf-8")
+        held = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in failure.tensors.items()}
+        (place / "tensors.safetensors").write_bytes(serialize(held))
+    except (OSError, SafetensorError) as e:
+        raise PlanError(
+            f"cannot write the failing part to {str(place)!r}: {e}; choose a folder you may write to"
+        ) from e
+    return place
+
+
 def _require_ours(folder: Path) -> None:
     if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
         raise PlanError(f"{str(file)!r} is a file; a plan is saved to a folder, so choose another name")
@@ -102,7 +124,14 @@ def _put(new: Path, folder: Path) -> None:
 def _write(plan: Plan, folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     decisions = [_decision_table(decision, tensors) for decision in plan.decisions.values()]
-    head = {"kind": _KIND, "schema": SCHEMA, "recipe": recipe_to_table(plan.recipe)}
+    head = {
+        "kind": _KIND,
+        "schema": SCHEMA,
+        "recipe": recipe_to_table(plan.recipe),
+        "notes": list(plan.notes),
+        "folds": [_fold_table(fold, number, tensors) for number, fold in enumerate(plan.folds)],
+        "outliers": None if plan.outliers is None else plan.outliers.to_table(),
+    }
     (folder / _JSON).write_text(_json(head, decisions), encoding="utf-8")
     # cloned, because safetensors refuses a tensor that stands under two names
     held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -135,6 +164,15 @@ def _decision_table(decision: Decision, tensors: dict[str, Tensor]) -> dict[str,
     return table
 
 
+def _fold_table(fold: Fold, number: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    tensors[_fold_name(number)] = fold.scale
+    return {"sites": list(fold.sites), "into": fold.into, "method": fold.method}
+
+
+def _fold_name(number: int) -> str:
+    return f"fold.{number}.scale"
+
+
 def _tensors_of(qparams: QParams) -> dict[str, Tensor]:
     parts = {"scale": qparams.scale, "zero": qparams.zero, "levels": qparams.levels}
     stored = {f"stored.{name}": tensor for name, tensor in qparams.stored.items()}
@@ -153,7 +191,19 @@ def _require_schema(data: Any, folder: Path) -> None:
 
 def _plan(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
     decisions = [_decision(table, tensors) for table in data["decisions"]]
-    return Plan(recipe=recipe_from_table(data["recipe"]), decisions={d.name: d for d in decisions})
+    # plans of earlier versions have neither folds nor notes
+    folds = [
+        Fold(sites=tuple(t["sites"]), scale=tensors[_fold_name(number)], into=t["into"], method=t["method"])
+        for number, t in enumerate(data.get("folds", ()))
+    ]
+    outliers = data.get("outliers")
+    return Plan(
+        recipe=recipe_from_table(data["recipe"]),
+        decisions={d.name: d for d in decisions},
+        folds=tuple(folds),
+        notes=tuple(data.get("notes", ())),
+        outliers=None if outliers is None else Outliers.from_table(outliers),
+    )
 
 
 def _decision(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Decision:

@@ -195,11 +195,13 @@ class _Quantized:
         self._prepared: dict[tuple[str, str], Tensor] = {}
         self._weight_of = {f.site.name: weight_source(graph, f.value) for f in find_sites(graph)}
         self._reuse = reuse
-        self._notes = tuple(without_parameter(graph))
+        self._notes = [*without_parameter(graph)]
         device = next((w.device.type for w in self._weights.values()), "cpu")
         capability = torch.cuda.get_device_capability() if device == "cuda" else None
         target = Target(device=device, capability=capability, small=options.free_weights)
         decide = _decide(options, target)
+        if isinstance(decide, Plan):
+            self._notes += [*decide.notes, *pipeline.multiplications(graph, decide)]
         self.plan = pipeline.quantize(graph, decide, whole=is_whole(gm), dump=options.dump, prepared=self._prepared)
         self._packs: dict[str, dict[Key, Pack]] = {}
         self._runs = lower(graph, target, self) if options.lower else []
@@ -249,9 +251,9 @@ class _Quantized:
 
     def parameters(self) -> tuple[tuple[int, "weakref.ref[Tensor]", Stamp | None], ...]:
         """Position and identity of every parameter, and the stamp of those of which something was made."""
-        permuted = any(d.outliers for d in self.plan.decisions.values())
-        # the biases of linears whose channels were numbered anew are copies, too
-        stamped = set(self._weights) if permuted else self._quantized()
+        prepared = bool(self.plan.folds) or any(d.outliers for d in self.plan.decisions.values())
+        # norms that took a factor, and biases of linears whose channels were numbered anew, are copies, too
+        stamped = set(self._weights) if prepared else self._quantized()
         return tuple(
             (self._slots[name].position, weakref.ref(weight), weight_stamp(weight) if name in stamped else None)
             for name, weight in self._weights.items()
@@ -274,7 +276,7 @@ class _Quantized:
         sites = tuple(
             self._site_report(d, runs.get(d.name), owners[source[d.name]]) for d in self.plan.decisions.values()
         )
-        return Report(recipe=self.plan.recipe.name, device=self._device, sites=sites, notes=self._notes)
+        return Report(recipe=self.plan.recipe.name, device=self._device, sites=sites, notes=tuple(self._notes))
 
     def _site_report(self, decision: Decision, run: Lowered | None, owner: str) -> SiteReport:
         weight = self._canonical[decision.name]

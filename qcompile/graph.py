@@ -4,7 +4,7 @@ A host's graph (torch.fx, ONNX) is read and edited in place through `Graph`; not
 stored here. Values are the host's own handles. `Op` names only what quantization must tell apart.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from typing import Any, Protocol, TypeVar
 
@@ -123,15 +123,21 @@ class Graph(Protocol[V]):
         """The graph's result for these inputs, and the tensors seen at `watch`."""
 
 
-def graph_text(graph: Graph[V]) -> str:
-    """The graph as text, a line for each value: number, op, operands, module path, shape. Constants stand inline."""
+def graph_text(graph: Graph[V], part: Collection[V] | None = None) -> str:
+    """The graph as text, a line for each value: number, op, operands, module path, shape. Constants stand inline.
+
+    part: the values to show, all by default; numbers are those of the whole.
+    """
     numbers: dict[V, int] = {}
     lines = []
     for value in graph.values():
         if graph.op(value) is Op.CONSTANT:
             continue
         numbers[value] = len(numbers)
-        lines.append(f"%{numbers[value]} = {_line(graph, value, numbers)}")
+        if part is None or value in part:
+            lines.append(f"%{numbers[value]} = {_line(graph, value, numbers)}")
+    if part is not None:
+        return "\n".join(lines)
     returned = ", ".join(_operand(graph, value, numbers) for value in graph.outputs())
     return "\n".join([*lines, f"return {returned}"])
 

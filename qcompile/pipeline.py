@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qcompile.errors import PlanError, QcompileError, nearest
 from qcompile.graph import Graph, V, graph_text
+from qcompile.passes.fold_smooth import count_multiplications, fold_smooth
 from qcompile.passes.freeze_weights import freeze_weights
 from qcompile.passes.insert_qdq import insert_qdq
 from qcompile.passes.merge_qdq import merge_qdq
@@ -23,11 +24,21 @@ Pass = Callable[[Graph[V]], int]
 def passes(plan: Plan) -> dict[str, Pass[V]]:
     """The passes that apply a plan, by name, in order."""
     return {
+        "fold_smooth": partial(fold_smooth, folds=plan.folds),
         "split_outliers": partial(split_outliers, plan=plan),
         "insert_qdq": partial(insert_qdq, plan=plan),
         "merge_qdq": merge_qdq,
         "freeze_weights": freeze_weights,
     }
+
+
+def multiplications(graph: Graph[V], plan: Plan) -> Iterator[str]:
+    """A note on the multiplications that a plan's folds leave in this graph, if there are any."""
+    if count := count_multiplications(graph, plan.folds):
+        yield (
+            f"{count} multiplications by 1 / scale stay in the graph: others read what the norm before them makes, "
+            "so that it cannot take the scale"
+        )
 
 
 def quantize(

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from qcompile.binding import Binding
 from qcompile.errors import CalibrationError, PlanError, RecipeError, SpecError, WeightError, nearest
+from qcompile.folds import Fold
 from qcompile.graph import Op
 from qcompile.numerics import QParams
 from qcompile.observers import Stats
+from qcompile.outliers import Outliers
 from qcompile.ranges import parse_observer
 from qcompile.recipe import Recipe, Rule
 from qcompile.sites import LeftOver, Site
@@ -62,14 +64,33 @@ class Decision:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What data decided before specs are given to sites.
+
+    folds: in the order in which they were found. outliers: by site, channels that stay in the model's dtype.
+    inputs: by site, the spec of an input where data speaks against the rule's. notes: for the report, a line each.
+    """
+
+    folds: tuple[Fold, ...] = ()
+    outliers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    inputs: Mapping[str, Spec] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Decisions by site name, and the recipe that they follow.
 
+    folds: factors that move between weights before anything is quantized. notes: what calibration has to say.
+    outliers: what it found in the float model's activations; None without calibration.
     binding: names of the parameters of the model that the plan was bound to; no part of the data.
     """
 
     recipe: Recipe
     decisions: Mapping[str, Decision]
+    folds: tuple[Fold, ...] = ()
+    notes: tuple[str, ...] = ()
+    outliers: Outliers | None = None
     binding: Binding | None = field(default=None, compare=False, repr=False)
 
     def bind(self, model: nn.Module) -> "Plan":
@@ -96,17 +117,25 @@ def make_plan(
     stats: Mapping[str, Stats] | None = None,
     left: Iterable[LeftOver] = (),
     *,
+    prepared: Preparation | None = None,
     whole: bool = True,
 ) -> Plan:
     """What each site gets by the first rule that matches it. Pure: nothing is changed, weights are only looked at.
 
-    stats: by site name, for static inputs. left: weights that no site reads; they get a reason.
+    stats: by site name, for static inputs, after what `prepared` says. prepared: what data decided.
+    left: weights that no site reads; they get a reason.
     whole: the sites are all there are. A part of a model need not have a site for every rule.
     Sites of one name and weight (a module called twice) share the decision; of one name and several weights, they
     stay float. Weights on meta are checked by shape only.
     Raises RecipeError, SpecError, WeightError or CalibrationError, each with the site and the remedy.
     """
     _check_methods(recipe)
+    if recipe.prepares and prepared is None:
+        raise CalibrationError(
+            f"recipe {recipe.name!r} smooths or splits, which takes data: make a plan with "
+            "qcompile.calibrate(model, batches, recipe), and compile with options={'plan': plan}"
+        )
+    prepared = prepared or Preparation()
     decisions: dict[str, Decision] = {}
     first: dict[str, Site] = {}
     used: set[int] = set()
@@ -116,7 +145,7 @@ def make_plan(
             used.add(number)
         if site.name not in decisions:
             first[site.name] = site
-            decisions[site.name] = _decide(site, number, recipe, stats or {})
+            decisions[site.name] = _decide(site, number, recipe, stats or {}, prepared)
         elif not _same_weight(first[site.name], site):
             reason = "ops with different weights have this name, and a plan goes by names"
             decisions[site.name] = replace(_left_alone(first[site.name]), reason=reason)
@@ -126,7 +155,7 @@ def make_plan(
         reason = f"read by {weight.reader}, which is not a linear" if weight.reader else "no op read it"
         shape = tuple(weight.weight.shape)
         decisions.setdefault(weight.name, Decision(name=weight.name, op=Op.OTHER, shape=shape, reason=reason))
-    return Plan(recipe=recipe, decisions=decisions)
+    return Plan(recipe=recipe, decisions=decisions, folds=prepared.folds, notes=prepared.notes)
 
 
 def equal_qparams(a: QParams | Spec | None, b: QParams | Spec | None) -> bool:
@@ -159,11 +188,15 @@ def _same_weight(a: Site, b: Site) -> bool:
     return a.weight.is_meta or a.weight.data_ptr() == b.weight.data_ptr()
 
 
-def _decide(site: Site, number: int | None, recipe: Recipe, stats: Mapping[str, Stats]) -> Decision:
+def _decide(
+    site: Site, number: int | None, recipe: Recipe, stats: Mapping[str, Stats], prepared: Preparation
+) -> Decision:
     left_alone = _left_alone(site)
     if number is None:
         return replace(left_alone, reason=f"no rule of recipe {recipe.name!r} matches this {site.op.value}")
     rule = recipe.rules[number - 1]
+    if site.name in prepared.inputs:
+        rule = replace(rule, input=prepared.inputs[site.name])
     # the input of an embedding is indices
     input_spec = rule.input if site.op is Op.LINEAR else None
     if rule.weight is None and input_spec is None:
@@ -179,6 +212,8 @@ def _decide(site: Site, number: int | None, recipe: Recipe, stats: Mapping[str, 
         input=input_spec,
         input_qparams=_static_qparams(site, rule, stats) if input_spec is not None and rule.static_input else None,
         solver=rule.solver,
+        outliers=prepared.outliers.get(site.name, ()),
+        threshold=rule.threshold if input_spec is not None else None,
         reason="" if rule.weight is not None else f"rule {number} quantizes its input only",
     )
 

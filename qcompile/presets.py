@@ -6,6 +6,7 @@ from typing import Any
 
 from qcompile.errors import RecipeError, nearest
 from qcompile.recipe import Recipe, Rule, read_recipe, recipe_from_table
+from qcompile.smooth import Smooth
 from qcompile.spec import parse_spec
 
 # the layer that makes logits, in the models of Hugging Face and others
@@ -14,11 +15,21 @@ _HEAD_SPEC = "int8/channel"
 
 
 def _linears(
-    name: str, weight: str, given: str | None, summary: str, solver: str = "round", *, head: str | None = None
+    name: str,
+    weight: str,
+    given: str | None,
+    summary: str,
+    solver: str = "round",
+    *,
+    head: str | None = None,
+    **more: Any,
 ) -> Recipe:
-    """All linears with these specs; of fewer bits than 8, logits layers keep 8, and `head` as input spec."""
+    """All linears with these specs; of fewer bits than 8, logits layers keep 8, and `head` as input spec.
+
+    more: further fields of the rule.
+    """
     spec = None if given is None else parse_spec(given)
-    rule = Rule(weight=parse_spec(weight), input=spec, solver=solver)
+    rule = Rule(weight=parse_spec(weight), input=spec, solver=solver, **more)
     if parse_spec(weight).format.bits >= parse_spec(_HEAD_SPEC).format.bits:
         return Recipe(name=name, summary=summary, rules=(rule,))
     head_input = None if head is None else parse_spec(head)
@@ -28,9 +39,14 @@ def _linears(
 
 # activations are skewed: a zero point halves their error, and costs one addition after the integer matmul
 _INT8 = "int8/token/asym"
+_STATIC = "int8/tensor/asym"
 _FP8 = "fp8_e4m3/token"
 _MXFP4 = "fp4_e2m1/b32/e8m0"
 _NVFP4 = "fp4_e2m1/b16/fp8_e4m3"
+
+_SMOOTH: dict[str, Any] = {"smooth": Smooth()}
+# one channel in a hundred: the thin float matmul then costs little beside the integer one
+_SPLIT: dict[str, Any] = {"split": 0.01}
 
 # "mse" for 4 bits without zero point under float32 scales: a clipped range gains most there
 PRESETS: dict[str, Recipe] = {
@@ -45,8 +61,40 @@ PRESETS: dict[str, Recipe] = {
         _linears("w4a8", "int4/g128/asym/bf16", _INT8, "4-bit weights in groups of 128, 8-bit inputs", head=_INT8),
         _linears("mxfp4", _MXFP4, _MXFP4, "4-bit floats in blocks of 32 under powers of two (OCP MX)", head=_INT8),
         _linears("nvfp4", _NVFP4, _NVFP4, "4-bit floats in blocks of 16 under 8-bit scales (NVIDIA)", head=_INT8),
-        _linears("int8-static", "int8/channel", "int8/tensor/asym", "8-bit integers, one calibrated scale an input"),
+        _linears(
+            "llm-int8", "int8/channel", "int8/token", "8-bit integers, outliers found while running", threshold=6.0
+        ),
+        _linears("int8-smooth", "int8/channel", _INT8, "int8, outliers smoothed into the weights", **_SMOOTH),
+        _linears("int8-split", "int8/channel", _INT8, "int8, outlier channels in 16 bit", **_SPLIT),
+        _linears("int8-smooth-split", "int8/channel", _INT8, "int8, smoothed and split", **_SMOOTH, **_SPLIT),
+        _linears("int8-static", "int8/channel", _STATIC, "8-bit integers, one calibrated scale an input"),
+        _linears("int8-smooth-static", "int8/channel", _STATIC, "int8-static, outliers smoothed", **_SMOOTH),
+        _linears(
+            "int8-smooth-split-static",
+            "int8/channel",
+            _STATIC,
+            "int8-static, smoothed and split, and where one scale stays poor one for each token",
+            **_SMOOTH,
+            **_SPLIT,
+            rescue=parse_spec(_INT8),
+        ),
         _linears("fp8-static", "fp8_e4m3/channel", "fp8_e4m3/tensor", "8-bit floats, one calibrated scale an input"),
+        _linears(
+            "fp8-smooth-split-static",
+            "fp8_e4m3/channel",
+            "fp8_e4m3/tensor",
+            "fp8-static, smoothed and split where that helps",
+            "mse",
+            **_SMOOTH,
+            **_SPLIT,
+        ),
+        _linears(
+            "fp8-delayed",
+            "fp8_e4m3/channel",
+            "fp8_e4m3/tensor",
+            "fp8-static, scales as training would leave them (delayed scaling)",
+            observer="delayed",
+        ),
     )
 }
 

@@ -1,5 +1,6 @@
 """Recipes: ordered rules that say which sites get which specs. The first rule that matches a site decides."""
 
+import math
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 from qcompile.errors import RecipeError, SpecError, nearest
 from qcompile.graph import Op
 from qcompile.sites import SITE_OPS, Site
+from qcompile.smooth import Smooth, parse_smooth
 from qcompile.spec import ALL, Spec, parse_spec
 
 
@@ -31,6 +33,14 @@ class Rule:
     solver: str = "round"
     # how a static input range is found: a name in qcompile.ranges.OBSERVERS, or with a parameter as "percentile/99.9"
     observer: str = "mse"
+    # how factors of the input's channels move into weights
+    smooth: Smooth | None = None
+    # the largest share of the input's channels that stays in 16 bit
+    split: float | None = None
+    # from which magnitude on a column of the input stays in float, found while running (LLM.int8)
+    threshold: float | None = None
+    # the input spec of sites where the static one loses too much
+    rescue: Spec | None = None
 
     def matches(self, site: Site) -> bool:
         """Whether the rule is about this site; an earlier rule may still decide it."""
@@ -53,7 +63,12 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether the recipe can be followed only after calibration."""
-        return any(rule.static_input for rule in self.rules)
+        return self.prepares or any(rule.static_input for rule in self.rules)
+
+    @property
+    def prepares(self) -> bool:
+        """Whether the graph is changed before it is quantized, as data shows is best."""
+        return any(rule.smooth is not None or rule.split is not None for rule in self.rules)
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -98,6 +113,10 @@ def recipe_to_table(recipe: Recipe) -> dict[str, Any]:
             **({} if rule.input is None else {"input": str(rule.input)}),
             "solver": rule.solver,
             "observer": rule.observer,
+            **({} if rule.smooth is None else {"smooth": str(rule.smooth)}),
+            **({} if rule.split is None else {"split": rule.split}),
+            **({} if rule.threshold is None else {"threshold": rule.threshold}),
+            **({} if rule.rescue is None else {"rescue": str(rule.rescue)}),
         }
         for rule in recipe.rules
     ]
@@ -130,6 +149,18 @@ def _truth(value: Any) -> bool:
     return value
 
 
+def _positive(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise RecipeError(f"takes a number above 0, got {value!r}")
+    return float(value)
+
+
+def _share(value: Any) -> float:
+    if _positive(value) >= 1:
+        raise RecipeError(f"takes a share of the channels, between 0 and 1, got {value!r}")
+    return float(value)
+
+
 def _tables(value: Any) -> list[Mapping[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(v, Mapping) for v in value):
         raise RecipeError(f"takes tables, written [[rules]], got {value!r}")
@@ -151,4 +182,9 @@ _RULE: dict[str, Callable[[Any], Any]] = {
     "input": lambda value: parse_spec(_text(value)),
     "solver": _text,
     "observer": _text,
+    # a number needs no quotes
+    "smooth": lambda value: parse_smooth(str(value) if isinstance(value, float) else _text(value)),
+    "split": _share,
+    "threshold": _positive,
+    "rescue": lambda value: parse_spec(_text(value)),
 }

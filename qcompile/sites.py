@@ -1,6 +1,7 @@
 """Sites: the ops of a graph whose weight and input may be quantized, and the weights that no site reaches."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
@@ -67,6 +68,11 @@ def constant_name(graph: Graph[V], value: V) -> str:
     while graph.op(value) is not Op.CONSTANT:
         value = next(v for v in graph.inputs(value) if v is not None)
     return graph.name(value)
+
+
+def digest(numbers: Sequence[float]) -> str:
+    """A short text for numbers, the same everywhere: it tells apart the constants that passes make of one weight."""
+    return hashlib.sha256(str(list(numbers)).encode()).hexdigest()[:8]
 
 
 def tail_name(site: str) -> str:

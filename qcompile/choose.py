@@ -1,0 +1,183 @@
+"""Choices that data makes for sites that read one activation: scale, channels in 16 bit, and the spec of the input.
+
+All are tried on the rows that calibration kept; what gives the outputs the least error is taken.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qcompile.channels import tied
+from qcompile.formats import Integer
+from qcompile.noise import Probe, Treatment
+from qcompile.numerics import QParams, qparams_of_range
+from qcompile.observers import Stats
+from qcompile.recipe import Rule
+from qcompile.smooth import smooth_scale
+from qcompile.spec import ALL, Spec
+
+# first every second of these, then the neighbours of the best
+STRENGTHS = tuple(i / 20 for i in range(6, 21))
+# dB of a site's output below which a static input is rescued (noise of 2 % of the signal's amplitude), if that gains
+# so much: rows that were not seen fare worse under a scale found beforehand
+RESCUE_DB, RESCUE_GAIN = 34.0, 3.0
+# what is tried is tried often: the error of a mean over so many is a few percent
+ROWS, FEATURES = 128, 512
+# dB that a change must gain, so that noise of the measurement changes nothing
+LEAST_GAIN = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Case:
+    """Sites that read one activation and follow one rule.
+
+    probe: the rows, and the weights of all sites one below the other (see `joined`).  stats: of the activation.
+    columns: float32 [K], largest magnitude of each column of the weights.
+    channels: int64 [K], what must share a scale (see `qcompile.edges`); None if no scale may move.
+    strength: of smoothing, where the rule names none by number.
+    """
+
+    probe: Probe
+    stats: Stats
+    columns: Tensor
+    rule: Rule
+    channels: Tensor | None = None
+    strength: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choice:
+    """What the sites of a case get.
+
+    input: spec; scale: float32 [K] that the activation is divided by, or None; strength: that it came from.
+    outliers: channels that stay in 16 bit, ascending.  snr_db: of the outputs, over all sites.
+    """
+
+    input: Spec | None
+    scale: Tensor | None = None
+    strength: float | None = None
+    outliers: tuple[int, ...] = ()
+    snr_db: float = 0.0
+
+
+def probe_part(weight: Tensor, stats: Stats, *, whole: bool) -> Probe:
+    """A part of a site that is large enough to try choices on; whole: all rows of the weight, which share scales."""
+    step = 1 if whole else -(-len(weight) // FEATURES)
+    # sampled rows stand in the order of their hashes, so that any first ones are a fair sample
+    return Probe(
+        weight=weight.detach()[::step].float(),
+        rows=stats.sample.rows[:ROWS].to(weight.device),
+        counts=stats.sample.counts[:ROWS].double().to(weight.device),
+    )
+
+
+def joined(probes: Sequence[Probe]) -> Probe:
+    """One probe for sites with the same rows, in which each site's output counts the same.
+
+    A weight is divided by its output's root mean square, which no scale of a channel or token sees.
+    """
+    parts = [probe.weight / (probe.signal / probe.counts.sum().item()) ** 0.5 for probe in probes if probe.signal > 0]
+    weight = torch.cat(parts) if parts else probes[0].weight
+    return Probe(weight=weight, rows=probes[0].rows, counts=probes[0].counts)
+
+
+def choose(case: Case) -> Choice:
+    """The choice of least error; a static input that stays poor gets the rule's `rescue`."""
+    best = _best(case, case.rule.input)
+    if not case.rule.static_input or case.rule.rescue is None or best.snr_db >= RESCUE_DB:
+        return best
+    rescued = _best(case, case.rule.rescue)
+    return rescued if rescued.snr_db > best.snr_db + RESCUE_GAIN else best
+
+
+def prepared_stats(stats: Stats, choice: Choice) -> Stats:
+    """The stats of what is quantized after the choice: divided by the scale, without the channels in 16 bit."""
+    stats = stats if choice.scale is None else stats.divided(choice.scale)
+    return stats.without(_indices(choice.outliers, stats)) if choice.outliers else stats
+
+
+def _best(case: Case, spec: Spec | None) -> Choice:
+    """The choice under one input spec."""
+    plain = _split(case, Choice(input=spec))
+    if case.rule.smooth is None or case.channels is None:
+        return plain
+    strength = case.rule.smooth.strength if case.strength is None else case.strength
+    if not isinstance(strength, str):
+        return _split(case, _smoothed(case, spec, strength))
+    tried = {s: _split(case, _smoothed(case, spec, s)) for s in STRENGTHS[::2]}
+    middle = STRENGTHS.index(max(tried, key=lambda s: tried[s].snr_db))
+    around = STRENGTHS[max(0, middle - 1) : middle + 2]
+    tried |= {s: _split(case, _smoothed(case, spec, s)) for s in around if s not in tried}
+    best = max(tried.values(), key=lambda choice: choice.snr_db)
+    return best if best.snr_db > plain.snr_db + LEAST_GAIN else plain
+
+
+def _smoothed(case: Case, spec: Spec | None, strength: float) -> Choice:
+    assert case.rule.smooth is not None
+    assert case.channels is not None
+    # the least scale that all channels from one row can share: by the largest of each side
+    activation = tied(case.stats.amax, case.channels)
+    columns = case.columns
+    scale = smooth_scale(
+        activation,
+        tied(columns, case.channels).to(activation.device),
+        strength,
+        powers_of_two=case.rule.smooth.powers_of_two,
+    )
+    return Choice(input=spec, scale=scale, strength=strength)
+
+
+def _split(case: Case, choice: Choice) -> Choice:
+    """The choice with the channels that are worth 16 bit, and its signal-to-noise ratio."""
+    whole = replace(choice, snr_db=_snr_db(case, choice))
+    if case.rule.split is None:
+        return whole
+    split = [replace(choice, outliers=outliers) for outliers in _candidates(case, choice)]
+    tried = [replace(one, snr_db=_snr_db(case, one)) for one in split]
+    best = max(tried, key=lambda one: one.snr_db, default=whole)
+    return best if best.snr_db > whole.snr_db + LEAST_GAIN else whole
+
+
+def _candidates(case: Case, choice: Choice) -> Iterator[tuple[int, ...]]:
+    """As many channels as the rule allows: the largest, or for floats those that carry the most of the output.
+
+    An integer's step grows with the largest channel; a float's error follows each number's own magnitude.
+    """
+    assert case.rule.split is not None
+    amax = case.stats.amax if choice.scale is None else case.stats.amax / choice.scale
+    count = max(1, int(case.rule.split * len(amax)))
+    if count >= len(amax):
+        return
+    columns = case.probe.weight.double().square().sum(0).to(amax.device)
+    # a scale cancels out: what it takes from the activation it gives to the weight
+    energy = case.stats.squares * columns
+    spec = choice.input or case.rule.weight
+    metrics = [amax.double(), energy] if spec is not None and isinstance(spec.format, Integer) else [energy]
+    for metric in metrics:
+        yield tuple(sorted(metric.topk(count).indices.tolist()))
+
+
+def _snr_db(case: Case, choice: Choice) -> float:
+    """Of the outputs, in dB; a static input has its whole range, which is found at once and serves to compare."""
+    given: Spec | QParams | None = choice.input
+    if choice.input is not None and choice.input.granularity.rows == ALL:
+        given = _whole_range(case, choice, choice.input)
+    treatment = Treatment(
+        weight=case.rule.weight, input=given, solver=case.rule.solver, channels=tuple(choice.outliers)
+    )
+    probe = case.probe if choice.scale is None else case.probe.scaled(choice.scale.to(case.probe.weight.device))
+    return probe.after(treatment)
+
+
+def _whole_range(case: Case, choice: Choice, spec: Spec) -> QParams:
+    low, high = case.stats.low, case.stats.high
+    if choice.scale is not None:
+        low, high = low / choice.scale, high / choice.scale
+    outliers = _indices(choice.outliers, case.stats)
+    return qparams_of_range(low.index_fill(0, outliers, 0.0).amin(), high.index_fill(0, outliers, 0.0).amax(), spec)
+
+
+def _indices(channels: tuple[int, ...], stats: Stats) -> Tensor:
+    return torch.tensor(channels, dtype=torch.int64, device=stats.low.device)

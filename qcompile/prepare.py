@@ -1,0 +1,226 @@
+"""What data decides before specs are given: outliers are looked for, and folds and splits chosen, tried and checked."""
+
+import logging
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from qcompile.artifact import save_failure
+from qcompile.backends.fx.capture import Captured, capture
+from qcompile.backends.fx.graph import FxGraph
+from qcompile.choose import Case, Choice, choose, joined, prepared_stats, probe_part
+from qcompile.edges import Edge, find_edges
+from qcompile.folds import Fold
+from qcompile.noise import shares_rows
+from qcompile.observers import Stats
+from qcompile.outliers import Group, Outliers, find_outliers
+from qcompile.passes.detect_outliers import outlier_groups
+from qcompile.passes.fold_smooth import fold_smooth
+from qcompile.passes.split_outliers import split_outliers
+from qcompile.plan import Decision, Plan, Preparation
+from qcompile.recipe import Recipe, Rule
+from qcompile.sites import Found, find_sites
+from qcompile.smooth import MODEL, strength_of
+from qcompile.spec import Spec
+from qcompile.verify import check, failing_part, run_graph
+from qcompile.watch import Seen, evaluating, first_rows, run_batch
+
+_LOG = logging.getLogger(__name__)
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """decided: for the plan. stats: by site, of what is quantized after it. outliers: of the float model.
+
+    groups: the activations with their stats before, in the order of the graphs.
+    """
+
+    decided: Preparation
+    stats: Mapping[str, Stats]
+    groups: Sequence[Group]
+
+    @property
+    def outliers(self) -> Outliers:
+        """Of the float model."""
+        return find_outliers(self.groups)
+
+
+def prepare(model: nn.Module, seen: Seen, recipe: Recipe, *, failures: str | Path | None = None) -> Prepared:
+    """Look for outliers, and for a recipe that asks for it, choose folds and splits and check them on the graph.
+
+    failures: see `qcompile.calibrate`.  Raises what torch raises if the model cannot be traced.
+    """
+    with evaluating(model):
+        graphs = capture(model, lambda compiled: run_batch(compiled, first_rows(seen.example), 0))
+        found = [_Preparing(captured, seen, recipe, _name(model), failures) for captured in graphs]
+    if recipe.prepares:
+        for one in found:
+            one.decide()
+            one.verify()
+    stats = dict(seen.stats)
+    for one in found:
+        stats |= one.stats
+    decided = Preparation(
+        folds=tuple(fold for one in found for fold in one.folds),
+        outliers={name: channels for one in found for name, channels in one.split.items()},
+        inputs={name: spec for one in found for name, spec in one.inputs.items()},
+        notes=tuple(note for one in found for note in one.notes),
+    )
+    return Prepared(decided=decided, stats=stats, groups=[group for one in found for group in one.groups])
+
+
+class _Preparing:
+    """One graph of the model, and what has been decided for it so far."""
+
+    def __init__(self, captured: Captured, seen: Seen, recipe: Recipe, model: str, failures: str | Path | None) -> None:
+        self.folds: list[Fold] = []
+        self.split: dict[str, tuple[int, ...]] = {}
+        self.inputs: dict[str, Spec] = {}
+        self.stats: dict[str, Stats] = {}
+        self.notes: list[str] = []
+        self.groups = list(outlier_groups(captured.open(), seen.stats))
+        self._captured, self._seen, self._recipe = captured, seen, recipe
+        self._model, self._failures = model, failures
+        self._choices: dict[str, Choice] = {}
+
+    def decide(self) -> None:
+        """Choose for each activation, last ones first: a fold behind changes rows of the weights before it."""
+        graph = self._captured.open()
+        for edge in reversed(find_edges(graph)):
+            by_rule = self._by_rule(edge)
+            # a scale serves all that read the activation: it is sought where they agree on how
+            may_scale = (not edge.reason or edge.multiply) and len(by_rule) == 1
+            for rule, members in by_rule.items():
+                self._decide(graph, edge, rule, members, may_scale=may_scale)
+
+    def _by_rule(self, edge: Edge[Node]) -> dict[Rule, list[Found[Node]]]:
+        """The edge's sites that are quantized and of which data was seen, by the rule that decides them."""
+        found: dict[Rule, list[Found[Node]]] = {}
+        for member in edge.consumers:
+            rule = next((rule for rule in self._recipe.rules if rule.matches(member.site)), None)
+            wanted = rule is not None and rule.input is not None and (rule.smooth is not None or rule.split is not None)
+            if rule is not None and wanted and member.site.name in self._seen.stats:
+                found.setdefault(rule, []).append(member)
+        return found
+
+    def _decide(
+        self, graph: FxGraph, edge: Edge[Node], rule: Rule, members: Sequence[Found[Node]], *, may_scale: bool
+    ) -> None:
+        stats = self._seen.stats[members[0].site.name]
+        weights = [found.site.weight for found in _current(graph, members)]
+        choice = choose(
+            Case(
+                probe=joined([probe_part(w, stats, whole=shares_rows(rule.weight)) for w in weights]),
+                stats=stats,
+                columns=torch.stack([w.detach().float().abs().amax(0) for w in weights]).amax(0),
+                rule=rule,
+                channels=edge.channels if may_scale else None,
+                strength=self._strength(rule),
+            )
+        )
+        names = tuple(member.site.name for member in members)
+        if choice.scale is not None:
+            method = f"smooth alpha={choice.strength:.2f}"
+            readers = tuple(found.site.name for found in edge.consumers)
+            fold = Fold(sites=readers, scale=choice.scale, into=edge.into, method=method)
+            fold_smooth(graph, [fold])
+            self.folds.append(fold)
+        self._take(names, stats, choice, rule)
+
+    def _take(self, names: Sequence[str], stats: Stats, choice: Choice, rule: Rule) -> None:
+        self._choices |= dict.fromkeys(names, choice)
+        self.stats |= dict.fromkeys(names, prepared_stats(stats, choice))
+        if choice.outliers:
+            self.split |= dict.fromkeys(names, choice.outliers)
+        if choice.input is not None and choice.input != rule.input:
+            self.inputs |= dict.fromkeys(names, choice.input)
+
+    def _strength(self, rule: Rule) -> float | None:
+        known = rule.smooth is not None and rule.smooth.strength == MODEL
+        return strength_of(self._model) if known else None
+
+    @cached_property
+    def _reference(self) -> Any:
+        """What the graph gives before anything is changed."""
+        return run_graph(self._captured.open(), self._captured.args)
+
+    def verify(self) -> None:
+        """Undo what does not leave the graph's outputs as they were."""
+        broken = self._checked("fold_smooth", fold_smooth, self.folds, lambda fold: fold.sites)
+        self.folds = [fold for fold in self.folds if fold not in broken]
+        for fold in broken:
+            # without its scale, what was chosen with it does not hold either
+            self._forget(fold.sites)
+        self._checked_split()
+
+    def _checked_split(self) -> None:
+        sites = {name: site for name, site in self._seen.sites.items() if name in self.split}
+        decisions = [
+            Decision(name=name, op=site.op, shape=tuple(site.weight.shape), outliers=self.split[name])
+            for name, site in sites.items()
+        ]
+
+        def run(graph: FxGraph, chosen: Sequence[Decision]) -> int:
+            fold_smooth(graph, self.folds)
+            return split_outliers(graph, Plan(recipe=self._recipe, decisions={d.name: d for d in chosen}))
+
+        for decision in self._checked("split_outliers", run, decisions, lambda decision: (decision.name,)):
+            self._forget((decision.name,))
+
+    def _forget(self, sites: Sequence[str]) -> None:
+        for name in sites:
+            self.split.pop(name, None)
+            self.inputs.pop(name, None)
+            self.stats[name] = self._seen.stats[name]
+
+    def _checked(
+        self,
+        name: str,
+        run: Callable[[FxGraph, Sequence[Item]], int],
+        items: Sequence[Item],
+        sites_of: Callable[[Item], Sequence[str]],
+    ) -> list[Item]:
+        """The items with which the pass changes the outputs; they are saved, and noted."""
+        if not items:
+            return []
+        checked = check(self._captured.open, run, items, self._captured.args, self._reference)
+        for item, distance in checked.broken:
+            sites = sites_of(item)
+            failure = failing_part(self._captured.open, partial(run_one, run, item), sites, self._captured.args)
+            folder = save_failure(failure, self._folder(), f"{name}-{sites[0]}")
+            note = (
+                f"pass {name} changed the model's outputs at {', '.join(sites)} ({distance:.3g} times what rounding "
+                f"may do) and was undone there; the part of the graph and its inputs are in {str(folder)!r}"
+            )
+            _LOG.warning(note)
+            self.notes.append(note)
+        return [item for item, _ in checked.broken]
+
+    def _folder(self) -> Path:
+        if self._failures is None:
+            self._failures = tempfile.mkdtemp(prefix="qcompile-failures-")
+        return Path(self._failures)
+
+
+def _current(graph: FxGraph, members: Sequence[Found[Node]]) -> list[Found[Node]]:
+    """The same sites with their weights as they are now."""
+    now = {found.value: found for found in find_sites(graph)}
+    return [now[member.value] for member in members]
+
+
+def run_one(run: Callable[[FxGraph, Sequence[Item]], int], item: Item, graph: FxGraph) -> int:
+    """The pass with this item alone."""
+    return run(graph, [item])
+
+
+def _name(model: nn.Module) -> str:
+    """What people call a model: where it was loaded from, or its class."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)

@@ -1,0 +1,307 @@
+"""Watching: run the float model on data, see its sites, and keep what a plan needs to know of their inputs.
+
+It watches function calls of eager torch and knows weights by identity, so it sees `F.linear`, functional uses and
+GPT-2's Conv1D alike, and the same linears that a compiler finds in the model's graph.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from qcompile.binding import Binding, require_values
+from qcompile.errors import CalibrationError
+from qcompile.graph import Op
+from qcompile.observers import Part, Stats, merge, observe
+from qcompile.sites import LeftOver, Site
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Seen:
+    """What running a model on data showed.
+
+    sites: by name. stats: of their inputs, by name; sites that always read one activation share them.
+    left: weights that no site reads. batches: how many ran. example: the first of them.
+    """
+
+    sites: Mapping[str, Site]
+    stats: Mapping[str, Stats]
+    left: Sequence[LeftOver]
+    batches: int
+    example: Any
+
+
+def watch(model: nn.Module, batches: Iterable[Any], parts: Part, *, progress: bool = True) -> Seen:
+    """Run the model on batches and see its sites.
+
+    batches, progress: see `qcompile.calibrate`.  parts: the histograms to keep of each activation.
+    The model runs in eval mode without gradients; its training flags are as before afterwards.
+    Raises CalibrationError for batches of a wrong type, or if an activation is NaN or Inf; WeightError if a parameter
+    has no values.
+    """
+    if isinstance(batches, Mapping | Tensor | str):
+        raise CalibrationError(
+            f"batches is one {type(batches).__name__}, not a collection of batches: write calibrate(model, [batch])"
+        )
+    for name, parameter in model.named_parameters():
+        require_values(name, parameter)
+    watching = _Watch(Binding(model), parts)
+    example, count = None, 0
+    with evaluating(model), torch.no_grad():
+        for count, batch in enumerate(_shown(batches) if progress else batches, start=1):
+            example = batch if count == 1 else example
+            watching.start(count - 1, _mask(batch))
+            with watching:
+                run_batch(model, batch, count - 1)
+    return Seen(sites=watching.sites, stats=watching.stats(), left=watching.left_over(), batches=count, example=example)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Spelling:
+    """How a function is an op with a weight: positions and keywords of its input and its weight."""
+
+    op: Op
+    x: tuple[int, str]
+    weight: tuple[int, str]
+    # the weight comes as [K, N]
+    transposed: bool = False
+
+
+_LINEAR = _Spelling(op=Op.LINEAR, x=(0, "input"), weight=(1, "weight"))
+_MATMUL = _Spelling(op=Op.LINEAR, x=(0, "input"), weight=(1, "other"), transposed=True)
+_MM = _Spelling(op=Op.LINEAR, x=(0, "input"), weight=(1, "mat2"), transposed=True)
+_ADDMM = _Spelling(op=Op.LINEAR, x=(1, "mat1"), weight=(2, "mat2"), transposed=True)
+_EMBEDDING = _Spelling(op=Op.EMBEDDING, x=(0, "input"), weight=(1, "weight"))
+
+_SPELLINGS: dict[Callable[..., Any], _Spelling] = {
+    torch.nn.functional.linear: _LINEAR,
+    torch.matmul: _MATMUL,
+    torch.Tensor.matmul: _MATMUL,
+    torch.Tensor.__matmul__: _MATMUL,
+    torch.mm: _MM,
+    torch.Tensor.mm: _MM,
+    torch.addmm: _ADDMM,
+    torch.Tensor.addmm: _ADDMM,
+    torch.nn.functional.embedding: _EMBEDDING,
+}
+
+
+class _Watch(TorchFunctionMode):
+    """Sees every function call of a model: sites and stats by name, and who else read a parameter."""
+
+    def __init__(self, binding: Binding, parts: Part) -> None:
+        super().__init__()
+        self.sites: dict[str, Site] = {}
+        self._binding = binding
+        self._parts = parts
+        self._readers: dict[str, str] = {}
+        # of each activation: its version, and the site that read it first
+        self._first: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        # stats of what a site read first, and for each site the sites that read its inputs first
+        self._seen: dict[str, Stats] = {}
+        self._shared: dict[str, dict[str, None]] = {}
+        self._index = 0
+        self._mask: Tensor | None = None
+        self._said_unmasked = False
+
+    def start(self, index: int, mask: Tensor | None) -> None:
+        """The next batch has this number and this mask of real tokens, bool [B, T]."""
+        self._index, self._mask = index, mask
+
+    def left_over(self) -> list[LeftOver]:
+        """Float parameters of two and more dimensions that no site reads, with who read them."""
+        read = {id(self._binding.parameter_of(site.weight)) for site in self.sites.values()}
+        left: dict[int, LeftOver] = {}
+        for name, parameter in self._binding.parameters.items():
+            if parameter.dim() < 2 or not parameter.is_floating_point() or id(parameter) in read:
+                continue
+            found = LeftOver(name=name, weight=parameter, reader=self._readers.get(name, ""))
+            left.setdefault(id(parameter), found)
+        return list(left.values())
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # first, so that shapes that do not fit are the model's error
+        result = func(*args, **kwargs)
+        spelling = _SPELLINGS.get(func)
+        if spelling is None or not self._site(spelling, args, kwargs):
+            self._reader(func, (*args, *kwargs.values()), result)
+        return result
+
+    def _site(self, spelling: _Spelling, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Note the site that this call is; False if it is none."""
+        x, weight = _argument(spelling.x, args, kwargs), _argument(spelling.weight, args, kwargs)
+        if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or weight.dim() != 2:
+            return False
+        parameter = self._binding.parameter_of(weight)
+        name = self._binding.site_name(weight, spelling.op)
+        if parameter is None or name is None or parameter.numel() != weight.numel():
+            return False
+        if name not in self.sites:
+            weight = weight.t() if spelling.transposed else weight
+            group = list(self.sites).index(first) if (first := self._reader_of(x)) in self.sites else len(self.sites)
+            self.sites[name] = Site(name=name, op=spelling.op, weight=weight.detach(), group=group)
+        if spelling.op is Op.LINEAR:
+            first = self._reader_of(x)
+            self._shared.setdefault(name, {})[first or name] = None
+            if first is None:
+                self._first[x] = (_version(x), name)
+                self._observe(name, x)
+        return True
+
+    def stats(self) -> dict[str, Stats]:
+        """Of each site's input; sites that always read the same share one object."""
+        found: dict[tuple[str, ...], Stats] = {}
+        by_site = {}
+        for name, first in self._shared.items():
+            kept = tuple(f for f in first if f in self._seen)
+            if kept:
+                found.setdefault(kept, reduce(merge, (self._seen[f] for f in kept)))
+                by_site[name] = found[kept]
+        return by_site
+
+    def _reader_of(self, x: Tensor) -> str | None:
+        """The site that read this activation first, None if none did since it was last written to."""
+        version, name = self._first.get(x, (None, None))
+        return name if version == _version(x) else None
+
+    def _observe(self, name: str, x: Tensor) -> None:
+        rows = self._real_rows(name, x)
+        if rows.numel() == 0:
+            return
+        seen = observe(rows, batch=self._index, parts=self._parts)
+        if not seen.is_finite:
+            raise CalibrationError(
+                f"batch {self._index} gives NaN or Inf at the input of {name!r} {list(x.shape)}: "
+                "check the batch and the float model's weights, or leave the batch out"
+            )
+        self._seen[name] = merge(self._seen[name], seen) if name in self._seen else seen
+
+    def _real_rows(self, name: str, x: Tensor) -> Tensor:
+        """The rows of x that are no padding, [rows, K]; all of them where the mask does not fit."""
+        rows, mask = x.detach().reshape(-1, x.shape[-1]), self._mask
+        if mask is None or bool(mask.all()):
+            return rows
+        if x.shape[:-1] in (mask.shape, (mask.numel(),)):
+            return rows[mask.flatten().to(rows.device)]
+        # one row a sequence, as poolers have: nothing of it is padding
+        if x.shape[:-1] != mask.shape[:1] and not self._said_unmasked:
+            self._said_unmasked = True
+            _LOG.warning(
+                "the input of %r %s has not the attention_mask's shape %s: padding is counted there",
+                name,
+                list(x.shape),
+                list(mask.shape),
+            )
+        return rows
+
+    def _reader(self, func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
+        """Note which parameters this call reads, unless it only looks at one or views it whole."""
+        if not any(isinstance(r, Tensor) for r in _flat([result])):
+            return
+        for tensor in _flat(args):
+            parameter = self._binding.parameter_of(tensor) if isinstance(tensor, Tensor) else None
+            if parameter is None or (isinstance(result, Tensor) and self._views_whole(result, parameter)):
+                continue
+            for name in self._binding.name_of(parameter):
+                self._readers.setdefault(name, _function_name(func))
+
+    def _views_whole(self, result: Tensor, parameter: Tensor) -> bool:
+        return result.numel() == parameter.numel() and self._binding.parameter_of(result) is parameter
+
+
+def _argument(where: tuple[int, str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    position, keyword = where
+    return args[position] if position < len(args) else kwargs.get(keyword)
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _function_name(func: Callable[..., Any]) -> str:
+    """As a graph calls it: "transformers::grouped_mm_fallback" for a custom op, else the function's own name."""
+    operator = getattr(func, "_qualified_op_name", None) or getattr(getattr(func, "_schema", None), "name", None)
+    return str(operator or getattr(func, "__name__", func))
+
+
+def _mask(batch: Any) -> Tensor | None:
+    """bool [B, T], True for a real token, if the batch says so."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def run_batch(model: Callable[..., Any], batch: Any, index: int) -> Any:
+    """What the model gives for a batch.  Raises CalibrationError for a batch of a wrong type; index: for messages."""
+    if not isinstance(batch, Mapping | tuple | list | Tensor):
+        raise CalibrationError(
+            f"batch {index} is {type(batch).__name__}, not a dict of keyword arguments, a tuple of positional ones, "
+            "or a tensor"
+        )
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(batch) if isinstance(batch, Tensor) else model(*batch)
+    except Exception as error:
+        error.add_note(f"while qcompile.calibrate ran batch {index} through {type(model).__name__}")
+        raise
+
+
+def first_rows(batch: Any, count: int = 2) -> Any:
+    """The first rows of a batch [B, ...] whose tensors all have B rows; any other batch as it is."""
+    values = list(batch.values()) if isinstance(batch, Mapping) else batch
+    tensors = [x for x in (values if isinstance(values, list | tuple) else [values]) if isinstance(x, Tensor)]
+    sizes = {x.shape[0] if x.dim() else 0 for x in tensors}
+    if len(sizes) != 1 or not all(x.dim() > 1 for x in tensors):
+        return batch
+
+    def first(x: Any) -> Any:
+        return x[:count] if isinstance(x, Tensor) else x
+
+    if isinstance(batch, Mapping):
+        return {name: first(x) for name, x in batch.items()}
+    return first(batch) if isinstance(batch, Tensor) else tuple(first(x) for x in batch)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; its training flags are as before afterwards."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _shown(batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches, behind a progress bar if someone watches and `rich` is at hand."""
+    if not sys.stderr.isatty():
+        return batches
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return batches
+    return track(batches, description="calibrate", console=Console(stderr=True), transient=True)
