@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from qcompile.channels import tied
-from qcompile.edges import Edge, find_edges, readings
-from qcompile.errors import GraphError
-from qcompile.folds import Fold, require_finite, rescaled
+from qcompile.edges import find_edges, readings
+from qcompile.folds import Fold, fitting_scale, require_finite, rescaled
 from qcompile.graph import Graph, Op, V
 from qcompile.sites import constant_name, digest
 
@@ -21,12 +20,12 @@ K = TypeVar("K")
 class _Work(Generic[V]):
     """What all folds together do to each op: columns times, rows divided by, and what is multiplied while running.
 
-    left: (activation, linears that read it) -> scale, where 1 / scale stays in the graph.
+    left: (activation, linear that reads it) -> scale, where 1 / scale stays in the graph.
     """
 
     columns: dict[V, Tensor] = field(default_factory=dict)
     rows: dict[V, Tensor] = field(default_factory=dict)
-    left: dict[tuple[V, tuple[V, ...]], Tensor] = field(default_factory=dict)
+    left: dict[tuple[V, V], Tensor] = field(default_factory=dict)
 
 
 def fold_smooth(graph: Graph[V], folds: Sequence[Fold]) -> int:
@@ -62,29 +61,18 @@ def _work(graph: Graph[V], folds: Sequence[Fold]) -> _Work[V]:
             mine = tuple(found.value for found in edge.consumers if found.site.name in fold.sites)
             if not mine:
                 continue
-            scale = _checked(fold, edge)
+            scale = fitting_scale(fold, edge.consumers[0].site.weight.shape[1])
             for value in mine:
                 _times(work.columns, value, scale)
             is_legal = len(mine) == len(edge.consumers) and torch.equal(scale, tied(scale, edge.channels))
             if edge.producer is None or not is_legal:
-                _times(work.left, (edge.value, mine), scale)
+                for value in mine:
+                    _times(work.left, (edge.value, value), scale)
                 continue
             width = graph.shape(edge.producer)[-1]
             assert width is not None
             _times(work.rows, edge.producer, scale.new_ones(width).scatter(0, edge.channels, scale))
     return work
-
-
-def _checked(fold: Fold, edge: Edge[V]) -> Tensor:
-    """The fold's scale in float64 on the CPU."""
-    scale = fold.scale.detach().to("cpu", torch.float64)
-    width = edge.consumers[0].site.weight.shape[1]
-    if tuple(scale.shape) == (width,) and bool((scale > 0).all()) and bool(scale.isfinite().all()):
-        return scale
-    raise GraphError(
-        f"the fold {fold.method!r} of {', '.join(map(repr, fold.sites))} has a scale {list(scale.shape)} that does not "
-        f"fit: it needs {width} numbers, all positive and finite; make it again from this model's statistics"
-    )
 
 
 def _times(factors: dict[K, Tensor], key: K, scale: Tensor) -> None:
@@ -117,5 +105,15 @@ def _inverse(graph: Graph[V], name: str, scale: Tensor, like: V) -> V:
 
 def _places(graph: Graph[V], work: _Work[V]) -> list[tuple[str, V, list[V], Tensor]]:
     """Where multiplications stay: a site they serve, the value, which of its users read the product, and the scale."""
-    left = [(graph.name(sites[0]), readings(graph, value, sites), scale) for (value, sites), scale in work.left.items()]
-    return [(name, value, users, scale) for name, places, scale in left for value, users in places]
+    groups: list[tuple[V, list[V], Tensor]] = []
+    for (value, site), scale in work.left.items():
+        same = next((sites for v, sites, s in groups if v == value and torch.equal(s, scale)), None)
+        if same is None:
+            groups.append((value, [site], scale))
+        else:
+            same.append(site)
+    return [
+        (graph.name(sites[0]), place, users, scale)
+        for value, sites, scale in groups
+        for place, users in readings(graph, value, sites)
+    ]

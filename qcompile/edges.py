@@ -187,6 +187,8 @@ class _Search(Generic[V]):
         producer = path[0]
         if not self._is_producer(producer):
             return _Refusal(reason=self._elsewhere(path, consumers), elsewhere=True)
+        if None in (self._graph.shape(producer)[-1:] or (None,)) + (self._graph.shape(path[-1])[-1:] or (None,)):
+            return _Refusal(reason=f"the channels of {self._named(producer)} are not known before the graph runs")
         if problem := self._cannot_take(producer):
             return _Refusal(reason=problem)
         carried: list[Channels] = [numbered(*self._rank_and_width(producer))]
@@ -260,12 +262,16 @@ class _Search(Generic[V]):
         if value in self._outputs:
             return "an output of the graph"
         for user in users:
-            after = self._graph.moved(user, numbers)
+            after = self._moved(value, user, numbers)
             if after is None:
                 return f"read by {self._described(user)}"
             if other := self._reader(user, self._graph.users(user), after, channels):
                 return other
         return ""
+
+    def _moved(self, value: V, user: V, numbers: Channels) -> Channels | None:
+        """What `user` carries if all it does with `value` is to move its elements."""
+        return self._graph.moved(user, numbers) if next(iter(self._graph.inputs(user)), None) == value else None
 
     def _other_reader(self, value: V) -> str:
         """Who reads the activation beside linears with a constant weight; empty if nobody does."""
@@ -275,7 +281,7 @@ class _Search(Generic[V]):
             reads = list(self._graph.inputs(user))
             if user in self._sites and reads.count(value) == 1 and reads[0] == value:
                 continue
-            moved = self._graph.moved(user, numbered(*self._rank_and_width(value)))
+            moved = self._moved(value, user, numbered(*self._rank_and_width(value)))
             if isinstance(moved, Tensor) and not moved.numel():
                 continue
             if same_channels(self._graph, user) != value:
@@ -333,7 +339,9 @@ def _through_attention(graph: Graph[V], values: V, result: V, channels: Tensor) 
     return _broadcast(channels, len(graph.shape(result)))
 
 
-def _broadcast(channels: Tensor, rank: int) -> Tensor:
+def _broadcast(channels: Tensor, rank: int) -> Tensor | None:
+    if rank < channels.dim():
+        return None
     return channels.reshape([1] * (rank - channels.dim()) + list(channels.shape))
 
 

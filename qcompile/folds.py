@@ -24,6 +24,17 @@ class Fold:
     method: str = ""
 
 
+def fitting_scale(fold: Fold, width: int) -> Tensor:
+    """The fold's scale [width] in float64 on the CPU.  Raises GraphError if it cannot be applied."""
+    scale = fold.scale.detach().to("cpu", torch.float64)
+    if tuple(scale.shape) == (width,) and bool((scale > 0).all()) and bool(scale.isfinite().all()):
+        return scale
+    raise GraphError(
+        f"the fold {fold.method!r} of {', '.join(map(repr, fold.sites))} has a scale {list(scale.shape)} that does not "
+        f"fit: it needs {width} numbers, all positive and finite; make it again from this model's statistics"
+    )
+
+
 def rescaled(name: str, tensor: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor:
     """[N, K] times columns [K], [N, K] or [N] divided by rows [N], rounded once to its own dtype.
 

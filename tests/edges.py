@@ -226,6 +226,14 @@ CASES: dict[str, Case] = {
     "norm, a view is returned": normed(
         norm, lambda net, x: ((y := net.norm(x)).view(-1), net.b(y)), b="x also read by"
     ),
+    "norm, a view is returned, several": normed(
+        norm,
+        lambda net, x: ((y := net.norm(x)).view(-1), net.a(y), net.b(y)),
+        a="x also read by",
+    ),
+    "norm, its shape serves another": normed(
+        norm, lambda net, x: net.a(y := net.norm(x)) + x.flatten(0, 1).view_as(y)[..., :1], a="x also read by"
+    ),
     "norm, experts": normed(norm, _experts, a="x also read by"),
     "norm, written": normed(norm, _written, a="x also read by", b="between 'norm' and 'b' stands"),
     "norm, chunks of it": normed(

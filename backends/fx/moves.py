@@ -27,7 +27,7 @@ def moved(node: fx.Node, channels: Channels) -> Channels | None:
     if isinstance(channels, tuple):
         return _part(node, channels)
     before = _sizes(source)
-    if before is None or 0 in before or len(before) != channels.dim():
+    if before is None or 0 in before or not _fits(channels, before):
         return None
     if is_call(node, *CASTS):
         return channels if _is_float(source) and _is_float(node) else None
@@ -47,6 +47,10 @@ def _placed(node: fx.Node, source: fx.Node, channels: Tensor, before: list[int])
         return None
     result = _run(node, {**read, source: channels.expand(_grown(node, channels, before))})
     return tuple(map(shrunk, result)) if isinstance(result, tuple | list) else shrunk(result)
+
+
+def _fits(channels: Tensor, sizes: list[int]) -> bool:
+    return channels.dim() == len(sizes) and all(c in (1, size) for c, size in zip(channels.shape, sizes, strict=True))
 
 
 def _part(node: fx.Node, channels: tuple[Tensor, ...]) -> Tensor | None:

@@ -15,6 +15,7 @@ from qcompile.folds import Fold
 from qcompile.graph import Op, graph_text
 from qcompile.passes.fold_smooth import count_multiplications, fold_smooth
 from qcompile.sites import find_sites
+from tests.blocks import GptBlock, LlamaBlock, PostBlock
 from tests.edges import CASES, H, K, Net, attended, built, linear
 from tests.fx.capture import dynamo_graph, dynamo_graphs, exported_graph
 
@@ -109,58 +110,6 @@ def test_a_fold_and_its_inverse_are_the_identity(name: str) -> None:
     # a norm without weight has gained one, of ones; one plus weight is one constant now
     if "plus" not in name:
         assert all(torch.equal(after[name], before.get(name, torch.ones(K))) for name in after)
-
-
-class LlamaBlock(nn.Module):
-    """Pre-norm, two heads of keys and values for four of queries, a gated MLP."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.mlp_norm = nn.RMSNorm(16), nn.RMSNorm(16)
-        self.q, self.k, self.v, self.o = (nn.Linear(16, n, bias=False) for n in (16, 8, 8, 16))
-        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
-        q, k, v = (part(y).unflatten(-1, (-1, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        x = x + self.o(mixed.transpose(1, 2).flatten(2))
-        y = self.mlp_norm(x)
-        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
-
-
-class GptBlock(nn.Module):
-    """Pre-norm with one linear for queries, keys and values, and a GELU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.mlp_norm = nn.LayerNorm(16), nn.LayerNorm(16)
-        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
-        self.fc1, self.fc2 = nn.Linear(16, 24), nn.Linear(24, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = self.qkv(self.norm(x)).split(16, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in parts)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
-        return x + self.fc2(nn.functional.gelu(self.fc1(self.mlp_norm(x))))
-
-
-class PostBlock(nn.Module):
-    """BERT's order: what the norms make goes on as the residual, too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.attention_norm = nn.LayerNorm(16), nn.LayerNorm(16)
-        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
-        self.fc1, self.fc2 = nn.Linear(16, 24), nn.Linear(24, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        q, k, v = (part(x).unflatten(-1, (-1, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
-        x = self.attention_norm(x + self.o(mixed.transpose(1, 2).flatten(2)))
-        return x + self.fc2(nn.functional.gelu(self.fc1(x)))
 
 
 @pytest.mark.parametrize(("block", "left"), [(LlamaBlock, 0), (GptBlock, 1), (PostBlock, 3)])
@@ -265,6 +214,23 @@ def test_folds_of_one_activation_leave_one_multiplication() -> None:
     two = [Fold(sites=("b",), scale=scale(K, seed)) for seed in (1, 2)]
     assert count_multiplications(graph, two) == 1
     fold_smooth(graph, two)
+    assert_same(outputs(graph, x), before, WITHIN[torch.float32])
+
+
+def test_folds_of_different_readers_add_up() -> None:
+    model, x = built("layer norm")
+    graph = exported_graph(model, x)
+    before = outputs(graph, x)
+    some = [Fold(sites=sites, scale=scale(K, i)) for i, sites in enumerate((("a",), ("b", "a"), ("b",)))]
+    # the second goes into the norm; the others differ
+    assert count_multiplications(graph, some) == 2
+    fold_smooth(graph, some)
+    assert_same(outputs(graph, x), before, WITHIN[torch.float32])
+    model, x = built("norm, a view is returned, several")
+    graph = exported_graph(model, x)
+    before = outputs(graph, x)
+    assert count_multiplications(graph, some) == 2
+    fold_smooth(graph, some)
     assert_same(outputs(graph, x), before, WITHIN[torch.float32])
 
 
