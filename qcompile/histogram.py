@@ -122,8 +122,9 @@ class Histogram:
 def count(rows: Tensor, resolution: Resolution, *, amax: Tensor, finite: bool = True) -> Histogram:
     """Histogram of one line: all elements.  rows: floating [R, K]; amax: float32 [], of its finite elements."""
     top = _top(amax[None], resolution)
-    counts = rows.new_zeros(2 * resolution.bins, dtype=torch.int64)
-    for part in rows.split(max(1, CHUNK // rows.shape[1])):
+    parts = rows.split(max(1, CHUNK // rows.shape[1]))
+    counts = _counted(parts[0].float(), top, resolution, finite)
+    for part in parts[1:]:
         counts += _counted(part.float(), top, resolution, finite)
     return Histogram(counts=counts.view(1, 2, -1), top=top, resolution=resolution)
 

@@ -35,14 +35,15 @@ def sample_size(k: int) -> int:
 def sample_rows(rows: Tensor, hashes: Tensor) -> Sample:
     """Sample of rows [R, K] with these hashes [R]."""
     place, counts = _smallest(hashes, torch.ones_like(hashes), sample_size(rows.shape[1]))
-    return Sample(rows=rows[place].float(), counts=counts, hashes=hashes[place])
+    return Sample(rows=rows.index_select(0, place).float(), counts=counts, hashes=hashes[place])
 
 
 def merge_samples(a: Sample, b: Sample) -> Sample:
     """Sample of the rows of both.  a, b: of the same K."""
     hashes = torch.cat([a.hashes, b.hashes])
     place, counts = _smallest(hashes, torch.cat([a.counts, b.counts]), sample_size(a.rows.shape[1]))
-    return Sample(rows=torch.cat([a.rows, b.rows])[place], counts=counts, hashes=hashes[place])
+    rows = torch.cat([a.rows, b.rows]).index_select(0, place)
+    return Sample(rows=rows, counts=counts, hashes=hashes[place])
 
 
 def row_hashes(rows: Tensor) -> Tensor:
@@ -53,9 +54,10 @@ def row_hashes(rows: Tensor) -> Tensor:
     rows = rows.contiguous() if rows.storage_offset() % 2 == 0 else rows.clone(memory_format=torch.contiguous_format)
     words = rows.view(torch.int64)
     # a product keeps what is low of a factor, and the bits of round numbers are high
-    words = words ^ (words >> 32)
-    words *= _factors(words.shape[1], words.device)
-    mixed = words.sum(1)
+    low = words >> 32
+    low ^= words
+    low *= _factors(words.shape[1], words.device)
+    mixed = low.sum(1)
     # the finalizer of splitmix64 (Steele 2014): it is a bijection, and brings the high bits, which are mixed, low
     for right, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         mixed = (mixed ^ _shifted(mixed, right)) * factor
