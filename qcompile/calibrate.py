@@ -57,7 +57,11 @@ def parts_for(recipe: Recipe) -> Part:
 def require_data(recipe: Recipe, seen: Seen) -> None:
     """Raise CalibrationError if nothing ran, or if what ran showed no site."""
     if seen.batches == 0:
-        purpose = "ranges come from data" if recipe.needs_data else "the model's sites are seen while it runs"
+        purpose = (
+            "static ranges, folds and splits come from data"
+            if recipe.needs_data
+            else "the model's sites are seen while it runs"
+        )
         raise CalibrationError(
             f"batches is empty, and recipe {recipe.name!r} needs at least one: {purpose}. "
             "Give batches that the model takes (an iterator that was used up is empty, too)"

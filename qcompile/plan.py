@@ -22,6 +22,8 @@ from qcompile.spec import ALL, Spec, parse_granularity
 
 # in smaller groups, the scales of 4-bit codes take half as much as the codes or more
 SMALLEST_GROUP = 16
+# what was found from stats (by identity), by an observer, for a spec: sites that read one activation share it
+_Ranges = dict[tuple[int, str, Spec], QParams]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +140,7 @@ def make_plan(
     prepared = prepared or Preparation()
     decisions: dict[str, Decision] = {}
     first: dict[str, Site] = {}
+    ranges: _Ranges = {}
     used: set[int] = set()
     for site in sites:
         number = next((i for i, rule in enumerate(recipe.rules, start=1) if rule.matches(site)), None)
@@ -145,7 +148,7 @@ def make_plan(
             used.add(number)
         if site.name not in decisions:
             first[site.name] = site
-            decisions[site.name] = _decide(site, number, recipe, stats or {}, prepared)
+            decisions[site.name] = _decide(site, number, recipe, stats or {}, prepared, ranges)
         elif not _same_weight(first[site.name], site):
             reason = "ops with different weights have this name, and a plan goes by names"
             decisions[site.name] = replace(_left_alone(first[site.name]), reason=reason)
@@ -189,7 +192,12 @@ def _same_weight(a: Site, b: Site) -> bool:
 
 
 def _decide(
-    site: Site, number: int | None, recipe: Recipe, stats: Mapping[str, Stats], prepared: Preparation
+    site: Site,
+    number: int | None,
+    recipe: Recipe,
+    stats: Mapping[str, Stats],
+    prepared: Preparation,
+    ranges: _Ranges,
 ) -> Decision:
     left_alone = _left_alone(site)
     if number is None:
@@ -210,7 +218,9 @@ def _decide(
         left_alone,
         weight=rule.weight,
         input=input_spec,
-        input_qparams=_static_qparams(site, rule, stats) if input_spec is not None and rule.static_input else None,
+        input_qparams=_static_qparams(site, rule, stats, ranges)
+        if input_spec is not None and rule.static_input
+        else None,
         solver=rule.solver,
         outliers=prepared.outliers.get(site.name, ()),
         threshold=rule.threshold if input_spec is not None else None,
@@ -218,7 +228,7 @@ def _decide(
     )
 
 
-def _static_qparams(site: Site, rule: Rule, stats: Mapping[str, Stats]) -> QParams:
+def _static_qparams(site: Site, rule: Rule, stats: Mapping[str, Stats], ranges: _Ranges) -> QParams:
     assert rule.input is not None
     seen = stats.get(site.name)
     if seen is None:
@@ -232,8 +242,11 @@ def _static_qparams(site: Site, rule: Rule, stats: Mapping[str, Stats]) -> QPara
             f"the input of {site.name!r} held NaN or Inf (range {float(seen.low.amin())} to "
             f"{float(seen.high.amax())}): calibrate with batches for which the float model gives finite values"
         )
+    key = (id(seen), rule.observer, rule.input)
     try:
-        return parse_observer(rule.observer)(seen, rule.input)
+        if key not in ranges:
+            ranges[key] = parse_observer(rule.observer)(seen, rule.input)
+        return ranges[key]
     except (CalibrationError, SpecError) as e:
         e.add_note(f"while finding the range of the input of {site.name!r}")
         raise

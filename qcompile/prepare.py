@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,8 +16,9 @@ from qcompile.artifact import save_failure
 from qcompile.backends.fx.capture import Captured, capture
 from qcompile.backends.fx.graph import FxGraph
 from qcompile.choose import Case, Choice, choose, joined, prepared_stats, probe_part
-from qcompile.edges import Edge, find_edges
+from qcompile.edges import Edge, find_edges, same_channels
 from qcompile.folds import Fold
+from qcompile.graph import Graph, Op
 from qcompile.noise import shares_rows
 from qcompile.observers import Stats
 from qcompile.outliers import Group, Outliers, find_outliers
@@ -56,15 +57,17 @@ class Prepared:
 def prepare(model: nn.Module, seen: Seen, recipe: Recipe, *, failures: str | Path | None = None) -> Prepared:
     """Look for outliers, and for a recipe that asks for it, choose folds and splits and check them on the graph.
 
-    failures: see `qcompile.calibrate`.  Raises what torch raises if the model cannot be traced.
+    failures: see `qcompile.calibrate`.  Raises what torch raises if the model cannot be traced; it is traced only for
+    folds and splits, so that without them it is not known which activations norms make.
     """
+    if not recipe.prepares:
+        return Prepared(decided=Preparation(), stats=seen.stats, groups=list(_groups(seen)))
     with evaluating(model):
         graphs = capture(model, lambda compiled: run_batch(compiled, first_rows(seen.example), 0))
         found = [_Preparing(captured, seen, recipe, _name(model), failures) for captured in graphs]
-    if recipe.prepares:
-        for one in found:
-            one.decide()
-            one.verify()
+    for one in found:
+        one.decide()
+        one.verify()
     stats = dict(seen.stats)
     for one in found:
         stats |= one.stats
@@ -97,7 +100,8 @@ class _Preparing:
         for edge in reversed(find_edges(graph)):
             by_rule = self._by_rule(edge)
             # a scale serves all that read the activation: it is sought where they agree on how
-            may_scale = (not edge.reason or edge.multiply) and len(by_rule) == 1
+            foldable = not edge.reason or (edge.multiply and _is_residual(graph, edge.value))
+            may_scale = foldable and len(by_rule) == 1
             for rule, members in by_rule.items():
                 self._decide(graph, edge, rule, members, may_scale=may_scale)
 
@@ -168,7 +172,7 @@ class _Preparing:
             for name, site in sites.items()
         ]
 
-        def run(graph: FxGraph, chosen: Sequence[Decision]) -> int:
+        def run(graph: Graph[Node], chosen: Sequence[Decision]) -> int:
             fold_smooth(graph, self.folds)
             return split_outliers(graph, Plan(recipe=self._recipe, decisions={d.name: d for d in chosen}))
 
@@ -184,7 +188,7 @@ class _Preparing:
     def _checked(
         self,
         name: str,
-        run: Callable[[FxGraph, Sequence[Item]], int],
+        run: Callable[[Graph[Node], Sequence[Item]], int],
         items: Sequence[Item],
         sites_of: Callable[[Item], Sequence[str]],
     ) -> list[Item]:
@@ -210,13 +214,31 @@ class _Preparing:
         return Path(self._failures)
 
 
+def _groups(seen: Seen) -> Iterator[Group]:
+    """Sites that share an activation, as seen while the model ran."""
+    members: dict[int, list[str]] = {}
+    for name, stats in seen.stats.items():
+        members.setdefault(id(stats), []).append(name)
+    for names in members.values():
+        yield Group(sites=tuple(names), maker=Op.OTHER, stats=seen.stats[names[0]])
+
+
+def _is_residual(graph: FxGraph, value: Node) -> bool:
+    """Whether a sum reads the value: then a norm makes the residual stream itself, as in post-norm models.
+
+    Elsewhere a multiplication would only spare others that read the norm, such as experts, the scale.
+    """
+    views = [user for user in graph.users(value) if same_channels(graph, user) == value]
+    return any(graph.op(user) is Op.ADD for user in graph.users(value)) or any(_is_residual(graph, v) for v in views)
+
+
 def _current(graph: FxGraph, members: Sequence[Found[Node]]) -> list[Found[Node]]:
     """The same sites with their weights as they are now."""
     now = {found.value: found for found in find_sites(graph)}
     return [now[member.value] for member in members]
 
 
-def run_one(run: Callable[[FxGraph, Sequence[Item]], int], item: Item, graph: FxGraph) -> int:
+def run_one(run: Callable[[Graph[Node], Sequence[Item]], int], item: Item, graph: Graph[Node]) -> int:
     """The pass with this item alone."""
     return run(graph, [item])
 

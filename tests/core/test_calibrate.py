@@ -17,7 +17,7 @@ from qcompile.calibrate import calibrate
 from qcompile.errors import CalibrationError, RecipeError, SpecError
 from qcompile.graph import Op
 from qcompile.observers import Stats
-from qcompile.plan import Decision, Plan, make_plan
+from qcompile.plan import Decision, Plan, Preparation, make_plan
 from qcompile.recipe import Recipe
 from qcompile.sites import LeftOver, Site
 from tests.families import DECODERS, FAMILIES, build, tokens
@@ -40,9 +40,11 @@ def stats_of(model: nn.Module, batch: dict[str, Tensor], monkeypatch: pytest.Mon
     """What `calibrate` hands to the planner."""
     seen: dict[str, Stats] = {}
 
-    def spy(sites: list[Site], recipe: Recipe, stats: dict[str, Stats], left: list[LeftOver]) -> Plan:
+    def spy(
+        sites: list[Site], recipe: Recipe, stats: dict[str, Stats], left: list[LeftOver], *, prepared: Preparation
+    ) -> Plan:
         seen.update(stats)
-        return make_plan(sites, recipe, stats, left)
+        return make_plan(sites, recipe, stats, left, prepared=prepared)
 
     monkeypatch.setattr(import_module("qcompile.calibrate"), "make_plan", spy)
     calibrate(model, [batch])
@@ -241,7 +243,8 @@ def test_flattened_tokens_are_masked_and_padding_alone_is_no_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "purpose"), [("int8-static", "static ranges come from data"), ("int8", "sites are seen while it runs")]
+    ("recipe", "purpose"),
+    [("int8-static", "folds and splits come from data"), ("int8", "sites are seen while it runs")],
 )
 def test_no_batches_is_an_error_that_says_what_they_are_for(recipe: str, purpose: str) -> None:
     used: Iterator[Tensor] = iter([])
