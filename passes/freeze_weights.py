@@ -22,7 +22,7 @@ def freeze_weights(graph: Graph[V]) -> int:
         qparams = graph.qparams(value)
         if source is None or tensor is None or not isinstance(qparams, QParams):
             continue
-        name = f"{_qualified_name(graph, source)}_codes"
+        name = f"{qualified_name(graph, source)}_codes"
         names[name] += 1
         unique = name if names[name] == 1 else f"{name}_{names[name]}"
         graph.replace_uses(value, graph.add_constant(unique, quantize(tensor, qparams)))
@@ -30,7 +30,7 @@ def freeze_weights(graph: Graph[V]) -> int:
     return edits
 
 
-def _qualified_name(graph: Graph[V], value: V) -> str:
+def qualified_name(graph: Graph[V], value: V) -> str:
     """Name of the constant that `value` is, or is a view of."""
     while graph.op(value) is not Op.CONSTANT:
         source = graph.inputs(value)[0]

@@ -1,9 +1,11 @@
 """Quantize what the plan says: a quantize and a dequantize on the weight and on the input of each of its sites."""
 
+from dataclasses import replace
+
 from qcompile.graph import Graph, V
 from qcompile.numerics import QParams
-from qcompile.plan import Plan, equal_qparams
-from qcompile.sites import Found, find_sites
+from qcompile.plan import Decision, Plan, equal_qparams
+from qcompile.sites import Found, find_sites, tail_owner
 from qcompile.solvers import SOLVERS
 from qcompile.spec import Spec
 
@@ -11,13 +13,14 @@ from qcompile.spec import Spec
 def insert_qdq(graph: Graph[V], plan: Plan) -> int:
     """Insert the pairs; sites that read the same value in the same way share one. Returns how many were inserted.
 
-    A site that the plan does not name stays as it is. What a solver raises passes through.
+    A site that the plan does not name stays as it is, save that the linear which multiplies outliers found while
+    running (see `split_outliers`) reads its site's quantized weight. What a solver raises passes through.
     """
     pairs: dict[V, list[tuple[QParams | Spec, V]]] = {}
     solved: dict[tuple[V, Spec, str], QParams] = {}
     for found in find_sites(graph):
         x, weight = graph.inputs(found.value)[:2]
-        decision = plan.decisions.get(found.site.name)
+        decision = _decision(plan, found.site.name)
         if decision is None or x is None or weight is None:
             continue
         if decision.weight is not None:
@@ -28,6 +31,14 @@ def insert_qdq(graph: Graph[V], plan: Plan) -> int:
         if decision.input is not None:
             _quantize_input(graph, found, 0, decision.input_qparams or decision.input, pairs)
     return sum(len(made) for made in pairs.values())
+
+
+def _decision(plan: Plan, name: str) -> Decision | None:
+    site = tail_owner(name)
+    if name in plan.decisions or site is None or site not in plan.decisions:
+        return plan.decisions.get(name)
+    owner = plan.decisions[site]
+    return None if owner.threshold is None else replace(owner, input=None)
 
 
 def _quantize_input(

@@ -126,6 +126,10 @@ def _decision_table(decision: Decision, tensors: dict[str, Tensor]) -> dict[str,
         held = _tensors_of(decision.input_qparams)
         table["input_qparams"] = sorted(held)
         tensors |= {f"{decision.name}.input.{part}": tensor for part, tensor in held.items()}
+    if decision.outliers:
+        table["outliers"] = list(decision.outliers)
+    if decision.threshold is not None:
+        table["threshold"] = decision.threshold
     if decision.reason:
         table["reason"] = decision.reason
     return table
@@ -161,6 +165,8 @@ def _decision(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Decisi
         input=parse_spec(table["input"]) if "input" in table else None,
         solver=table.get("solver", "round"),
         reason=table.get("reason", ""),
+        outliers=tuple(table.get("outliers", ())),
+        threshold=table.get("threshold"),
     )
     if "input_qparams" not in table:
         return decision

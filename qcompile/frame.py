@@ -1,23 +1,23 @@
 """One frame of torch.compile: code and packs for whatever weights it is called with."""
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from qcompile import pipeline
 from qcompile.backends.fx.door import open_dynamo
 from qcompile.backends.fx.dynamo import Parameter, is_whole, parameters
-from qcompile.backends.fx.graph import FxGraph
 from qcompile.backends.fx.inductor import Compiled, Inductor, structure
-from qcompile.backends.fx.kernels import Kernel, Problem
+from qcompile.backends.fx.kernels import Kernel, Problem, tail
 from qcompile.backends.fx.lower import Lowered, Target, lower
-from qcompile.backends.fx.packs import Pack, PackMissingError, PackStore, Stamp, freed_error, weight_stamp
+from qcompile.backends.fx.packs import Key, Pack, PackMissingError, PackStore, Stamp, freed_error, weight_stamp
+from qcompile.backends.fx.sources import weight_source, without_parameter
 from qcompile.binding import require_values
 from qcompile.errors import CoverageError, PlanError
 from qcompile.graph import Op
@@ -192,15 +192,17 @@ class _Quantized:
         self._canonical = {f.site.name: f.site.weight for f in find_sites(graph)} | {
             left.name: left.weight for left in left_over(graph)
         }
-        self._weight_of = {f.site.name: _weight_source(graph, f.value) for f in find_sites(graph)}
+        self._prepared: dict[tuple[str, str], Tensor] = {}
+        self._weight_of = {f.site.name: weight_source(graph, f.value) for f in find_sites(graph)}
         self._reuse = reuse
-        self._notes = tuple(_without_parameter(graph))
+        self._notes = tuple(without_parameter(graph))
         device = next((w.device.type for w in self._weights.values()), "cpu")
         capability = torch.cuda.get_device_capability() if device == "cuda" else None
         target = Target(device=device, capability=capability, small=options.free_weights)
-        self.plan = pipeline.quantize(graph, _decide(options, target), whole=is_whole(gm), dump=options.dump)
-        self._packs: dict[str, Pack] = {}
-        self._runs = lower(graph, target, self._pack) if options.lower else []
+        decide = _decide(options, target)
+        self.plan = pipeline.quantize(graph, decide, whole=is_whole(gm), dump=options.dump, prepared=self._prepared)
+        self._packs: dict[str, dict[Key, Pack]] = {}
+        self._runs = lower(graph, target, self) if options.lower else []
         self._graph, self._device = graph, device
         self.module = graph.module
 
@@ -246,10 +248,12 @@ class _Quantized:
         return tuple(weakref.ref(weight) for weight in weights.values())
 
     def parameters(self) -> tuple[tuple[int, "weakref.ref[Tensor]", Stamp | None], ...]:
-        """Position and identity of every parameter, and the stamp of those that were quantized."""
-        quantized = self._quantized()
+        """Position and identity of every parameter, and the stamp of those of which something was made."""
+        permuted = any(d.outliers for d in self.plan.decisions.values())
+        # the biases of linears whose channels were numbered anew are copies, too
+        stamped = set(self._weights) if permuted else self._quantized()
         return tuple(
-            (self._slots[name].position, weakref.ref(weight), weight_stamp(weight) if name in quantized else None)
+            (self._slots[name].position, weakref.ref(weight), weight_stamp(weight) if name in stamped else None)
             for name, weight in self._weights.items()
         )
 
@@ -274,9 +278,9 @@ class _Quantized:
 
     def _site_report(self, decision: Decision, run: Lowered | None, owner: str) -> SiteReport:
         weight = self._canonical[decision.name]
-        pack, owned = self._packs.get(decision.name), decision.name == owner
+        packs, owned = list(self._packs.get(decision.name, {}).values()), decision.name == owner
         float_bytes = weight.nbytes if owned or owner in self._packs else 0
-        packed_bytes = pack.nbytes if pack is not None and owned else 0
+        packed_bytes = sum(pack.nbytes for pack in packs) if owned else 0
         return SiteReport(
             name=decision.name,
             op=decision.op.value,
@@ -285,28 +289,46 @@ class _Quantized:
             input=None if decision.input is None else str(decision.input),
             kernel=_kernel(decision, run),
             refused={} if run is None else run.refused,
-            snr_db=None if pack is None else pack.snr_db,
+            snr_db=min((pack.snr_db for pack in packs), default=None),
             bytes_before=weight.nbytes if owned else 0,
-            bytes_after=float_bytes if pack is None else packed_bytes,
+            bytes_after=packed_bytes if packs else float_bytes,
             macs=0 if decision.op is Op.EMBEDDING else weight.numel(),
             reason=decision.reason,
+            outliers=0 if decision.weight is None else len(decision.outliers),
         )
 
-    def _pack(
-        self, site: str, kernel: Kernel, problem: Problem, codes: Tensor, qparams: QParams
+    def quantized(
+        self, site: str, constant: str, kernel: Kernel, problem: Problem, codes: Tensor, qparams: QParams
     ) -> Mapping[str, Tensor]:
+        """The pack of a site's kernel, from before or made now."""
         decision = self.plan.decisions[site]
 
         def make() -> Pack:
-            snr = snr_db(self._canonical[site], dequantize(codes, qparams))
+            snr = snr_db(self._prepared[site, constant.rpartition("_codes")[0]], dequantize(codes, qparams))
             return Pack(tensors=kernel.pack(codes, qparams, problem.dtype), snr_db=snr)
 
-        name, view = self._weight_of[site].name, self._weight_of[site].view
-        key = (f"{decision.weight} {decision.solver} {problem.dtype} {view}", kernel.name)
-        if codes.is_meta and PACKS.freed(self._weights[name]) and not PACKS.has(self._weights[name], key):
-            raise freed_error(name)
-        self._packs[site] = PACKS.get(self._weights[name], key, make, at_hand=not codes.is_meta)
-        return self._packs[site].tensors
+        key = (f"{decision.weight} {decision.solver} {problem.dtype} {self._variant(site, constant)}", kernel.name)
+        return self._pack(site, key, make, at_hand=not codes.is_meta)
+
+    def tail(self, site: str, constant: str, weight: Tensor) -> Mapping[str, Tensor]:
+        """The pack of a site's outlier channels, from before or made now."""
+
+        def make() -> Pack:
+            return Pack(tensors=tail.pack(weight), snr_db=float("inf"))
+
+        return self._pack(site, (self._variant(site, constant), "tail"), make, at_hand=not weight.is_meta)
+
+    def _variant(self, site: str, constant: str) -> str:
+        source = self._weight_of[site]
+        return f"{source.view} {source.variant(constant)}"
+
+    def _pack(self, site: str, key: Key, make: Callable[[], Pack], *, at_hand: bool) -> Mapping[str, Tensor]:
+        weight = self._weight(site)
+        if not at_hand and PACKS.freed(weight) and not PACKS.has(weight, key):
+            raise freed_error(self._weight_of[site].name)
+        pack = PACKS.get(weight, key, make, at_hand=at_hand)
+        self._packs.setdefault(site, {})[key] = pack
+        return pack.tensors
 
 
 def _stand_in(name: str, weight: Tensor, reuse: bool) -> Tensor:
@@ -338,38 +360,10 @@ def _decide(options: Options, target: Target) -> Recipe | Plan:
     return default_recipe(target.device, target.capability) if options.recipe is None else parse_recipe(options.recipe)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """Where a site's weight comes from: a parameter, and how the graph views it."""
-
-    name: str
-    view: str
-
-
-def _weight_source(graph: FxGraph, site: Node) -> _Source:
-    """The parameter behind the transposes and reshapes that a site reads it through."""
-    value: Node | None = graph.inputs(site)[1]
-    views = []
-    while value is not None and graph.op(value) is not Op.CONSTANT:
-        views.append(f"{value.target}{[a for a in value.args if not isinstance(a, Node)]}")
-        value = graph.inputs(value)[0]
-    assert value is not None
-    return _Source(name=graph.name(value), view=" ".join(views))
-
-
-def _without_parameter(graph: FxGraph) -> Iterator[str]:
-    """A note for each linear that is no site, because its weight is no parameter."""
-    for value in graph.values():
-        weight = graph.inputs(value)[1] if graph.op(value) is Op.LINEAR else None
-        if weight is not None and graph.constant(weight) is None:
-            name = graph.name(value) or graph.label(value)
-            yield f"{name!r} is left alone: its weight is no parameter, but computed or an input of the graph"
-
-
 def _kernel(decision: Decision, run: Lowered | None) -> str:
     """What runs a site; quantized ops that no kernel takes run as the oracle has it, in plain torch."""
     if run is not None:
-        return run.kernel
+        return f"{run.kernel} + tail" if decision.outliers else run.kernel
     return "" if decision.weight is None else "plain torch"
 
 

@@ -1,15 +1,18 @@
 """The architecture in one place: what happens to a graph, in order, on every host."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from qcompile.errors import PlanError, QcompileError, nearest
 from qcompile.graph import Graph, V, graph_text
-from qcompile.passes.freeze_weights import freeze_weights
+from qcompile.passes.freeze_weights import freeze_weights, qualified_name
 from qcompile.passes.insert_qdq import insert_qdq
 from qcompile.passes.merge_qdq import merge_qdq
+from qcompile.passes.split_outliers import split_outliers
 from qcompile.plan import Decision, Plan, make_plan
 from qcompile.recipe import Recipe
 from qcompile.sites import find_sites, left_over
@@ -20,24 +23,35 @@ Pass = Callable[[Graph[V]], int]
 def passes(plan: Plan) -> dict[str, Pass[V]]:
     """The passes that apply a plan, by name, in order."""
     return {
+        "split_outliers": partial(split_outliers, plan=plan),
         "insert_qdq": partial(insert_qdq, plan=plan),
         "merge_qdq": merge_qdq,
         "freeze_weights": freeze_weights,
     }
 
 
-def quantize(graph: Graph[V], decide: Recipe | Plan, *, whole: bool = True, dump: str | Path | None = None) -> Plan:
+def quantize(
+    graph: Graph[V],
+    decide: Recipe | Plan,
+    *,
+    whole: bool = True,
+    dump: str | Path | None = None,
+    prepared: dict[tuple[str, str], Tensor] | None = None,
+) -> Plan:
     """Quantize a graph in place; returns the plan that was applied. The result is right on any machine, and slow.
 
     decide: a recipe, or a plan made before (its decisions are taken by site name).
     whole: the graph is the whole model, so that a rule which matches nothing in it is an error.
     dump: a folder that gets the graph's text before the first and after every pass.
+    prepared: gets the weights as they are when they are quantized, by names of site and constant.
     Raises RecipeError, PlanError, WeightError or SpecError, before anything is changed.
     """
     plan = plan_for(graph, decide, whole=whole)
     _write(graph, dump, 0, "opened")
     steps: dict[str, Pass[V]] = passes(plan)
     for number, (name, run) in enumerate(steps.items(), start=1):
+        if prepared is not None and name == "insert_qdq":
+            prepared.update(_weights(graph))
         run(graph)
         graph.prune()
         _write(graph, dump, number, name)
@@ -74,6 +88,13 @@ def plan_for(graph: Graph[V], decide: Recipe | Plan, *, whole: bool = True) -> P
     }
     decisions |= make_plan([], decide.recipe, left=left).decisions
     return replace(decide, decisions=decisions)
+
+
+def _weights(graph: Graph[V]) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    for found in find_sites(graph):
+        weight = graph.inputs(found.value)[1]
+        assert weight is not None
+        yield (found.site.name, qualified_name(graph, weight)), found.site.weight
 
 
 def _write(graph: Graph[V], folder: str | Path | None, number: int, name: str) -> None:

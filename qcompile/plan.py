@@ -27,6 +27,9 @@ class Decision:
     """What one site gets. A weight or input without spec stays float, and `reason` says why.
 
     input_qparams: of a static input; None with an input spec means found from each input while running.
+    outliers: channels of the input that stay in the model's dtype, with their columns of the weight.
+    threshold: instead, the channels are found in each input: those in which any magnitude reaches it (LLM.int8).
+    Raises PlanError if outliers are not distinct channels of the input.
     """
 
     name: str
@@ -37,6 +40,17 @@ class Decision:
     input_qparams: QParams | None = field(default=None, hash=False)
     solver: str = "round"
     reason: str = ""
+    outliers: tuple[int, ...] = ()
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.outliers and not (
+            len(set(self.outliers)) == len(self.outliers) and set(self.outliers) <= set(range(self.shape[-1]))
+        ):
+            raise PlanError(
+                f"the outliers of {self.name!r} must be distinct channels from 0 to {self.shape[-1] - 1}, got "
+                f"{list(self.outliers[:8])}; calibrate again with qcompile.calibrate"
+            )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Decision):

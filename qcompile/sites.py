@@ -10,6 +10,7 @@ from qcompile.graph import Graph, Op, V
 
 # ops with a weight as their input number 1; K runs along its last dimension
 SITE_OPS = (Op.LINEAR, Op.EMBEDDING)
+_TAIL = ".outliers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,17 @@ def find_sites(graph: Graph[V]) -> list[Found[V]]:
             Found(site=Site(name=graph.name(value), op=graph.op(value), weight=tensor, group=group), value=value)
         )
     return found
+
+
+def tail_name(site: str) -> str:
+    """Name of the thin linear beside a site, the one that multiplies its outlier channels."""
+    return f"{site}{_TAIL}" if site else _TAIL.removeprefix(".")
+
+
+def tail_owner(name: str) -> str | None:
+    """The site beside which the linear of that name would stand; None if it is named like no such linear."""
+    dotted = f".{name}"
+    return dotted.removesuffix(_TAIL).removeprefix(".") if dotted.endswith(_TAIL) else None
 
 
 def left_over(graph: Graph[V]) -> Iterator[LeftOver]:

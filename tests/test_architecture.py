@@ -25,6 +25,7 @@ CORE = (
     "graph",
     "sites",
     "edges",
+    "channels",
     "folds",
     "binding",
     "recipe",

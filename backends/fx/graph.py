@@ -141,6 +141,7 @@ class FxGraph:
         if op not in NEW_CALLS:
             raise GraphError(f"cannot add {op.value!r}; what can be added: {', '.join(o.value for o in NEW_CALLS)}")
         read = [None if value is None else self._tensor(value) for value in inputs]
+        self._place_beside(_present(inputs[0]), inputs[1:])
         target, args = NEW_CALLS[op](*read)
         node = self._call(target, args, after=max(value for value in read if value is not None))
         node.meta["module_path"] = name
@@ -241,6 +242,17 @@ class FxGraph:
             raise GraphError(
                 f"{dequantize.name} cannot read {codes.name}: its qparams come from the quantize that it reads now"
             )
+
+    def _place_beside(self, value: fx.Node, constants: Sequence[fx.Node | None]) -> None:
+        """Move constants to the device of `value`: who computes one from a plan knows no devices."""
+        device = getattr(example(value), "device", None)
+        for node in constants:
+            tensor = attribute(node) if node is not None and is_constant(node) else None
+            if node is None or device is None or tensor is None or tensor.is_meta or tensor.device == device:
+                continue
+            moved = tensor.to(device)
+            setattr(self._module, str(node.target), moved)
+            node.meta["example_value"] = fake_constant(moved, self._module.graph)
 
     def _call(self, target: Any, args: tuple[Any, ...], after: fx.Node) -> fx.Node:
         """A new call right after a node; nothing is inserted if it cannot work on these shapes."""

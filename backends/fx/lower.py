@@ -1,20 +1,32 @@
 """Lowering on torch.fx: each quantized linear becomes one op of the kernel that runs it best."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from qcompile.backends.fx.graph import FxGraph
-from qcompile.backends.fx.kernels import Kernel, Problem, choose
+from qcompile.backends.fx.kernels import Kernel, Problem, choose, llm_int8, tail
+from qcompile.backends.fx.targets import aten
 from qcompile.graph import Op
 from qcompile.numerics import QParams
+from qcompile.sites import tail_owner
 from qcompile.spec import Spec
 
-# (site, kernel, problem, codes, qparams) -> the tensors that the kernel's op reads
-PackSource = Callable[[str, Kernel, Problem, Tensor, QParams], Mapping[str, Tensor]]
+
+class PackSource(Protocol):
+    """Where the tensors come from that ops read instead of a weight. constant: name of what they are made from."""
+
+    def quantized(
+        self, site: str, constant: str, kernel: Kernel, problem: Problem, codes: Tensor, qparams: QParams
+    ) -> Mapping[str, Tensor]:
+        """The tensors that the kernel's op reads."""
+
+    def tail(self, site: str, constant: str, weight: Tensor) -> Mapping[str, Tensor]:
+        """The tensors for the outlier channels of a site, whose columns `weight` [N, n] are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +47,49 @@ class Lowered:
     refused: Mapping[str, str]
 
 
-def lower(graph: FxGraph, target: Target, packs: PackSource) -> list[Lowered]:
-    """Replace every linear with a quantized weight by its kernel's op; returns what runs where.
+@dataclass(frozen=True, kw_only=True)
+class _Weight:
+    """A quantized weight: the constant of its codes, their values and qparams."""
 
+    constant: Node
+    codes: Tensor
+    qparams: QParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FoundSplit:
+    """total = linear + a linear of the same weight on `outliers`."""
+
+    total: Node
+    linear: Node
+    outliers: Node
+    weight: _Weight
+
+
+def lower(graph: FxGraph, target: Target, packs: PackSource) -> list[Lowered]:
+    """Replace each linear with a quantized weight, and the thin one beside it, by a kernel's op.
+
+    Returns what runs the sites.
     Q/DQ that no kernel takes stays: it is plain torch, and right as it stands.
     """
     lowered = []
     for value in list(graph.values()):
-        if graph.op(value) is Op.LINEAR and (found := _quantized_weight(graph, value)) is not None:
-            lowered.append(_lower_linear(graph, value, found, target, packs))
+        if graph.op(value) is Op.ADD and (split := _found_split(graph, value)) is not None:
+            lowered += _lower_found_split(graph, split, target, packs)
+    graph.prune()
+    for value in list(graph.values()):
+        if graph.op(value) is Op.LINEAR and (weight := _quantized_weight(graph, value)) is not None:
+            lowered += _lower_linear(graph, value, weight, target, packs)
+        elif graph.op(value) is Op.LINEAR:
+            _lower_tail(graph, value, packs)
+    for value in list(graph.values()):
+        if graph.op(value) is Op.SELECT:
+            _lower_select(graph, value)
     graph.prune()
     return lowered
 
 
-def _quantized_weight(graph: FxGraph, linear: Node) -> tuple[Node, Tensor, QParams] | None:
+def _quantized_weight(graph: FxGraph, linear: Node) -> _Weight | None:
     weight = graph.inputs(linear)[1]
     if weight is None or graph.op(weight) is not Op.DEQUANTIZE:
         return None
@@ -58,42 +99,110 @@ def _quantized_weight(graph: FxGraph, linear: Node) -> tuple[Node, Tensor, QPara
         return None
     tensor = graph.constant(codes)
     assert tensor is not None
-    return codes, tensor, qparams
+    return _Weight(constant=codes, codes=tensor, qparams=qparams)
 
 
-def _lower_linear(
-    graph: FxGraph,
-    linear: Node,
-    found: tuple[Node, Tensor, QParams],
-    target: Target,
-    packs: PackSource,
-) -> Lowered:
-    x, _, bias = graph.inputs(linear)
+def _problem(graph: FxGraph, linear: Node, weight: _Weight, target: Target) -> Problem:
+    x = graph.inputs(linear)[0]
     assert x is not None
-    constant, codes, qparams = found
-    quantized = graph.op(x) is Op.DEQUANTIZE
-    problem = Problem(
-        N=codes.shape[0],
-        K=codes.shape[1],
-        weight=qparams.spec,
-        input=_spec(graph, x) if quantized else None,
+    return Problem(
+        N=weight.codes.shape[0],
+        K=weight.codes.shape[1],
+        weight=weight.qparams.spec,
+        input=_spec(graph, x) if graph.op(x) is Op.DEQUANTIZE else None,
         dtype=_dtype(linear),
         device=target.device,
         capability=target.capability,
         small=target.small,
     )
+
+
+def _lower_linear(graph: FxGraph, linear: Node, weight: _Weight, target: Target, packs: PackSource) -> list[Lowered]:
+    x, _, bias = graph.inputs(linear)
+    assert x is not None
+    problem = _problem(graph, linear, weight, target)
     kernel, refused = choose(problem)
-    site = graph.name(linear)
-    packed = {
-        name: graph.add_constant(f"{graph.name(constant)}.{kernel.name}.{name}", tensor)
-        for name, tensor in packs(site, kernel, problem, codes, qparams).items()
-    }
+    # the linear of outliers that are found while running reads the weight of the site beside it
+    owner = tail_owner(graph.name(linear)) if graph.op(x) is Op.OUTLIERS else None
+    site = graph.name(linear) if owner is None else owner
+    packed = _packed(graph, site, weight, kernel, problem, packs)
     taken = tuple(x.args[:3]) if kernel.takes_codes else (x,)
-    with linear.graph.inserting_before(linear):
-        new = linear.graph.call_function(kernel.op, kernel.arguments(problem, taken, packed, bias))
-    new.meta = dict(linear.meta)
-    graph.replace_uses(linear, new)
-    return Lowered(site=site, kernel=kernel.name, refused=refused)
+    _replace(graph, linear, kernel.op, kernel.arguments(problem, taken, packed, bias))
+    return [Lowered(site=site, kernel=kernel.name, refused=refused)] if owner is None else []
+
+
+def _found_split(graph: FxGraph, total: Node) -> _FoundSplit | None:
+    """The parts of a sum that `split_outliers` made for a threshold, with a scale found for each input."""
+    linear, tail_linear = graph.inputs(total)
+    if any(v is None or graph.op(v) is not Op.LINEAR or graph.users(v) != [total] for v in (linear, tail_linear)):
+        return None
+    assert linear is not None
+    assert tail_linear is not None
+    x, outliers, weight = graph.inputs(linear)[0], graph.inputs(tail_linear)[0], _quantized_weight(graph, linear)
+    if tail_owner(graph.name(tail_linear)) != graph.name(linear) or x is None or outliers is None or weight is None:
+        return None
+    is_found = graph.op(outliers) is Op.OUTLIERS and graph.inputs(linear)[1] is graph.inputs(tail_linear)[1]
+    if not is_found or graph.op(x) is not Op.DEQUANTIZE or isinstance(graph.qparams(x), QParams):
+        return None
+    return _FoundSplit(total=total, linear=linear, outliers=outliers, weight=weight)
+
+
+def _lower_found_split(graph: FxGraph, split: _FoundSplit, target: Target, packs: PackSource) -> list[Lowered]:
+    problem, kernel = _problem(graph, split.linear, split.weight, target), llm_int8.KERNEL
+    if kernel.why_not(problem) is not None:
+        return []
+    site = graph.name(split.linear)
+    packed = _packed(graph, site, split.weight, kernel, problem, packs)
+    x, threshold = graph.inputs(split.outliers)
+    bias = graph.inputs(split.linear)[2]
+    _replace(graph, split.total, kernel.op, kernel.arguments(problem, (x, threshold), packed, bias))
+    return [Lowered(site=site, kernel=kernel.name, refused={})]
+
+
+def _lower_tail(graph: FxGraph, linear: Node, packs: PackSource) -> None:
+    """Make the thin linear of calibrated outliers read its columns as a pack."""
+    x, columns = graph.inputs(linear)[:2]
+    site = tail_owner(graph.name(linear))
+    if site is None or x is None or graph.op(x) is not Op.SELECT:
+        return
+    weight = None if columns is None else graph.constant(columns)
+    if columns is None or weight is None:
+        return
+    name = graph.name(columns)
+    packed = {
+        part: graph.add_constant(f"{name}.{part}", tensor) for part, tensor in packs.tail(site, name, weight).items()
+    }
+    _replace(graph, linear, tail.OP, (x, packed["weight"]))
+
+
+def _lower_select(graph: FxGraph, selected: Node) -> None:
+    """Make a selection of neighbours a view, which costs nothing.
+
+    One channel alone stays an index, so that layers with different ones share their code; but the last one.
+    """
+    x, channels = graph.inputs(selected)
+    index = None if channels is None else graph.constant(channels)
+    size = None if x is None else graph.shape(x)[-1]
+    if x is None or index is None or index.is_meta or index.numel() == 0:
+        return
+    first, last = int(index[0]), int(index[-1])
+    if index.tolist() == list(range(first, last + 1)) and (first < last or last + 1 == size):
+        _replace(graph, selected, aten.slice.Tensor, (x, -1, first, last + 1))
+
+
+def _packed(
+    graph: FxGraph, site: str, weight: _Weight, kernel: Kernel, problem: Problem, packs: PackSource
+) -> dict[str, Node]:
+    constant = graph.name(weight.constant)
+    tensors = packs.quantized(site, constant, kernel, problem, weight.codes, weight.qparams)
+    return {name: graph.add_constant(f"{constant}.{kernel.name}.{name}", tensor) for name, tensor in tensors.items()}
+
+
+def _replace(graph: FxGraph, value: Node, target: Any, args: tuple[Any, ...]) -> None:
+    with value.graph.inserting_before(value):
+        new = value.graph.call_function(target, args)
+    new.meta = dict(value.meta)
+    graph.replace_uses(value, new)
 
 
 def _spec(graph: FxGraph, value: Node) -> Spec:

@@ -26,6 +26,7 @@ class SiteReport:
     snr_db: of the dequantized weight, None if not measured.
     bytes_before, bytes_after: of the weight, scales included; 0 where another site already counts the same tensor.
     macs: multiply-adds for one token.  reason: why the weight was left alone, or "".
+    outliers: channels of the input that are multiplied as they are, with their columns of the weight.
     """
 
     name: str
@@ -40,6 +41,7 @@ class SiteReport:
     bytes_after: int = 0
     macs: int = 0
     reason: str = ""
+    outliers: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

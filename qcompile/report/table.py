@@ -37,6 +37,13 @@ class Row:
         return sum(s.bytes_after for s in self.sites)
 
     @property
+    def kernel(self) -> str:
+        """What multiplies, and how many channels of the input are multiplied as they are: "int8 + tail (3-5)"."""
+        counts = sorted({s.outliers for s in self.sites})
+        most = "-".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
+        return f"{self.sites[0].kernel} ({most})" if counts[-1] else self.sites[0].kernel
+
+    @property
     def snr_db(self) -> float | None:
         """The lowest of the sites."""
         return min((s.snr_db for s in self.sites if s.snr_db is not None), default=None)
@@ -89,7 +96,7 @@ def _quantized(report: Report, *, full: bool, wide: bool) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows(report.quantized, full=full):
         site = row.sites[0]
-        how = (site.weight or "float", site.input or "float", site.kernel)
+        how = (site.weight or "float", site.input or "float", row.kernel)
         table.add_row(
             row.title,
             *((site.op, shape(site.shape), *how) if wide else ("\n".join(how),)),

@@ -50,6 +50,19 @@ def test_a_plan_comes_back_equal_and_bound(plan: Plan, model: Net, tmp_path: Pat
     assert {p.name for p in (tmp_path / "deep" / "plan").iterdir()} == {"plan.json", "plan.safetensors"}
 
 
+def test_outliers_and_thresholds_are_kept(tmp_path: Path) -> None:
+    given = {"op": Op.LINEAR, "shape": (2, 8), "weight": parse_spec("int8/channel"), "input": parse_spec("int8/token")}
+    split = Decision(name="a", outliers=(5, 1), **given)
+    found = Decision(name="b", threshold=6.0, **given)
+    plain = Decision(name="c", **given)
+    decisions = {d.name: d for d in (split, found, plain)}
+    save(Plan(recipe=Recipe(name="r", rules=(Rule(),)), decisions=decisions), tmp_path / "p")
+    assert load(tmp_path / "p").decisions == decisions
+    # a plan without them reads as before them
+    tables = json.loads((tmp_path / "p" / "plan.json").read_text())["decisions"]
+    assert [sorted(table.keys() & {"outliers", "threshold"}) for table in tables] == [["outliers"], ["threshold"], []]
+
+
 @pytest.mark.parametrize(
     ("spec", "zero", "levels", "stored"),
     [

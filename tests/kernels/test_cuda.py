@@ -1,10 +1,13 @@
 """The FX host's kernels and whole models on a CUDA device."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import qcompile
 from qcompile.backends.fx.kernels import KERNELS, Problem, choose
+from qcompile.graph import Op
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 from tests.families import build, tokens
@@ -90,6 +93,30 @@ def test_whole_model(recipe: str, dtype: torch.dtype, mode: str) -> None:
     kernels = {site.kernel for site in qcompile.report(fast).sites if site.weight}
     if mode == "default":
         assert kernels == {recipe if recipe in ("int8", "fp8") else "dense"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("count", [2, 20])
+@pytest.mark.parametrize("threshold", [None, 2.5])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_split_outliers(dtype: torch.dtype, count: int, threshold: float | None, graphs: bool) -> None:
+    torch._dynamo.reset()
+    model, inputs = build("llama").to("cuda", dtype), [tokens(2, 16, seed).cuda() for seed in (1, 2, 3)]
+    plan = qcompile.calibrate(model, inputs[:1], recipe="int8", progress=False)
+    outliers = () if threshold is not None else tuple(range(0, 3 * count, 3))
+    decisions = {
+        name: replace(d, outliers=outliers, threshold=threshold) if d.op is Op.LINEAR and d.weight is not None else d
+        for name, d in plan.decisions.items()
+    }
+    plan = replace(plan, decisions=decisions)
+    with torch.no_grad(), torch._inductor.config.patch({"triton.cudagraphs": graphs}):
+        fast = torch.compile(model, backend="qcompile", fullgraph=True, options={"plan": plan})
+        reference = torch.compile(model, backend="qcompile", options={"plan": plan, "lower": False})
+        for ids in (*inputs, *inputs):
+            y, expected = fast(ids).logits.clone(), reference(ids).logits
+            assert float((y - expected).float().norm() / expected.float().norm()) < 2e-2
+    kernels = {site.kernel for site in qcompile.report(fast).sites if site.weight}
+    assert kernels == {"int8 + tail" if threshold is None else "llm-int8"}
 
 
 @pytest.mark.parametrize("recipe", ["int8", "nf4"])

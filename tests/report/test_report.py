@@ -38,6 +38,15 @@ def report(*sites: SiteReport, **changes: object) -> Report:
 LAYERS = tuple(site(f"model.layers.{i}.mlp.{p}", snr_db=40.0 - i) for i in range(12) for p in ("gate", "up"))
 
 
+def test_channels_that_are_multiplied_as_they_are_are_counted() -> None:
+    plain, few, more = site("a"), site("l.0.fc", outliers=3, kernel="int8 + tail"), site("l.1.fc", outliers=5)
+    assert [row.kernel for row in rows([plain, few, few])] == ["int8", "int8 + tail (3)"]
+    assert rows([few, more], full=True)[1].kernel == "int8 (5)"
+    text = report(plain, few, site("l.1.fc", outliers=5, kernel="int8 + tail")).to_text()
+    assert "int8 + tail (3-5)" in text
+    assert Report.from_json(report(few).to_json()).sites == (few,)
+
+
 def test_sums_and_shares() -> None:
     both = report(site("a"), alone("b", bytes_before=1536, bytes_after=1536, macs=0))
     assert (both.bytes_before, both.bytes_after) == (2048, 1696)
