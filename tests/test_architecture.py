@@ -36,6 +36,7 @@ CORE = (
     "observers",
     "clipping",
     "ranges",
+    "outliers",
     "solvers",
     "plan",
     "calibrate",
