@@ -230,7 +230,7 @@ def _above_crowd(magnitudes: Tensor) -> tuple[Tensor, Tensor]:
     middle = alive.median()
     octaves = (alive / middle).log2()
     # a spread found from few channels may be too small
-    doubt = 1 + 4 / alive.numel()
+    doubt = 1 + 8 / alive.numel()
     spread = doubt * max(MAD_TO_SIGMA * float(octaves.abs().median()), SMALLEST_SPREAD)
     ratio = magnitudes / middle
     return ratio, ratio.log2() / spread

@@ -42,11 +42,13 @@ class Prepared:
     """decided: for the plan. stats: by site, of what is quantized after it. outliers: of the float model.
 
     groups: the activations with their stats before, in the order of the graphs.
+    foldable: sites before which a scale can be folded away.
     """
 
     decided: Preparation
     stats: Mapping[str, Stats]
     groups: Sequence[Group]
+    foldable: frozenset[str] = frozenset()
 
     @property
     def outliers(self) -> Outliers:
@@ -54,13 +56,15 @@ class Prepared:
         return find_outliers(self.groups)
 
 
-def prepare(model: nn.Module, seen: Seen, recipe: Recipe, *, failures: str | Path | None = None) -> Prepared:
+def prepare(
+    model: nn.Module, seen: Seen, recipe: Recipe, *, failures: str | Path | None = None, trace: bool = False
+) -> Prepared:
     """Look for outliers, and for a recipe that asks for it, choose folds and splits and check them on the graph.
 
-    failures: see `qcompile.calibrate`.  Raises what torch raises if the model cannot be traced; it is traced only for
-    folds and splits, so that without them it is not known which activations norms make.
+    failures: see `qcompile.calibrate`.  trace: look at the model's graph also for a recipe that changes nothing in it;
+    otherwise it is not known which activations norms make.  Raises what torch raises if the model cannot be traced.
     """
-    if not recipe.prepares:
+    if not recipe.prepares and not trace:
         return Prepared(decided=Preparation(), stats=seen.stats, groups=list(_groups(seen)))
     with evaluating(model):
         graphs = capture(model, lambda compiled: run_batch(compiled, first_rows(seen.example), 0))
@@ -77,7 +81,12 @@ def prepare(model: nn.Module, seen: Seen, recipe: Recipe, *, failures: str | Pat
         inputs={name: spec for one in found for name, spec in one.inputs.items()},
         notes=tuple(note for one in found for note in one.notes),
     )
-    return Prepared(decided=decided, stats=stats, groups=[group for one in found for group in one.groups])
+    return Prepared(
+        decided=decided,
+        stats=stats,
+        groups=[group for one in found for group in one.groups],
+        foldable=frozenset().union(*(one.foldable for one in found)),
+    )
 
 
 class _Preparing:
@@ -89,6 +98,7 @@ class _Preparing:
         self.inputs: dict[str, Spec] = {}
         self.stats: dict[str, Stats] = {}
         self.notes: list[str] = []
+        self.foldable: set[str] = set()
         self.groups = list(outlier_groups(captured.open(), seen.stats))
         self._captured, self._seen, self._recipe = captured, seen, recipe
         self._model, self._failures = model, failures
@@ -102,6 +112,7 @@ class _Preparing:
             # a scale serves all that read the activation: it is sought where they agree on how
             foldable = not edge.reason or (edge.multiply and _is_residual(graph, edge.value))
             may_scale = foldable and len(by_rule) == 1
+            self.foldable |= {found.site.name for found in edge.consumers if foldable}
             for rule, members in by_rule.items():
                 self._decide(graph, edge, rule, members, may_scale=may_scale)
 
