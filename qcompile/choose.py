@@ -24,7 +24,7 @@ STRENGTHS = tuple(i / 20 for i in range(6, 21))
 # so much: rows that were not seen fare worse under a scale found beforehand
 RESCUE_DB, RESCUE_GAIN = 34.0, 3.0
 # what is tried is tried often: the error of a mean over so many is a few percent
-ROWS, FEATURES = 128, 512
+ROWS, FEATURES = 128, 256
 # dB that a change must gain, so that noise of the measurement changes nothing
 LEAST_GAIN = 0.1
 
@@ -106,12 +106,19 @@ def _best(case: Case, spec: Spec | None) -> Choice:
     strength = case.rule.smooth.strength if case.strength is None else case.strength
     if not isinstance(strength, str):
         return _split(case, _smoothed(case, spec, strength))
-    tried = {s: _split(case, _smoothed(case, spec, s)) for s in STRENGTHS[::2]}
-    middle = STRENGTHS.index(max(tried, key=lambda s: tried[s].snr_db))
+    tried = {s: _roughly(case, _smoothed(case, spec, s)) for s in STRENGTHS[::2]}
+    middle = STRENGTHS.index(max(tried, key=tried.__getitem__))
     around = STRENGTHS[max(0, middle - 1) : middle + 2]
-    tried |= {s: _split(case, _smoothed(case, spec, s)) for s in around if s not in tried}
-    best = max(tried.values(), key=lambda choice: choice.snr_db)
+    tried |= {s: _roughly(case, _smoothed(case, spec, s)) for s in around if s not in tried}
+    best = _split(case, _smoothed(case, spec, max(tried, key=tried.__getitem__)))
     return best if best.snr_db > plain.snr_db + LEAST_GAIN else plain
+
+
+def _roughly(case: Case, choice: Choice) -> float:
+    """The signal-to-noise ratio with the channels in 16 bit that come first to mind: enough to compare strengths."""
+    if case.rule.split is not None:
+        choice = replace(choice, outliers=next(_candidates(case, choice), ()))
+    return _snr_db(case, choice)
 
 
 def _smoothed(case: Case, spec: Spec | None, strength: float) -> Choice:

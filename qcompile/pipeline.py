@@ -14,7 +14,7 @@ from qcompile.passes.freeze_weights import freeze_weights
 from qcompile.passes.insert_qdq import insert_qdq
 from qcompile.passes.merge_qdq import merge_qdq
 from qcompile.passes.split_outliers import split_outliers
-from qcompile.plan import Decision, Plan, make_plan
+from qcompile.plan import Decision, Plan, make_plan, unreached
 from qcompile.recipe import Recipe
 from qcompile.sites import constant_name, find_sites, left_over
 
@@ -97,7 +97,7 @@ def plan_for(graph: Graph[V], decide: Recipe | Plan, *, whole: bool = True) -> P
         or Decision(name=site.name, op=site.op, shape=tuple(site.weight.shape), reason="not in the plan")
         for site in sites
     }
-    decisions |= make_plan([], decide.recipe, left=left).decisions
+    decisions |= unreached(left)
     return replace(decide, decisions=decisions)
 
 

@@ -154,11 +154,19 @@ def make_plan(
             decisions[site.name] = replace(_left_alone(first[site.name]), reason=reason)
     if whole:
         _require_use(recipe, sites, used)
+    # sites first, as they stand in the graph
+    decisions |= {name: d for name, d in unreached(left).items() if name not in decisions}
+    return Plan(recipe=recipe, decisions=decisions, folds=prepared.folds, notes=prepared.notes)
+
+
+def unreached(left: Iterable[LeftOver]) -> dict[str, Decision]:
+    """Decisions for weights that no site reads: each has a reason."""
+    found = {}
     for weight in left:
         reason = f"read by {weight.reader}, which is not a linear" if weight.reader else "no op read it"
         shape = tuple(weight.weight.shape)
-        decisions.setdefault(weight.name, Decision(name=weight.name, op=Op.OTHER, shape=shape, reason=reason))
-    return Plan(recipe=recipe, decisions=decisions, folds=prepared.folds, notes=prepared.notes)
+        found[weight.name] = Decision(name=weight.name, op=Op.OTHER, shape=shape, reason=reason)
+    return found
 
 
 def equal_qparams(a: QParams | Spec | None, b: QParams | Spec | None) -> bool:
