@@ -81,12 +81,15 @@ def graphs() -> int:
 @pytest.mark.parametrize("recipe", ["int8", "int8-static"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_compiled_code_equals_the_graph(recipe: str, dtype: torch.dtype) -> None:
-    model, x = Stack(1).eval().to(dtype), torch.randn(3, 5, 32, dtype=dtype)
-    plan = plan_of(model, x, recipe)
-    expected = reference(model, x, plan)
-    fast = torch.compile(model, backend="qcompile", fullgraph=True, options={"plan": plan})
+    model, inputs = Stack(1).eval().to(dtype), [torch.randn(*shape, 32, dtype=dtype) for shape in ((3, 5), (2, 9))]
+    plan = plan_of(model, inputs[0], recipe)
+    expected = [reference(model, x, plan) for x in inputs]
+    fast = torch.compile(model, backend="qcompile", fullgraph=True, dynamic=True, options={"plan": plan})
+    before = graphs()
     limit = 1e-5 if dtype is torch.float32 else 1e-2
-    assert float((fast(x) - expected).norm() / expected.norm()) < limit
+    for x, y in zip(inputs, expected, strict=True):
+        assert float((fast(x) - y).norm() / y.norm()) < limit
+    assert graphs() - before == 1
     assert [(s.kernel, s.outliers) for s in qcompile.report(fast).sites if s.weight] == [("int8 + tail", 2)] * 2
 
 

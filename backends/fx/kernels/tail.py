@@ -1,13 +1,13 @@
 """The outlier channels of a split linear: y = x @ weight, a product of few channels.
 
-x: [..., n], weight [n, N] in x's dtype. Up to MOST_FUSED channels it is written as sums, which Inductor fuses into the
-epilogue of the quantized product: a matmul would write y once more and read it again. More channels are a matmul.
+x: [..., n], weight [n, N] in x's dtype. Few channels are written as sums, which Inductor fuses into the epilogue of
+the quantized product; a matmul would write y once more, and read it again. More channels are a matmul.
 """
 
 import torch
 from torch import Tensor
 
-# Measured on the CPU (Zen 4, 2 threads), M from 1 to 1024: 15 channels cost as much as a matmul or less, 41 more
+# Measured on the CPU (Zen 4), M from 1 to 1024: up to here sums are faster, up to 41 channels neither is
 MOST_FUSED = 16
 # Inductor unrolls reductions of less than 8 (its unroll_reductions_threshold), and fuses only those it unrolls
 UNROLLED = 7
@@ -20,6 +20,10 @@ def _linear_tail(x: Tensor, weight: Tensor) -> Tensor:
     n = weight.shape[0]
     if n > MOST_FUSED:
         return torch.matmul(x, weight)
+    # Inductor keeps in memory what it reads by strides; else it would gather x, and compute what makes it, anew for
+    # every few columns of y
+    x = x.contiguous()
+    x = x.as_strided(x.shape, x.stride())
     parts = [
         (x[..., i : i + UNROLLED, None].float() * weight[i : i + UNROLLED].float()).sum(-2)
         for i in range(0, n, UNROLLED)
