@@ -1,0 +1,274 @@
+"""The analysis of a quantized model: its outliers, the noise of each site, and what would help. Data, and JSON."""
+
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.advice import Advice, Case, Kind, Remedy, advise, without
+from qcompile.errors import PlanError
+from qcompile.folds import Fold
+from qcompile.noise import Noise, Probe, Treatment, measure_noise, probe, shares_rows
+from qcompile.numerics import QParams
+from qcompile.observers import Stats
+from qcompile.outliers import NORMS, Activation, Group, Outliers, find_outliers
+from qcompile.plan import Decision, Plan
+from qcompile.ranges import parse_observer
+from qcompile.sites import Site
+from qcompile.spec import parse_spec
+
+SCHEMA = 1
+_KIND = "qcompile.analysis"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteNoise:
+    """The noise of a quantized site, and its signal-to-noise ratio in dB if nothing were folded, None without folds.
+
+    weight, input: specs as text, "" for float.  split: channels that bypass quantization.
+    """
+
+    name: str
+    noise: Noise
+    unfolded_db: float | None = None
+    weight: str = ""
+    input: str = ""
+    split: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldNote:
+    """A fold as the reader sees it: which sites, where 1 / scale went ("" is a multiplication), how it was found.
+
+    smallest, largest: of the factors.
+    """
+
+    sites: tuple[str, ...]
+    into: str
+    method: str
+    smallest: float
+    largest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What was found in a model under one plan."""
+
+    outliers: Outliers
+    sites: tuple[SiteNoise, ...] = ()
+    folds: tuple[FoldNote, ...] = ()
+    advice: tuple[Advice, ...] = ()
+
+    def to_json(self) -> str:
+        """JSON text, which `from_json` reads back.  Ratios that are infinite are written as JSON's Infinity."""
+        table = asdict(self)
+        for advice in table["advice"]:
+            advice["remedy"]["kind"] = advice["remedy"]["kind"].value
+        return json.dumps({"schema": SCHEMA, "kind": _KIND, **table}) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Analysis":
+        """Raises PlanError if the text is no analysis, or one of a newer schema."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError:
+            data = None
+        if not isinstance(data, dict) or data.get("kind") != _KIND:
+            raise PlanError("this JSON is no analysis of qcompile; write one with `qcompile analyze MODEL --json FILE`")
+        if data["schema"] > SCHEMA:
+            raise PlanError(f"analysis of schema {data['schema']}, this version reads up to {SCHEMA}; upgrade qcompile")
+        return cls(
+            outliers=Outliers.from_table(data["outliers"]),
+            sites=tuple(_site_noise(s) for s in data["sites"]),
+            folds=tuple(FoldNote(**{**f, "sites": tuple(f["sites"])}) for f in data["folds"]),
+            advice=tuple(_advice(a) for a in data["advice"]),
+        )
+
+
+def analyze(
+    sites: Iterable[Site],
+    groups: Sequence[Group],
+    plan: Plan,
+    *,
+    folds: Sequence[Fold] = (),
+    smoothable: Collection[str] | None = None,
+) -> Analysis:
+    """The analysis of a plan, from the stats of the float model's activations; nothing of the model runs.
+
+    sites: with weights as the float model has them. groups: sites by what they read, in graph order, with stats as
+    the float model gives them. folds: that the plan's qparams assume. smoothable: names of sites before which a scale
+    can be folded away; by default those that read what a norm makes.
+    Sites that are not quantized, or of which no stats are known, have no noise and no advice.
+    """
+    outliers = find_outliers(groups)
+    weights = {site.name: site.weight for site in sites}
+    cases: list[Case] = []
+    found: list[SiteNoise] = []
+    for group in groups:
+        names = [name for name in group.sites if _is_quantized(plan.decisions.get(name)) and name in weights]
+        if not names or group.stats.count == 0:
+            continue
+        scale = _scale(names, folds)
+        found += [_measured(plan, name, weights[name], group.stats, scale) for name in names]
+        activation = next(a for a in outliers.activations if a.sites == group.sites)
+        may = group.maker in NORMS if smoothable is None else names[0] in smoothable
+        cases += _cases(plan, names, weights, group.stats, scale, activation, smoothable=may)
+    return Analysis(
+        outliers=outliers,
+        sites=tuple(found),
+        folds=tuple(_note(fold) for fold in folds),
+        advice=tuple(advise(cases)),
+    )
+
+
+def remedied(plan: Plan, advice: Advice, stats: Mapping[str, Stats]) -> Plan | None:
+    """The plan with an advice followed; None for smoothing, which changes the model before it is quantized.
+
+    stats: of what sites read once folded, by name.
+    """
+    if advice.remedy.kind is Kind.SMOOTH:
+        return None
+    changed = {name: _changed(plan, plan.decisions[name], advice.remedy, stats[name]) for name in advice.sites}
+    return replace(plan, decisions={**plan.decisions, **changed})
+
+
+def folded_stats(groups: Iterable[Group], folds: Sequence[Fold]) -> dict[str, Stats]:
+    """The stats of what sites read once folded, by name."""
+    found: dict[str, Stats] = {}
+    for group in groups:
+        scale = _scale(group.sites, folds)
+        stats = group.stats if scale is None else group.stats.divided(scale.to(group.stats.low.device))
+        found |= dict.fromkeys(group.sites, stats)
+    return found
+
+
+def _changed(plan: Plan, decision: Decision, remedy: Remedy, stats: Stats) -> Decision:
+    match remedy.kind:
+        case Kind.SPLIT:
+            channels = tuple(sorted({*decision.outliers, *remedy.channels}))
+            static = _static(plan, decision.name)
+            qparams = None if static is None else static(without(stats, channels))
+            return replace(decision, outliers=channels, input_qparams=qparams)
+        case Kind.WEIGHT:
+            return replace(decision, weight=parse_spec(remedy.spec))
+        case Kind.FLOAT:
+            reason = "left in 16 bit by an advice"
+            return replace(decision, weight=None, input=None, input_qparams=None, outliers=(), reason=reason)
+        case _:
+            return replace(decision, input=parse_spec(remedy.spec), input_qparams=None)
+
+
+def _is_quantized(decision: Decision | None) -> bool:
+    return decision is not None and (decision.weight is not None or decision.input is not None)
+
+
+def _treatment(decision: Decision, stats: Stats) -> Treatment:
+    channels = decision.outliers
+    if not channels and decision.threshold is not None:
+        # found in each input while running: here in all that were seen
+        channels = tuple((stats.amax >= decision.threshold).nonzero().flatten().tolist())
+    return Treatment(
+        weight=decision.weight,
+        input=decision.input if decision.input_qparams is None else decision.input_qparams,
+        solver=decision.solver,
+        # only a weight that is quantized is split
+        channels=channels if decision.weight is not None else (),
+    )
+
+
+def _static(plan: Plan, name: str) -> Callable[[Stats], QParams] | None:
+    """What finds the qparams of a static input from stats; None for any other input."""
+    decision = plan.decisions[name]
+    if decision.input is None or decision.input_qparams is None:
+        return None
+    site = Site(name=name, op=decision.op, weight=torch.empty(decision.shape, device="meta"))
+    rule = next((rule for rule in plan.recipe.rules if rule.matches(site)), None)
+    observer = parse_observer("minmax" if rule is None else rule.observer)
+    return partial(observer, spec=decision.input)
+
+
+def _scale(names: Sequence[str], folds: Sequence[Fold]) -> Tensor | None:
+    """What the activation of these sites is divided by, None without folds."""
+    scales = [fold.scale for fold in folds if names[0] in fold.sites]
+    return prod(scales[1:], start=scales[0]) if scales else None
+
+
+def _folded(probed: Probe, scale: Tensor | None) -> Probe:
+    return probed if scale is None else probed.scaled(scale.to(probed.weight.device))
+
+
+def _measured(plan: Plan, name: str, weight: Tensor, stats: Stats, scale: Tensor | None) -> SiteNoise:
+    decision = plan.decisions[name]
+    folded = stats if scale is None else stats.divided(scale.to(stats.low.device))
+    treatment = _treatment(decision, folded)
+    plain = probe(weight, stats, whole=shares_rows(treatment.weight))
+    static = _static(plan, name)
+    unfolded = treatment if static is None else replace(treatment, input=static(without(stats, treatment.channels)))
+    return SiteNoise(
+        name=name,
+        noise=measure_noise(_folded(plain, scale), treatment),
+        unfolded_db=None if scale is None else plain.after(unfolded),
+        weight="" if decision.weight is None else str(decision.weight),
+        input="" if decision.input is None else str(decision.input),
+        split=treatment.channels,
+    )
+
+
+def _cases(
+    plan: Plan,
+    names: Sequence[str],
+    weights: Mapping[str, Tensor],
+    stats: Stats,
+    scale: Tensor | None,
+    activation: Activation,
+    *,
+    smoothable: bool,
+) -> Iterator[Case]:
+    """The sites of a group, together where they are quantized alike."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for name in names:
+        decision = plan.decisions[name]
+        static = decision.input_qparams is not None
+        key = (decision.weight, decision.input, static, decision.solver, decision.outliers, decision.threshold)
+        alike.setdefault(key, []).append(name)
+    if scale is not None:
+        stats = stats.divided(scale.to(stats.low.device))
+    for same in alike.values():
+        weight = torch.cat([weights[name].detach() for name in same])
+        yield Case(
+            sites=tuple(same),
+            weight=weight if scale is None else weight * scale.to(weight.device),
+            stats=stats,
+            treatment=_treatment(plan.decisions[same[0]], stats),
+            activation=activation,
+            static=_static(plan, same[0]),
+            # a vector serves all readers of the activation
+            smoothable=smoothable and len(alike) == 1,
+        )
+
+
+def _note(fold: Fold) -> FoldNote:
+    return FoldNote(
+        sites=fold.sites,
+        into=fold.into,
+        method=fold.method,
+        smallest=float(fold.scale.min()),
+        largest=float(fold.scale.max()),
+    )
+
+
+def _site_noise(table: Mapping[str, Any]) -> SiteNoise:
+    noise = table["noise"]
+    channels = tuple((int(k), float(share)) for k, share in noise["channels"])
+    return SiteNoise(**{**table, "split": tuple(table["split"]), "noise": Noise(**{**noise, "channels": channels})})
+
+
+def _advice(table: Mapping[str, Any]) -> Advice:
+    remedy = table["remedy"]
+    found = Remedy(**{**remedy, "kind": Kind(remedy["kind"]), "channels": tuple(remedy["channels"])})
+    return Advice(**{**table, "sites": tuple(table["sites"]), "remedy": found})
