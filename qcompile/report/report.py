@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -12,6 +12,8 @@ from qcompile.errors import PlanError, QcompileError
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
+
+    from qcompile.analysis import Analysis
 
 SCHEMA = 1
 
@@ -111,7 +113,22 @@ class Report:
         """
         text = json.dumps({"schema": SCHEMA, "kind": "qcompile.report", **asdict(self)}, indent=1) + "\n"
         if path is not None:
-            _write(Path(path), text)
+            write_text(Path(path), text)
+        return text
+
+    def to_html(
+        self, path: str | os.PathLike[str] | None = None, analysis: "Analysis | None" = None, title: str = ""
+    ) -> str:
+        """The report as one HTML page that needs nothing else, also written to `path` if given, whole or not at all.
+
+        analysis: what `qcompile.analysis.analyze` found; the page then tells where the noise comes from and what
+        would help. title: what was quantized.  Raises QcompileError if the folder cannot be written.
+        """
+        from qcompile.report.html import page
+
+        text = page(self, analysis, title)
+        if path is not None:
+            write_text(Path(path), text)
         return text
 
     @classmethod
@@ -194,15 +211,13 @@ def _parsed(text: str) -> dict[str, Any]:
     return data
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader never sees half of it.  Raises QcompileError if the folder cannot be written."""
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
     except OSError as e:
         raise QcompileError(f"cannot write the report to {path}: {e.strerror}; choose a folder you may write") from e
+    finally:
+        new.unlink(missing_ok=True)
