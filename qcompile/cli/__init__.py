@@ -1,4 +1,4 @@
-"""The command line: `qcompile recipes | formats | doctor | show | demo`.
+"""The command line: `qcompile recipes | formats | doctor | show | analyze | demo`.
 
 Any mistake of the user ends in one red line and exit code 2; `qcompile --debug ...` shows the traceback.
 """
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from qcompile.cli.analyze import analyze_model
 from qcompile.cli.demo import demo
 from qcompile.cli.doctor import doctor
 from qcompile.cli.show import show
@@ -63,5 +64,6 @@ def root(
     """A quantizing graph compiler for PyTorch: torch.compile(model, backend="qcompile")."""
 
 
+app.command("analyze")(analyze_model)
 for command in (demo, doctor, formats, recipes, show):
     app.command()(command)

@@ -1,0 +1,193 @@
+"""`qcompile analyze`: where a model loses accuracy under a recipe, why, and what would help."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from qcompile.advice import Advice, measured
+from qcompile.analysis import Analysis, analyze, folded_stats, remedied
+from qcompile.cli.examine import Examined, examine, output_snr
+from qcompile.cli.subjects import DEMO, Subject, open_subject
+from qcompile.errors import OptionsError
+from qcompile.graph import Op
+from qcompile.numerics import dequantize, quantize, snr_db
+from qcompile.packing import stored_bytes
+from qcompile.plan import Decision, Plan
+from qcompile.presets import parse_recipe
+from qcompile.report import Report, SiteReport
+from qcompile.report.findings import short
+from qcompile.report.report import write_text
+from qcompile.solvers import SOLVERS
+
+# rows of a table on the terminal
+TOP = 12
+
+
+def analyze_model(
+    model: Annotated[str, typer.Argument(help=f"A Hugging Face model folder, or {DEMO!r} for the demo's model.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Tokens or .txt (a line is a sentence, to an encoder), or a folder of them.")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="The recipe to judge: a name or a TOML file.")] = "int8-static",
+    html: Annotated[Path | None, typer.Option(help="Write the page with all findings here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all findings as JSON here.")] = None,
+    windows: Annotated[
+        int, typer.Option(min=1, help="Windows of tokens, or batches of sentences, to calibrate on.")
+    ] = 8,
+    tries: Annotated[int, typer.Option(min=0, help="Pieces of advice to try on the model.")] = 4,
+) -> None:
+    """Where a model loses accuracy under a recipe, why, and what would help."""
+    console = Console()
+    parsed = parse_recipe(recipe)
+    for path in (html, json):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise OptionsError(f"{path} cannot be written: there is no folder {str(path.resolve().parent)!r}")
+    subject = open_subject(model, data, windows)
+    with console.status(f"running {subject.name} on {len(subject.calibrate)} batches ..."):
+        examined = examine(subject.model, subject.calibrate, parsed)
+    with console.status("measuring each site ..."):
+        found = analyze(
+            examined.sites, examined.groups, examined.plan, folds=examined.folds, smoothable=examined.smoothable
+        )
+        report = planned(examined.plan, examined)
+    if tries and found.advice:
+        with console.status("trying advice on the model ..."):
+            found = replace(found, advice=tuple(_tried(subject, examined, found.advice, tries)))
+    _print(console, subject, report, found)
+    if html is not None:
+        report.to_html(html, found, title=f"{subject.name} under {parsed.name}")
+        console.print(f"wrote {html}", style="dim", markup=False)
+    if json is not None:
+        write_text(json, found.to_json())
+        console.print(f"wrote {json}", style="dim", markup=False)
+
+
+def planned(plan: Plan, examined: Examined) -> Report:
+    """The report of a plan before anything is compiled: no kernels, bytes as the specs store them."""
+    weights = {site.name: site.weight.detach() for site in examined.sites}
+    weights |= {left.name: left.weight.detach() for left in examined.left}
+    owners: dict[int, str] = {}
+    # a weight that several sites read counts where it is quantized
+    for decision in sorted(plan.decisions.values(), key=lambda d: d.weight is None):
+        owners.setdefault(weights[decision.name].data_ptr(), decision.name)
+    reports = tuple(
+        _planned_site(d, weights[d.name], owns=owners[weights[d.name].data_ptr()] == d.name)
+        for d in plan.decisions.values()
+    )
+    return Report(recipe=plan.recipe.name, device="paper (not compiled)", sites=reports)
+
+
+def _planned_site(decision: Decision, weight: Tensor, *, owns: bool) -> SiteReport:
+    before = weight.nbytes if owns else 0
+    after, snr = before, None
+    if decision.weight is not None:
+        qparams = SOLVERS[decision.solver](weight, decision.weight)
+        snr = snr_db(weight, dequantize(quantize(weight, qparams), qparams))
+        after = stored_bytes(decision.weight, *decision.shape) if owns else 0
+    return SiteReport(
+        name=decision.name,
+        op=decision.op.value,
+        shape=decision.shape,
+        weight=None if decision.weight is None else str(decision.weight),
+        input=None if decision.input is None else str(decision.input),
+        snr_db=snr,
+        bytes_before=before,
+        bytes_after=after,
+        macs=weight.numel() if decision.op is Op.LINEAR else 0,
+        reason=decision.reason,
+    )
+
+
+def _tried(subject: Subject, examined: Examined, advice: Sequence[Advice], tries: int) -> list[Advice]:
+    """The advice, the first few followed one by one."""
+    measure = output_snr(subject.model, subject.measure)
+    before = measure(examined.plan)
+    stats = folded_stats(examined.groups, examined.folds)
+
+    def gain(one: Advice) -> float | None:
+        other = remedied(examined.plan, one, stats)
+        return None if other is None else measure(other) - before
+
+    return measured(advice, gain, tries=tries)
+
+
+def _print(console: Console, subject: Subject, report: Report, found: Analysis) -> None:
+    console.print(f"{subject.name}: {report.summary()}", style="bold", markup=False)
+    channels = found.outliers.by_channel()
+    if channels:
+        console.print(_channels(found))
+    for feature in found.outliers.emergent:
+        console.print(
+            f"emergent feature {feature.channel}: |x| >= 6.0 in {feature.positions:.0%} of the tokens of "
+            f"{feature.layers} of {feature.of} inputs, up to {feature.amax:.3g}",
+            markup=False,
+        )
+    for activation in found.outliers.activations:
+        if activation.massive is not None:
+            console.print(
+                f"massive tokens before {short(activation.sites[0])}: {activation.massive.tokens} of "
+                f"{activation.tokens}, {activation.massive.ratio:.3g} times the median magnitude",
+                markup=False,
+            )
+    if found.sites:
+        console.print(_noise(found))
+    console.print(_advice(found) if found.advice else "no site would gain a decibel by a remedy that is known here")
+
+
+def _channels(found: Analysis) -> Table:
+    table = _table("Outlier channels", "channel", "inputs", "to median", "rms", "|x| >= 6", "strongest before")
+    items = list(found.outliers.by_channel().items())
+    for (_, channel), places in items[:TOP]:
+        activation, strongest = max(places, key=lambda place: place[1].ratio)
+        table.add_row(
+            str(channel),
+            str(len(places)),
+            f"{strongest.ratio:.1f}x",
+            f"{strongest.rms_ratio:.1f}x",
+            f"{max(c.exceeding for _, c in places):.0%}",
+            escape(short(activation.sites[0])),
+        )
+    if len(items) > TOP:
+        table.caption = f"and {len(items) - TOP} more"
+    return table
+
+
+def _noise(found: Analysis) -> Table:
+    table = _table("Lowest signal to noise, dB", "site", "quantized", "inputs only", "weights only", "clipping")
+    for site in sorted(found.sites, key=lambda s: s.noise.snr_db)[:TOP]:
+        noise = site.noise
+        table.add_row(
+            escape(short(site.name)),
+            f"{noise.snr_db:.1f}",
+            "" if noise.input_db is None else f"{noise.input_db:.1f}",
+            "" if noise.weight_db is None else f"{noise.weight_db:.1f}",
+            "" if noise.input_db is None else f"{noise.clipping:.0%}",
+        )
+    return table
+
+
+def _advice(found: Analysis) -> Table:
+    table = _table("What would help", "site, cause and remedy", "predicted", "measured")
+    seen: set[tuple[str, ...]] = set()
+    for one in found.advice[:TOP]:
+        gained = "" if one.measured_db is None else f"{one.measured_db:+.2f} dB"
+        text = f"or {one.action}" if one.sites in seen else one.text
+        seen.add(one.sites)
+        table.add_row(escape(text), f"+{one.predicted_db:.1f} dB", gained)
+    return table
+
+
+def _table(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right" if column != columns[-1] or column == "measured" else "left")
+    return table
