@@ -139,7 +139,7 @@ def measured(advice: Sequence[Advice], gain: Callable[[Advice], float | None], *
 def _advice(case: Case, before: float) -> Iterator[Advice]:
     """The best remedy of each kind for one case, the best first."""
     seen = _probe(case)
-    gains = {remedy: _after(case, seen, remedy) - before for remedy in _candidates(case, seen)}
+    gains = {remedy: _after(case, seen, remedy) - before for remedy in _candidates(case)}
     cause = _cause(case, seen, gains)
     best = [_best(kind, gains) for kind in Kind]
     options = sorted(((r, gains[r]) for r in best if r is not None and gains[r] >= LEAST_GAIN), key=lambda o: -o[1])
@@ -171,12 +171,12 @@ def _best(kind: Kind, gains: dict[Remedy, float]) -> Remedy | None:
     return next(remedy for remedy, gain in of_kind.items() if gain >= GOOD_PART * most or gain == most)
 
 
-def _candidates(case: Case, seen: Probe) -> Iterator[Remedy]:
+def _candidates(case: Case) -> Iterator[Remedy]:
     """Everything that could be tried, splits from the smallest on."""
     treatment, k = case.treatment, case.weight.shape[1]
     spec = treatment.input.spec if isinstance(treatment.input, QParams) else treatment.input
     if spec is not None:
-        loud = loudest(seen, treatment.channels)
+        loud = loudest(case.stats, treatment.channels)
         yield from (Remedy(kind=Kind.SPLIT, channels=tuple(loud[:n])) for n in SPLITS if 16 * n <= k)
         if spec.granularity.rows == ALL:
             yield Remedy(kind=Kind.DYNAMIC, spec=DYNAMIC)
@@ -194,11 +194,12 @@ def _candidates(case: Case, seen: Probe) -> Iterator[Remedy]:
         yield Remedy(kind=Kind.FLOAT)
 
 
-def loudest(seen: Probe, apart_from: Sequence[int] = ()) -> list[int]:
-    """Channels by how much they widen ranges: by their mean eighth power, between what lasts and what peaks."""
-    peaks = seen.rows.abs().amax(0).double()
-    unit = float(peaks.max()) or 1.0
-    power = ((seen.rows.double() / unit).pow(8) * seen.counts[:, None]).sum(0)
+def loudest(stats: Stats, apart_from: Sequence[int] = ()) -> list[int]:
+    """Channels by how much they widen ranges: by their fourth powers, between what lasts and what peaks.
+
+    Those are summed over all tokens; rare ones may be missing from the sampled rows.
+    """
+    power = stats.fourths.clone()
     power[list(apart_from)] = -1.0
     return [int(k) for k in power.argsort(descending=True, stable=True)[: max(SPLITS)]]
 
