@@ -25,8 +25,8 @@ STRENGTHS = tuple(i / 20 for i in range(6, 21))
 RESCUE_DB, RESCUE_GAIN = 34.0, 3.0
 # what is tried is tried often: the error of a mean over so many is a few percent
 ROWS, FEATURES = 128, 256
-# dB that a change must gain, so that noise of the measurement changes nothing
-LEAST_GAIN = 0.1
+# dB that a split and that smoothing must gain: less is within what other rows would show
+LEAST_GAIN, LEAST_SMOOTHING = 0.1, 0.5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,7 +111,7 @@ def _best(case: Case, spec: Spec | None) -> Choice:
     around = STRENGTHS[max(0, middle - 1) : middle + 2]
     tried |= {s: _roughly(case, _smoothed(case, spec, s)) for s in around if s not in tried}
     best = _split(case, _smoothed(case, spec, max(tried, key=tried.__getitem__)))
-    return best if best.snr_db > plain.snr_db + LEAST_GAIN else plain
+    return best if best.snr_db > plain.snr_db + LEAST_SMOOTHING else plain
 
 
 def _roughly(case: Case, choice: Choice) -> float:

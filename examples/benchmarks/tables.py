@@ -61,8 +61,29 @@ def quality_table() -> str:
     return "\n".join(lines)
 
 
+def outlier_table() -> str:
+    """Divergence of a language model with and without injected outliers, smoothed and split."""
+    found = result("outliers_cuda")
+    machine, (count, length) = found["machine"], found["windows"]
+    lines = [
+        f"Outliers: {found['model']} with six channels of every norm made 20 to 60 times larger, its function kept; "
+        f"{count} windows of {length} tokens, calibrated on {found['calibration_windows']}; {machine['device']}, torch "
+        f"{machine['torch']} (`examples/benchmarks/outliers.py`). KL to float in nats a token (change of perplexity), "
+        "with the outliers, and KL without them.",
+        "",
+        "| input | method | with outliers | without |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, row in found["injected"].items():
+        if name != "float":
+            spec, _, method = name.rpartition(", ")
+            plain = found["plain"][name]
+            lines.append(f"| {spec} | {method} | {row['kl']:.4f} ({row['change']:+.2%}) | {plain['kl']:.4f} |")
+    return "\n".join(lines)
+
+
 def tables() -> str:
-    return f"{speed_table()}\n\n{quality_table()}\n"
+    return f"{speed_table()}\n\n{quality_table()}\n\n{outlier_table()}\n"
 
 
 def main() -> None:
