@@ -69,8 +69,7 @@ class _FoundSplit:
 def lower(graph: FxGraph, target: Target, packs: PackSource) -> list[Lowered]:
     """Replace each linear with a quantized weight, and the thin one beside it, by a kernel's op.
 
-    Returns what runs the sites.
-    Q/DQ that no kernel takes stays: it is plain torch, and right as it stands.
+    Returns what runs the sites. Q/DQ that no kernel takes stays: it is plain torch, and right as it stands.
     """
     lowered = []
     for value in list(graph.values()):
