@@ -1,5 +1,6 @@
 """A factor that moved changes no result, leaves no op behind where algebra allows, and touches no shared constant."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -56,7 +57,9 @@ def ops(graph: FxGraph) -> int:
 
 
 def constants(graph: FxGraph) -> dict[str, Tensor]:
-    return {graph.name(v): graph.constant(v) for v in graph.values() if graph.op(v) is Op.CONSTANT}
+    """By the names that the constants had before they were folded."""
+    found = {graph.name(v): graph.constant(v) for v in graph.values() if graph.op(v) is Op.CONSTANT}
+    return {name.partition(".folded_")[0]: tensor for name, tensor in found.items()}
 
 
 @pytest.mark.parametrize("opened", OPENED)
@@ -117,12 +120,12 @@ def test_blocks(block: type[nn.Module], left: int, assert_text: Callable[[str, s
     torch.manual_seed(0)
     x = torch.randn(2, 4, 16)
     graph = exported_graph(block().eval(), x)
-    assert_text(f"fold_{block.__name__}_before", graph_text(graph))
+    assert_text(f"fold_{block.__name__}_before", re.sub(r"folded_\w+", "folded", graph_text(graph)))
     before, every = outputs(graph, x), folds(graph)
     assert count_multiplications(graph, every) == left
     fold_smooth(graph, every)
     graph.prune()
-    assert_text(f"fold_{block.__name__}_after", graph_text(graph))
+    assert_text(f"fold_{block.__name__}_after", re.sub(r"folded_\w+", "folded", graph_text(graph)))
     assert_same(outputs(graph, x), before, WITHIN[torch.float32])
 
 
@@ -259,7 +262,7 @@ def test_what_shares_a_constant_keeps_its_own() -> None:
     graph.prune()
     assert_same(outputs(graph, ids), before, WITHIN[torch.float32])
     text = graph_text(graph)
-    assert text.count('"table.weight"') == text.count('"norm.weight"') == 2
+    assert text.count('"table.weight') == text.count('"norm.weight') == 2
     (embedding,) = (v for v in graph.values() if graph.op(v) is Op.EMBEDDING)
     assert graph.constant(graph.inputs(embedding)[1]) is model.table.weight
     assert count_multiplications(graph, every) == 0
