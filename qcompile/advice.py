@@ -9,11 +9,13 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from qcompile.channels import tied
 from qcompile.noise import Probe, Treatment, probe, shares_rows
 from qcompile.numerics import QParams
 from qcompile.observers import Stats
 from qcompile.outliers import Activation
 from qcompile.packing import stored_bytes
+from qcompile.smooth import smooth_scale
 from qcompile.spec import ALL, Spec, parse_spec
 
 # dB; less is not worth a user's time
@@ -91,7 +93,7 @@ class Case:
 
     weight: float [N, K], of all of them, one above the other. stats: of what they read.
     static: finds the qparams of a static input again, None where the input is float or dynamic.
-    smoothable: 1 / scale can go into what makes the activation.
+    channels: int64 [K], what must share a scale if 1 / scale can go into what makes the activation; None if it cannot.
     """
 
     sites: tuple[str, ...]
@@ -100,7 +102,7 @@ class Case:
     treatment: Treatment
     activation: Activation
     static: Callable[[Stats], QParams] | None = None
-    smoothable: bool = False
+    channels: Tensor | None = None
 
 
 def advise(cases: Iterable[Case], *, most: int = CASES) -> list[Advice]:
@@ -123,17 +125,12 @@ def _probe(case: Case) -> Probe:
     return probe(case.weight, case.stats, whole=shares_rows(case.treatment.weight))
 
 
-def measured(advice: Sequence[Advice], gain: Callable[[Advice], float | None], *, tries: int = 4) -> list[Advice]:
-    """The same advice, the first few of those that can be tried measured.
+def measured(advice: Sequence[Advice], gain: Callable[[Advice], float], *, tries: int = 4) -> list[Advice]:
+    """The same advice, the first few measured.
 
-    gain: applies one to a plan, runs the model and returns what its outputs gained in dB; None if it cannot be tried.
+    gain: applies one to a plan, runs the model and returns what its outputs gained in dB.
     """
-    found = []
-    for one in advice:
-        gained = gain(one) if tries > 0 else None
-        tries -= gained is not None
-        found.append(replace(one, measured_db=gained))
-    return found
+    return [*(replace(one, measured_db=gain(one)) for one in advice[:tries]), *advice[tries:]]
 
 
 def _advice(case: Case, before: float) -> Iterator[Advice]:
@@ -181,7 +178,7 @@ def _candidates(case: Case) -> Iterator[Remedy]:
         if spec.granularity.rows == ALL:
             yield Remedy(kind=Kind.DYNAMIC, spec=DYNAMIC)
         yield from (Remedy(kind=Kind.INPUT, spec=s) for s in INPUTS if spec.granularity.rows != ALL and s != str(spec))
-        if case.smoothable:
+        if case.channels is not None:
             yield from (Remedy(kind=Kind.SMOOTH, alpha=alpha) for alpha in ALPHAS)
     if treatment.weight is not None:
         held = _held_bytes(case)
@@ -204,16 +201,13 @@ def loudest(stats: Stats, apart_from: Sequence[int] = ()) -> list[int]:
     return [int(k) for k in power.argsort(descending=True, stable=True)[: max(SPLITS)]]
 
 
-def smoothing(amax: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """s[k] = amax[k]**alpha / max |W[:, k]|**(1 - alpha), its geometric mean 1; 1 for channels that are always zero.
+def smoothing(amax: Tensor, weight: Tensor, channels: Tensor, alpha: float) -> Tensor:
+    """SmoothQuant's scale for an activation's amax [K] and the weights [N, K] that read it, as channels may share it.
 
-    Source: SmoothQuant (Xiao 2023), formula 4.
+    channels: see `Case`.  Returns float32 [K] on the activation's device.
     """
-    peak = weight.abs().amax(0).double()
-    alive = (amax > 0) & (peak > 0)
-    octaves = torch.where(alive, alpha * amax.double().log2() - (1 - alpha) * peak.log2(), 0.0)
-    middle = octaves[alive].mean() if bool(alive.any()) else octaves.new_zeros(())
-    return torch.where(alive, (octaves - middle).exp2(), 1.0).float()
+    columns = weight.detach().float().abs().amax(0).to(amax.device)
+    return smooth_scale(tied(amax, channels), tied(columns, channels), alpha)
 
 
 def _after(case: Case, seen: Probe, remedy: Remedy) -> float:
@@ -225,7 +219,8 @@ def _after(case: Case, seen: Probe, remedy: Remedy) -> float:
             return seen.after(replace(treatment, channels=channels, input=_input(case, stats, channels)))
         case Kind.SMOOTH:
             assert remedy.alpha is not None
-            scale = smoothing(stats.amax.to(case.weight.device), case.weight.float(), remedy.alpha)
+            assert case.channels is not None
+            scale = smoothing(stats.amax, case.weight, case.channels, remedy.alpha).to(case.weight.device)
             stats = stats.divided(scale.to(stats.low.device))
             return seen.scaled(scale).after(replace(treatment, input=_input(case, stats, treatment.channels)))
         case Kind.DYNAMIC | Kind.INPUT:

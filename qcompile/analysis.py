@@ -1,7 +1,7 @@
 """The analysis of a quantized model: its outliers, the noise of each site, and what would help. Data, and JSON."""
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.advice import Advice, Case, Kind, Remedy, advise, without
+from qcompile.advice import Advice, Case, Kind, Remedy, advise, smoothing, without
 from qcompile.errors import PlanError
 from qcompile.folds import Fold
-from qcompile.noise import Noise, Probe, Treatment, measure_noise, probe, shares_rows
+from qcompile.noise import Noise, Treatment, measure_noise, probe, shares_rows
 from qcompile.numerics import QParams
 from qcompile.observers import Stats
 from qcompile.outliers import NORMS, Activation, Group, Outliers, find_outliers
 from qcompile.plan import Decision, Plan
 from qcompile.ranges import parse_observer
 from qcompile.sites import Site
-from qcompile.spec import parse_spec
+from qcompile.spec import Spec, parse_spec
 
 SCHEMA = 1
 _KIND = "qcompile.analysis"
@@ -95,17 +95,16 @@ def analyze(
     groups: Sequence[Group],
     plan: Plan,
     *,
-    folds: Sequence[Fold] = (),
-    smoothable: Collection[str] | None = None,
+    smoothable: Mapping[str, Tensor] | None = None,
 ) -> Analysis:
     """The analysis of a plan, from the stats of the float model's activations; nothing of the model runs.
 
     sites: with weights as the float model has them. groups: sites by what they read, in graph order, with stats as
-    the float model gives them. folds: that the plan's qparams assume. smoothable: names of sites before which a scale
-    can be folded away; by default those that read what a norm makes.
+    the float model gives them. smoothable: of sites before which a scale can be folded away, which channels must share
+    one, int64 [K]; by default those that read what a norm makes.
     Sites that are not quantized, or of which no stats are known, have no noise and no advice.
     """
-    outliers = find_outliers(groups)
+    outliers = plan.outliers or find_outliers(groups)
     weights = {site.name: site.weight for site in sites}
     cases: list[Case] = []
     found: list[SiteNoise] = []
@@ -113,38 +112,58 @@ def analyze(
         names = [name for name in group.sites if _is_quantized(plan.decisions.get(name)) and name in weights]
         if not names or group.stats.count == 0:
             continue
-        scale = _scale(names, folds)
-        found += [_measured(plan, name, weights[name], group.stats, scale) for name in names]
+        seen = _Seen(group=group, names=names, weights=weights, plan=plan)
+        found += seen.measured()
         activation = next(a for a in outliers.activations if a.sites == group.sites)
-        may = group.maker in NORMS if smoothable is None else names[0] in smoothable
-        cases += _cases(plan, names, weights, group.stats, scale, activation, smoothable=may)
+        cases += seen.cases(activation, _sharing(group, smoothable))
     return Analysis(
         outliers=outliers,
         sites=tuple(found),
-        folds=tuple(_note(fold) for fold in folds),
+        folds=tuple(_note(fold) for fold in plan.folds),
         advice=tuple(advise(cases)),
     )
 
 
-def remedied(plan: Plan, advice: Advice, stats: Mapping[str, Stats]) -> Plan | None:
-    """The plan with an advice followed; None for smoothing, which changes the model before it is quantized.
-
-    stats: of what sites read once folded, by name.
-    """
+def remedied(
+    plan: Plan,
+    advice: Advice,
+    sites: Iterable[Site],
+    groups: Iterable[Group],
+    *,
+    smoothable: Mapping[str, Tensor] | None = None,
+) -> Plan:
+    """The plan with an advice followed.  sites, groups, smoothable: what `analyze` was given when it gave it."""
+    group = next(group for group in groups if advice.sites[0] in group.sites)
+    scale = _scale(group.sites, plan.folds)
+    stats = folded_stats(group, plan.folds)
     if advice.remedy.kind is Kind.SMOOTH:
-        return None
-    changed = {name: _changed(plan, plan.decisions[name], advice.remedy, stats[name]) for name in advice.sites}
+        weights = [site.weight.detach() for site in sites if site.name in advice.sites]
+        columns = torch.cat(weights) if scale is None else torch.cat(weights) * scale.to(weights[0].device)
+        fold = _smooth(group, stats, columns, advice.remedy, _sharing(group, smoothable))
+        stats = stats.divided(fold.scale)
+        plan = replace(plan, folds=(*plan.folds, fold))
+    changed = {name: _changed(plan, plan.decisions[name], advice.remedy, stats) for name in advice.sites}
     return replace(plan, decisions={**plan.decisions, **changed})
 
 
-def folded_stats(groups: Iterable[Group], folds: Sequence[Fold]) -> dict[str, Stats]:
-    """The stats of what sites read once folded, by name."""
-    found: dict[str, Stats] = {}
-    for group in groups:
-        scale = _scale(group.sites, folds)
-        stats = group.stats if scale is None else group.stats.divided(scale.to(group.stats.low.device))
-        found |= dict.fromkeys(group.sites, stats)
-    return found
+def _smooth(group: Group, stats: Stats, weight: Tensor, remedy: Remedy, channels: Tensor | None) -> Fold:
+    assert channels is not None
+    assert remedy.alpha is not None
+    scale = smoothing(stats.amax, weight, channels, remedy.alpha)
+    return Fold(sites=group.sites, scale=scale, method=f"smooth alpha={remedy.alpha:.2f}")
+
+
+def _sharing(group: Group, smoothable: Mapping[str, Tensor] | None) -> Tensor | None:
+    """Which channels of what a group reads must share a scale; None if none can be folded away."""
+    if smoothable is not None:
+        return smoothable.get(group.sites[0])
+    return torch.arange(group.stats.amax.numel()) if group.maker in NORMS else None
+
+
+def folded_stats(group: Group, folds: Sequence[Fold]) -> Stats:
+    """The stats of what a group reads once folded."""
+    scale = _scale(group.sites, folds)
+    return group.stats if scale is None else group.stats.divided(scale.to(group.stats.low.device))
 
 
 def _changed(plan: Plan, decision: Decision, remedy: Remedy, stats: Stats) -> Decision:
@@ -154,6 +173,13 @@ def _changed(plan: Plan, decision: Decision, remedy: Remedy, stats: Stats) -> De
             static = _static(plan, decision.name)
             qparams = None if static is None else static(without(stats, channels))
             return replace(decision, outliers=channels, input_qparams=qparams)
+        case Kind.SMOOTH:
+            static = _static(plan, decision.name)
+            return (
+                decision
+                if static is None
+                else replace(decision, input_qparams=static(without(stats, decision.outliers)))
+            )
         case Kind.WEIGHT:
             return replace(decision, weight=parse_spec(remedy.spec))
         case Kind.FLOAT:
@@ -198,58 +224,61 @@ def _scale(names: Sequence[str], folds: Sequence[Fold]) -> Tensor | None:
     return prod(scales[1:], start=scales[0]) if scales else None
 
 
-def _folded(probed: Probe, scale: Tensor | None) -> Probe:
-    return probed if scale is None else probed.scaled(scale.to(probed.weight.device))
+class _Seen:
+    """The quantized sites of one group, with what is found once for all of them."""
 
+    def __init__(self, *, group: Group, names: Sequence[str], weights: Mapping[str, Tensor], plan: Plan) -> None:
+        self._names, self._weights, self._plan = names, weights, plan
+        self._scale = _scale(names, plan.folds)
+        self._stats, self._folded = group.stats, folded_stats(group, plan.folds)
+        self._ranges: dict[tuple[Spec | None, tuple[int, ...]], QParams] = {}
 
-def _measured(plan: Plan, name: str, weight: Tensor, stats: Stats, scale: Tensor | None) -> SiteNoise:
-    decision = plan.decisions[name]
-    folded = stats if scale is None else stats.divided(scale.to(stats.low.device))
-    treatment = _treatment(decision, folded)
-    plain = probe(weight, stats, whole=shares_rows(treatment.weight))
-    static = _static(plan, name)
-    unfolded = treatment if static is None else replace(treatment, input=static(without(stats, treatment.channels)))
-    return SiteNoise(
-        name=name,
-        noise=measure_noise(_folded(plain, scale), treatment),
-        unfolded_db=None if scale is None else plain.after(unfolded),
-        weight="" if decision.weight is None else str(decision.weight),
-        input="" if decision.input is None else str(decision.input),
-        split=treatment.channels,
-    )
+    def measured(self) -> Iterator[SiteNoise]:
+        """The noise of each site."""
+        for name in self._names:
+            decision, weight = self._plan.decisions[name], self._weights[name]
+            treatment = _treatment(decision, self._folded)
+            plain = probe(weight, self._stats, whole=shares_rows(treatment.weight))
+            scale = None if self._scale is None else self._scale.to(plain.weight.device)
+            yield SiteNoise(
+                name=name,
+                noise=measure_noise(plain if scale is None else plain.scaled(scale), treatment),
+                unfolded_db=None if scale is None else plain.after(self._unfolded(name, treatment)),
+                weight="" if decision.weight is None else str(decision.weight),
+                input="" if decision.input is None else str(decision.input),
+                split=treatment.channels,
+            )
 
+    def _unfolded(self, name: str, treatment: Treatment) -> Treatment:
+        """What the site would get without folds: a static range is that of the activation as it was."""
+        static = _static(self._plan, name)
+        if static is None:
+            return treatment
+        key = (self._plan.decisions[name].input, treatment.channels)
+        if key not in self._ranges:
+            self._ranges[key] = static(without(self._stats, treatment.channels))
+        return replace(treatment, input=self._ranges[key])
 
-def _cases(
-    plan: Plan,
-    names: Sequence[str],
-    weights: Mapping[str, Tensor],
-    stats: Stats,
-    scale: Tensor | None,
-    activation: Activation,
-    *,
-    smoothable: bool,
-) -> Iterator[Case]:
-    """The sites of a group, together where they are quantized alike."""
-    alike: dict[tuple[Any, ...], list[str]] = {}
-    for name in names:
-        decision = plan.decisions[name]
-        static = decision.input_qparams is not None
-        key = (decision.weight, decision.input, static, decision.solver, decision.outliers, decision.threshold)
-        alike.setdefault(key, []).append(name)
-    if scale is not None:
-        stats = stats.divided(scale.to(stats.low.device))
-    for same in alike.values():
-        weight = torch.cat([weights[name].detach() for name in same])
-        yield Case(
-            sites=tuple(same),
-            weight=weight if scale is None else weight * scale.to(weight.device),
-            stats=stats,
-            treatment=_treatment(plan.decisions[same[0]], stats),
-            activation=activation,
-            static=_static(plan, same[0]),
-            # a vector serves all readers of the activation
-            smoothable=smoothable and len(alike) == 1,
-        )
+    def cases(self, activation: Activation, channels: Tensor | None) -> Iterator[Case]:
+        """The sites, together where they are quantized alike."""
+        alike: dict[tuple[Any, ...], list[str]] = {}
+        for name in self._names:
+            decision = self._plan.decisions[name]
+            static = decision.input_qparams is not None
+            key = (decision.weight, decision.input, static, decision.solver, decision.outliers, decision.threshold)
+            alike.setdefault(key, []).append(name)
+        for same in alike.values():
+            weight = torch.cat([self._weights[name].detach() for name in same])
+            yield Case(
+                sites=tuple(same),
+                weight=weight if self._scale is None else weight * self._scale.to(weight.device),
+                stats=self._folded,
+                treatment=_treatment(self._plan.decisions[same[0]], self._folded),
+                activation=activation,
+                static=_static(self._plan, same[0]),
+                # a vector serves all readers of the activation
+                channels=channels if len(alike) == 1 else None,
+            )
 
 
 def _note(fold: Fold) -> FoldNote:

@@ -23,7 +23,8 @@ from qcompile.errors import CoverageError, PlanError
 from qcompile.graph import Op
 from qcompile.numerics import QParams, dequantize, snr_db
 from qcompile.options import Options
-from qcompile.plan import Decision, Plan
+from qcompile.outliers import outlier_notes
+from qcompile.plan import Decision, Plan, fold_notes
 from qcompile.presets import default_recipe, parse_recipe
 from qcompile.recipe import Recipe
 from qcompile.report import Report, SiteReport
@@ -201,7 +202,8 @@ class _Quantized:
         target = Target(device=device, capability=capability, small=options.free_weights)
         decide = _decide(options, target)
         if isinstance(decide, Plan):
-            self._notes += [*decide.notes, *pipeline.multiplications(graph, decide)]
+            self._notes += [*decide.notes, *fold_notes(decide), *pipeline.multiplications(graph, decide)]
+            self._notes += outlier_notes(decide.outliers) if decide.outliers is not None else ()
         self.plan = pipeline.quantize(graph, decide, whole=is_whole(gm), dump=options.dump, prepared=self._prepared)
         self._packs: dict[str, dict[Key, Pack]] = {}
         self._runs = lower(graph, target, self) if options.lower else []

@@ -5,8 +5,9 @@ Pure data and maths on `Stats`; the thresholds compare channels with each other,
 Source: LLM.int8() (Dettmers 2022) for features; Sun 2024, "Massive Activations in Large Language Models", for tokens.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from math import ceil, log10
 from typing import Any
 
@@ -38,6 +39,8 @@ MASSIVE = 1e3
 NORMS = (Op.RMS_NORM, Op.LAYER_NORM)
 # bins of a row of the heat map
 BINS = 512
+# channels that a note names
+NAMED = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +175,26 @@ def find_outliers(groups: Iterable[Group]) -> Outliers:
                 "batches for which the float model gives finite values"
             )
     return Outliers(activations=tuple(_examined(group) for group in groups), emergent=tuple(_emergent(groups)))
+
+
+def outlier_notes(outliers: Outliers) -> Iterator[str]:
+    """What was found, a line for each kind of outlier that there is, for a report."""
+    channels = outliers.by_channel()
+    if channels:
+        named = [f"{channel} ({len(places)})" for (_, channel), places in islice(channels.items(), NAMED)]
+        more = f", and {len(channels) - NAMED} more" if len(channels) > NAMED else ""
+        yield f"outlier channels, with the number of inputs where they stand out: {', '.join(named)}{more}"
+    for feature in islice(outliers.emergent, NAMED):
+        yield (
+            f"emergent feature {feature.channel}: |x| >= 6.0 in {feature.positions:.0%} of the tokens of "
+            f"{feature.layers} of {feature.of} inputs, up to {feature.amax:.3g}"
+        )
+    for activation in outliers.activations:
+        if activation.massive is not None:
+            yield (
+                f"massive tokens before {activation.sites[0]}: {activation.massive.tokens} of {activation.tokens}, "
+                f"{activation.massive.ratio:.3g} times the median magnitude"
+            )
 
 
 def standing_out(amax: Tensor, rms: Tensor, exceeding: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The plan: what every site gets, or why it gets nothing. Pure data, the same for every host."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import gcd
 
@@ -157,6 +157,17 @@ def make_plan(
     # sites first, as they stand in the graph
     decisions |= {name: d for name, d in unreached(left).items() if name not in decisions}
     return Plan(recipe=recipe, decisions=decisions, folds=prepared.folds, notes=prepared.notes)
+
+
+def fold_notes(plan: Plan) -> Iterator[str]:
+    """How many folds a plan has and where they go, for a report; nothing without folds."""
+    if not plan.folds:
+        return
+    remain = sum(not fold.into for fold in plan.folds)
+    linears = sum(fold.into in plan.decisions for fold in plan.folds)
+    norms = len(plan.folds) - remain - linears
+    kinds = ((norms, "into norms"), (linears, "into linears"), (remain, "by a multiplication that stays"))
+    yield f"{len(plan.folds)} folds: {', '.join(f'{count} {kind}' for count, kind in kinds if count)}"
 
 
 def unreached(left: Iterable[LeftOver]) -> dict[str, Decision]:

@@ -3,13 +3,13 @@
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from qcompile.artifact import save_failure
@@ -42,13 +42,13 @@ class Prepared:
     """decided: for the plan. stats: by site, of what is quantized after it. outliers: of the float model.
 
     groups: the activations with their stats before, in the order of the graphs.
-    foldable: sites before which a scale can be folded away.
+    foldable: of sites before which a scale can be folded away, the channels that must share one (see `find_edges`).
     """
 
     decided: Preparation
     stats: Mapping[str, Stats]
     groups: Sequence[Group]
-    foldable: frozenset[str] = frozenset()
+    foldable: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def outliers(self) -> Outliers:
@@ -85,7 +85,7 @@ def prepare(
         decided=decided,
         stats=stats,
         groups=[group for one in found for group in one.groups],
-        foldable=frozenset().union(*(one.foldable for one in found)),
+        foldable={name: channels for one in found for name, channels in one.foldable.items()},
     )
 
 
@@ -98,7 +98,7 @@ class _Preparing:
         self.inputs: dict[str, Spec] = {}
         self.stats: dict[str, Stats] = {}
         self.notes: list[str] = []
-        self.foldable: set[str] = set()
+        self.foldable: dict[str, Tensor] = {}
         self.groups = list(outlier_groups(captured.open(), seen.stats))
         self._captured, self._seen, self._recipe = captured, seen, recipe
         self._model, self._failures = model, failures
@@ -112,7 +112,7 @@ class _Preparing:
             # a scale serves all that read the activation: it is sought where they agree on how
             foldable = not edge.reason or (edge.multiply and _is_residual(graph, edge.value))
             may_scale = foldable and len(by_rule) == 1
-            self.foldable |= {found.site.name for found in edge.consumers if foldable}
+            self.foldable |= {found.site.name: edge.channels for found in edge.consumers if foldable}
             for rule, members in by_rule.items():
                 self._decide(graph, edge, rule, members, may_scale=may_scale)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,14 +14,15 @@ from rich.table import Table
 from torch import Tensor
 
 from qcompile.advice import Advice, measured
-from qcompile.analysis import Analysis, analyze, folded_stats, remedied
+from qcompile.analysis import Analysis, analyze, remedied
 from qcompile.cli.examine import Examined, examine, output_snr
 from qcompile.cli.subjects import DEMO, Subject, open_subject
 from qcompile.errors import OptionsError
 from qcompile.graph import Op
 from qcompile.numerics import dequantize, quantize, snr_db
+from qcompile.outliers import outlier_notes
 from qcompile.packing import stored_bytes
-from qcompile.plan import Decision, Plan
+from qcompile.plan import Decision, Plan, fold_notes
 from qcompile.presets import parse_recipe
 from qcompile.report import Report, SiteReport
 from qcompile.report.findings import short
@@ -54,9 +56,7 @@ def analyze_model(
     with console.status(f"running {subject.name} on {len(subject.calibrate)} batches ..."):
         examined = examine(subject.model, subject.calibrate, parsed)
     with console.status("measuring each site ..."):
-        found = analyze(
-            examined.sites, examined.groups, examined.plan, folds=examined.folds, smoothable=examined.smoothable
-        )
+        found = analyze(examined.sites, examined.groups, examined.plan, smoothable=examined.smoothable)
         report = planned(examined.plan, examined)
     if tries and found.advice:
         with console.status("trying advice on the model ..."):
@@ -74,24 +74,29 @@ def planned(plan: Plan, examined: Examined) -> Report:
     """The report of a plan before anything is compiled: no kernels, bytes as the specs store them."""
     weights = {site.name: site.weight.detach() for site in examined.sites}
     weights |= {left.name: left.weight.detach() for left in examined.left}
+    scales = {name: fold.scale for fold in plan.folds for name in fold.sites}
     owners: dict[int, str] = {}
     # a weight that several sites read counts where it is quantized
     for decision in sorted(plan.decisions.values(), key=lambda d: d.weight is None):
         owners.setdefault(weights[decision.name].data_ptr(), decision.name)
     reports = tuple(
-        _planned_site(d, weights[d.name], owns=owners[weights[d.name].data_ptr()] == d.name)
+        _planned_site(d, weights[d.name], scales.get(d.name), owns=owners[weights[d.name].data_ptr()] == d.name)
         for d in plan.decisions.values()
     )
-    return Report(recipe=plan.recipe.name, device="paper (not compiled)", sites=reports)
+    notes = (*plan.notes, *fold_notes(plan))
+    return Report(recipe=plan.recipe.name, device="paper (not compiled)", sites=reports, notes=notes)
 
 
-def _planned_site(decision: Decision, weight: Tensor, *, owns: bool) -> SiteReport:
+def _planned_site(decision: Decision, weight: Tensor, scale: Tensor | None, *, owns: bool) -> SiteReport:
     before = weight.nbytes if owns else 0
     after, snr = before, None
     if decision.weight is not None:
-        qparams = SOLVERS[decision.solver](weight, decision.weight)
-        snr = snr_db(weight, dequantize(quantize(weight, qparams), qparams))
-        after = stored_bytes(decision.weight, *decision.shape) if owns else 0
+        coded = weight if scale is None else weight.float() * scale.to(weight.device)
+        coded = coded.index_fill(1, torch.tensor(decision.outliers, dtype=torch.int64, device=coded.device), 0.0)
+        qparams = SOLVERS[decision.solver](coded, decision.weight)
+        snr = snr_db(coded, dequantize(quantize(coded, qparams), qparams))
+        tail = weight.element_size() * weight.shape[0] * len(decision.outliers)
+        after = stored_bytes(decision.weight, *decision.shape) + tail if owns else 0
     return SiteReport(
         name=decision.name,
         op=decision.op.value,
@@ -103,6 +108,7 @@ def _planned_site(decision: Decision, weight: Tensor, *, owns: bool) -> SiteRepo
         bytes_after=after,
         macs=weight.numel() if decision.op is Op.LINEAR else 0,
         reason=decision.reason,
+        outliers=0 if decision.weight is None else len(decision.outliers),
     )
 
 
@@ -110,33 +116,23 @@ def _tried(subject: Subject, examined: Examined, advice: Sequence[Advice], tries
     """The advice, the first few followed one by one."""
     measure = output_snr(subject.model, subject.measure)
     before = measure(examined.plan)
-    stats = folded_stats(examined.groups, examined.folds)
 
-    def gain(one: Advice) -> float | None:
-        other = remedied(examined.plan, one, stats)
-        return None if other is None else measure(other) - before
+    def gain(one: Advice) -> float:
+        other = remedied(examined.plan, one, examined.sites, examined.groups, smoothable=examined.smoothable)
+        return measure(other) - before
 
     return measured(advice, gain, tries=tries)
 
 
 def _print(console: Console, subject: Subject, report: Report, found: Analysis) -> None:
     console.print(f"{subject.name}: {report.summary()}", style="bold", markup=False)
+    for note in report.notes:
+        console.print(note, markup=False)
     channels = found.outliers.by_channel()
     if channels:
         console.print(_channels(found))
-    for feature in found.outliers.emergent:
-        console.print(
-            f"emergent feature {feature.channel}: |x| >= 6.0 in {feature.positions:.0%} of the tokens of "
-            f"{feature.layers} of {feature.of} inputs, up to {feature.amax:.3g}",
-            markup=False,
-        )
-    for activation in found.outliers.activations:
-        if activation.massive is not None:
-            console.print(
-                f"massive tokens before {short(activation.sites[0])}: {activation.massive.tokens} of "
-                f"{activation.tokens}, {activation.massive.ratio:.3g} times the median magnitude",
-                markup=False,
-            )
+    for note in outlier_notes(found.outliers):
+        console.print(note, markup=False)
     if found.sites:
         console.print(_noise(found))
     console.print(_advice(found) if found.advice else "no site would gain a decibel by a remedy that is known here")
@@ -161,12 +157,15 @@ def _channels(found: Analysis) -> Table:
 
 
 def _noise(found: Analysis) -> Table:
-    table = _table("Lowest signal to noise, dB", "site", "quantized", "inputs only", "weights only", "clipping")
+    folded = any(site.unfolded_db is not None for site in found.sites)
+    columns = ("quantized", *(("unfolded",) if folded else ()), "inputs only", "weights only", "clipping")
+    table = _table("Lowest signal to noise, dB", "site", *columns)
     for site in sorted(found.sites, key=lambda s: s.noise.snr_db)[:TOP]:
         noise = site.noise
         table.add_row(
             escape(short(site.name)),
             f"{noise.snr_db:.1f}",
+            *(("" if site.unfolded_db is None else f"{site.unfolded_db:.1f}",) if folded else ()),
             "" if noise.input_db is None else f"{noise.input_db:.1f}",
             "" if noise.weight_db is None else f"{noise.weight_db:.1f}",
             "" if noise.input_db is None else f"{noise.clipping:.0%}",

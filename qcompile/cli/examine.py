@@ -1,14 +1,13 @@
 """What `qcompile analyze` needs of a model: its sites, stats of its activations, a plan, and how good a plan is."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qcompile.calibrate import require_data
-from qcompile.folds import Fold
 from qcompile.numerics import snr_db
 from qcompile.observers import Part
 from qcompile.outliers import Group
@@ -28,15 +27,14 @@ class Examined:
     """A model seen through its graphs while it ran on data.
 
     sites: with weights. left: weights that no site reads. groups: of sites by what they read, with stats.
-    plan: bound to the model. folds: that it assumes. smoothable: sites before which a scale can be folded away.
+    plan: bound to the model. smoothable: of sites before which a scale can be folded away, channels that share one.
     """
 
     sites: tuple[Site, ...]
     left: tuple[LeftOver, ...]
     groups: tuple[Group, ...]
     plan: Plan
-    folds: tuple[Fold, ...] = ()
-    smoothable: frozenset[str] = frozenset()
+    smoothable: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def examine(model: nn.Module, batches: Iterable[Batch], recipe: Recipe) -> Examined:
@@ -54,7 +52,6 @@ def examine(model: nn.Module, batches: Iterable[Batch], recipe: Recipe) -> Exami
         left=tuple(seen.left),
         groups=tuple(prepared.groups),
         plan=replace(plan, outliers=prepared.outliers).bind(model),
-        folds=plan.folds,
         smoothable=prepared.foldable,
     )
 

@@ -135,7 +135,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 
 def test_a_model_that_runs_on_nothing_is_refused() -> None:
-    with pytest.raises(CalibrationError, match="no linear of the model was reached"):
+    with pytest.raises(CalibrationError, match="batches is empty"):
         examine(torch.nn.Linear(4, 4), [], parse_recipe("int8"))
 
 
@@ -148,7 +148,7 @@ def test_an_activation_with_nan_is_refused() -> None:
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
             return (self.fc(x),)
 
-    with pytest.raises(CalibrationError, match="'fc' held NaN or Inf"):
+    with pytest.raises(CalibrationError, match="NaN or Inf at the input of 'fc'"):
         examine(Net().eval(), [{"x": torch.tensor([[1.0, torch.nan, 0.0, 0.0]])}], parse_recipe("int8"))
 
 

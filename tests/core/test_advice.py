@@ -38,7 +38,7 @@ def case(
         ),
         activation=find_outliers([Group(sites=("s",), maker=Op.MUL, stats=stats)]).activations[0],
         static=None if dynamic else observer,
-        smoothable=smoothable,
+        channels=torch.arange(weight.shape[1]) if smoothable else None,
     )
 
 
@@ -134,9 +134,12 @@ def test_only_so_many_are_tried(x: Tensor, weight: Tensor) -> None:
 
 def test_smoothing_meets_its_formula() -> None:
     amax, weight = torch.tensor([4.0, 1.0, 0.0]), torch.tensor([[1.0, -1.0, 5.0], [0.5, 0.25, 5.0]])
-    # (4 / 1)**0.5 = 2 and 1, around their geometric mean; the silent channel stays
-    torch.testing.assert_close(smoothing(amax, weight, 0.5), torch.tensor([2**0.5, 2**-0.5, 1.0]))
-    torch.testing.assert_close(smoothing(torch.zeros(3), weight, 0.5), torch.ones(3))
+    # (4 / 1)**0.5 = 2 and 1; the silent channel stays
+    apart = torch.arange(3)
+    torch.testing.assert_close(smoothing(amax, weight, apart, 0.5), torch.tensor([2.0, 1.0, 1.0]))
+    torch.testing.assert_close(smoothing(torch.zeros(3), weight, apart, 0.5), torch.ones(3))
+    # one scale for the first two, by the largest of each side
+    torch.testing.assert_close(smoothing(amax, weight, torch.tensor([0, 0, 2]), 0.5), torch.tensor([2.0, 2.0, 1.0]))
 
 
 @pytest.mark.parametrize(

@@ -49,13 +49,14 @@ def groups(x: Tensor) -> list[Group]:
     ]
 
 
-def plan_of(sites: list[Site], stats: dict[str, Stats]) -> Plan:
-    return make_plan(sites, RECIPE, stats)
+def plan_of(sites: list[Site], found: list[Group], *folds: Fold) -> Plan:
+    stats = {name: folded_stats(group, folds) for group in found for name in group.sites}
+    return replace(make_plan(sites, RECIPE, stats), folds=folds)
 
 
 def analyzed(x: Tensor, sites: list[Site]) -> tuple[Analysis, Plan, list[Group]]:
     found = groups(x)
-    plan = plan_of(sites, folded_stats(found, []))
+    plan = plan_of(sites, found)
     return analyze(sites, found, plan), plan, found
 
 
@@ -78,8 +79,8 @@ def test_a_fold_is_measured_before_and_after(x: Tensor, sites: list[Site]) -> No
     scale[LOUD] = 50
     fold = Fold(sites=("q", "k"), scale=scale, into="norm", method="by hand")
     found = groups(x)
-    plan = plan_of(sites, folded_stats(found, [fold]))
-    analysis = analyze(sites, found, plan, folds=[fold])
+    plan = plan_of(sites, found, fold)
+    analysis = analyze(sites, found, plan)
     q, k, o = analysis.sites
     assert q.unfolded_db is not None
     assert q.noise.snr_db > q.unfolded_db + 20
@@ -96,32 +97,49 @@ def test_a_fold_is_measured_before_and_after(x: Tensor, sites: list[Site]) -> No
     )
 
 
-@pytest.mark.parametrize("kind", [Kind.SPLIT, Kind.DYNAMIC])
-def test_an_advice_that_is_followed_gives_what_it_predicts(x: Tensor, sites: list[Site], kind: Kind) -> None:
-    analysis, plan, found = analyzed(x, sites)
+@pytest.mark.parametrize("kind", [Kind.SPLIT, Kind.DYNAMIC, Kind.SMOOTH])
+@pytest.mark.parametrize("halved", [False, True], ids=["nothing folded", "folded before"])
+def test_an_advice_that_is_followed_gives_what_it_predicts(
+    x: Tensor, sites: list[Site], kind: Kind, halved: bool
+) -> None:
+    found = groups(x)
+    halves = Fold(sites=("q", "k"), scale=torch.rand(K, generator=torch.Generator().manual_seed(2)) + 0.5)
+    plan = plan_of(sites, found, *([halves] if halved else []))
+    analysis = analyze(sites, found, plan)
     advice = next(a for a in analysis.advice if a.remedy.kind is kind and a.sites == ("q", "k"))
-    followed = remedied(plan, advice, folded_stats(found, []))
-    assert followed is not None
+    followed = remedied(plan, advice, sites, found)
     after = analyze(sites, found, followed)
     gains = [new.noise.snr_db - old.noise.snr_db for new, old in zip(after.sites, analysis.sites, strict=True)]
     # q and k are measured one by one here, and the advice is about both
     assert min(gains[:2]) - 2 < advice.predicted_db < max(gains[:2]) + 2
     assert gains[2] == 0
     assert after.sites[0].split == advice.remedy.channels
+    assert len(followed.folds) == halved + (kind is Kind.SMOOTH)
 
 
-def test_smoothing_is_no_change_of_decisions(x: Tensor, sites: list[Site]) -> None:
-    analysis, plan, found = analyzed(x, sites)
+def test_smoothing_serves_all_that_read_the_activation(x: Tensor, sites: list[Site]) -> None:
+    found = groups(x)
+    plan = plan_of(sites, found)
+    floats = replace(plan.decisions["k"], weight=None, input=None, input_qparams=None)
+    plan = replace(plan, decisions={**plan.decisions, "k": floats})
+    # the first two channels come from one row of what makes the activation
+    smoothable = {"q": torch.arange(K).index_fill(0, torch.tensor([1]), 0)}
+    analysis = analyze(sites, found, plan, smoothable=smoothable)
     advice = next(a for a in analysis.advice if a.remedy.kind is Kind.SMOOTH)
-    assert advice.sites == ("q", "k")
-    assert remedied(plan, advice, folded_stats(found, [])) is None
+    assert advice.sites == ("q",)
+    followed = remedied(plan, advice, sites, found, smoothable=smoothable)
+    (fold,) = followed.folds
+    assert fold.sites == ("q", "k")
+    assert fold.scale[0] == fold.scale[1]
+    assert followed.decisions["k"] == floats
+    assert all(a.sites != ("o",) for a in analysis.advice if a.remedy.kind is Kind.SMOOTH)
 
 
 def test_the_json_reads_back(x: Tensor, sites: list[Site]) -> None:
     found = groups(x)
     fold = Fold(sites=("o",), scale=torch.full((K,), 2.0), method="twice")
-    plan = plan_of(sites, folded_stats(found, [fold]))
-    analysis = analyze(sites, found, plan, folds=[fold])
+    plan = plan_of(sites, found, fold)
+    analysis = analyze(sites, found, plan)
     assert analysis.advice
     assert Analysis.from_json(analysis.to_json()) == analysis
 
