@@ -1,6 +1,7 @@
 """Plans on disk: what is saved is what is loaded, and nothing else is ever overwritten."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,14 @@ from qcompile import artifact
 from qcompile.artifact import load, save
 from qcompile.calibrate import calibrate
 from qcompile.errors import PlanError
+from qcompile.folds import Fold
 from qcompile.graph import Op
 from qcompile.numerics import QParams
+from qcompile.observers import observe
+from qcompile.outliers import Group, find_outliers
 from qcompile.plan import Decision, Plan
 from qcompile.recipe import Recipe, Rule
+from qcompile.smooth import Smooth
 from qcompile.spec import parse_spec
 
 
@@ -61,6 +66,64 @@ def test_outliers_and_thresholds_are_kept(tmp_path: Path) -> None:
     # a plan without them reads as before them
     tables = json.loads((tmp_path / "p" / "plan.json").read_text())["decisions"]
     assert [sorted(table.keys() & {"outliers", "threshold"}) for table in tables] == [["outliers"], ["threshold"], []]
+
+
+def prepared() -> Plan:
+    """A plan with all that calibration may find."""
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    x[:, 7] *= 40
+    group = Group(sites=("a", "b"), maker=Op.RMS_NORM, stats=observe(x))
+    given = {"op": Op.LINEAR, "shape": (2, 64), "weight": parse_spec("int8/channel"), "input": parse_spec("int8/token")}
+    return Plan(
+        recipe=Recipe(name="r", rules=(Rule(smooth=Smooth(), split=0.01),)),
+        decisions={name: Decision(name=name, outliers=(7,), **given) for name in ("a", "b")},
+        folds=(
+            Fold(sites=("a", "b"), scale=torch.linspace(0.1, 3.0, 64), into="norm", method="smooth alpha=0.55"),
+            Fold(sites=("c",), scale=torch.tensor([2.0**-10, 1 / 3])),
+        ),
+        notes=("a note", 'with "quotes" and α'),
+        outliers=find_outliers([group]),
+    )
+
+
+def test_folds_notes_and_outliers_are_kept(tmp_path: Path) -> None:
+    plan = prepared()
+    save(plan, tmp_path / "p")
+    found = load(tmp_path / "p")
+    assert found == plan
+    assert found.notes == plan.notes
+    assert found.outliers == plan.outliers
+    assert found.outliers is not None
+    assert found.outliers.channels("b") == (7,)
+    for before, after in zip(plan.folds, found.folds, strict=True):
+        assert (after.sites, after.into, after.method) == (before.sites, before.into, before.method)
+        assert torch.equal(after.scale, before.scale)
+
+
+def test_plans_with_other_folds_notes_or_outliers_differ() -> None:
+    plan = prepared()
+    assert replace(plan, folds=plan.folds[:1]) != plan
+    assert replace(plan, notes=()) != plan
+    assert replace(plan, outliers=None) != plan
+
+
+def test_plans_from_before_folds_still_load(plan: Plan, tmp_path: Path) -> None:
+    save(plan, tmp_path / "p")
+    path = tmp_path / "p" / "plan.json"
+    table = json.loads(path.read_text())
+    for key in ("folds", "notes", "outliers"):
+        del table[key]
+    path.write_text(json.dumps(table))
+    old = load(tmp_path / "p")
+    assert (old.folds, old.notes, old.outliers) == ((), (), None)
+    assert old.decisions == plan.decisions
+
+
+def test_a_fold_without_its_scale_is_broken(tmp_path: Path) -> None:
+    save(prepared(), tmp_path / "p")
+    (tmp_path / "p" / "plan.safetensors").write_bytes(artifact.serialize({}))
+    with pytest.raises(PlanError, match=r"is broken .KeyError: 'fold\.0\.scale'.*save it again"):
+        load(tmp_path / "p")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from qcompile.errors import RecipeError
 from qcompile.graph import Op
 from qcompile.recipe import Recipe, Rule, read_recipe, recipe_from_table, recipe_to_table
 from qcompile.sites import Site
+from qcompile.smooth import Smooth
 from qcompile.spec import parse_spec
 
 TOML = """
@@ -62,6 +63,38 @@ def test_a_table_reads_back_what_was_written(tmp_path: Path) -> None:
     assert recipe_from_table(recipe_to_table(bare)) == bare
 
 
+def test_what_prepares_inputs_is_read_and_written_back(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(
+        '[[rules]]\nsmooth = 0.5\nsplit = 0.01\nthreshold = 6\nrescue = "int8/token/asym"\n'
+        '[[rules]]\nsmooth = "search/pow2"\n[[rules]]\nsmooth = "model"\n[[rules]]\n'
+    )
+    recipe = read_recipe(path)
+    first, second, third, last = recipe.rules
+    assert first == Rule(smooth=Smooth(strength=0.5), split=0.01, threshold=6.0, rescue=parse_spec("int8/token/asym"))
+    assert second.smooth == Smooth(powers_of_two=True)
+    assert third.smooth == Smooth(strength="model")
+    assert last == Rule()
+    assert recipe_from_table(recipe_to_table(recipe)) == recipe
+    # what a rule does not ask for is not written
+    assert not recipe_to_table(recipe)["rules"][3].keys() & {"smooth", "split", "threshold", "rescue"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "prepares"),
+    [
+        (Rule(smooth=Smooth()), True),
+        (Rule(split=0.01), True),
+        (Rule(threshold=6.0), False),
+        (Rule(rescue=parse_spec("int8/token")), False),
+    ],
+)
+def test_what_changes_the_graph_needs_data(rule: Rule, prepares: bool) -> None:
+    recipe = Recipe(name="r", rules=(Rule(), rule))
+    assert recipe.prepares is prepares
+    assert recipe.needs_data is prepares
+
+
 @pytest.mark.parametrize(
     ("table", "words"),
     [
@@ -74,6 +107,17 @@ def test_a_table_reads_back_what_was_written(tmp_path: Path) -> None:
         ({"rules": [{"ops": "linear"}]}, ["rule 1 of", "key 'ops'", "list of ops", "linear, embedding"]),
         ({"rules": [{"ops": ["softmax"]}]}, ["rule 1 of", "linear, embedding", "['softmax']"]),
         ({"rules": [{"ops": []}]}, ["rule 1 of", "linear, embedding"]),
+        ({"rules": [{"smooth": "strong"}]}, ["rule 1 of", "key 'smooth'", "from 0 to 1, 'search' or 'model'"]),
+        ({"rules": [{"smooth": 1.5}]}, ["rule 1 of", "key 'smooth'", "'1.5'", "from 0 to 1"]),
+        ({"rules": [{"smooth": True}]}, ["rule 1 of", "key 'smooth'", "takes text, got True"]),
+        ({"rules": [{"split": 1}]}, ["rule 1 of", "key 'split'", "between 0 and 1, got 1"]),
+        ({"rules": [{"split": 0}]}, ["rule 1 of", "key 'split'", "above 0, got 0"]),
+        ({"rules": [{"split": "0.1"}]}, ["rule 1 of", "key 'split'", "above 0, got '0.1'"]),
+        ({"rules": [{"threshold": -6.0}]}, ["rule 1 of", "key 'threshold'", "above 0, got -6.0"]),
+        ({"rules": [{"threshold": True}]}, ["rule 1 of", "key 'threshold'", "above 0, got True"]),
+        ({"rules": [{"threshold": float("nan")}]}, ["rule 1 of", "key 'threshold'", "above 0, got nan"]),
+        ({"rules": [{"threshold": float("inf")}]}, ["rule 1 of", "key 'threshold'", "above 0, got inf"]),
+        ({"rules": [{"rescue": "int9/token"}]}, ["rule 1 of", "key 'rescue'", "unknown format 'int9'"]),
         ({"rules": {}}, ["key 'rules'", "[[rules]]"]),
         ({"rules": []}, ["has no rules", "[[rules]]"]),
         ({}, ["has no rules"]),

@@ -1,0 +1,167 @@
+"""Choices for sites that read one activation: each is taken where it gains, and only there."""
+
+from dataclasses import replace
+from math import inf
+
+import pytest
+import torch
+from torch import Tensor
+
+from qcompile.choose import LEAST_GAIN, RESCUE_DB, RESCUE_GAIN, Case, choose, joined, prepared_stats, probe_part
+from qcompile.observers import observe
+from qcompile.recipe import Rule
+from qcompile.smooth import Smooth, parse_smooth
+from qcompile.spec import parse_spec
+
+INT8, TOKEN, STATIC = parse_spec("int8/channel"), parse_spec("int8/token/asym"), parse_spec("int8/tensor/asym")
+K, LOUD = 64, 13
+PLAIN = Rule(weight=INT8, input=TOKEN)
+
+
+def rows(factor: float, count: int = 400, seed: int = 0) -> Tensor:
+    """Normal rows [count, K] in which one channel is `factor` times the others."""
+    x = torch.randn(count, K, generator=torch.Generator().manual_seed(seed))
+    x[:, LOUD] *= factor
+    return x
+
+
+def case(x: Tensor, rule: Rule, *weights: Tensor, channels: Tensor | None = None, free: bool = True) -> Case:
+    """free: each channel may have a scale of its own."""
+    held = weights or (torch.randn(48, x.shape[1], generator=torch.Generator().manual_seed(1)),)
+    stats = observe(x)
+    return Case(
+        probe=joined([probe_part(w, stats, whole=False) for w in held]),
+        stats=stats,
+        columns=torch.stack([w.abs().amax(0) for w in held]).amax(0),
+        rule=rule,
+        channels=torch.arange(x.shape[1]) if channels is None and free else channels,
+    )
+
+
+def test_a_rule_that_asks_for_nothing_gets_nothing() -> None:
+    choice = choose(case(rows(60.0), PLAIN))
+    assert (choice.input, choice.scale, choice.strength, choice.outliers) == (TOKEN, None, None, ())
+
+
+def test_smoothing_gains_where_a_channel_is_loud() -> None:
+    x = rows(60.0)
+    plain, smoothed = (choose(case(x, rule)) for rule in (PLAIN, replace(PLAIN, smooth=Smooth())))
+    assert smoothed.scale is not None
+    assert int(smoothed.scale.argmax()) == LOUD
+    assert 0.3 <= smoothed.strength <= 1.0
+    # 60 times the range is lost bits of all other channels: 20 log10(60) = 35 dB, of which one square root returns
+    assert smoothed.snr_db > plain.snr_db + 10
+
+
+def test_a_strength_found_is_as_good_as_any_given() -> None:
+    x = rows(60.0)
+    best = choose(case(x, replace(PLAIN, smooth=Smooth()))).snr_db
+    given = [choose(case(x, replace(PLAIN, smooth=Smooth(strength=i / 10)))) for i in range(3, 11)]
+    assert [one.strength for one in given] == [i / 10 for i in range(3, 11)]
+    # the search tries every second strength first: a neighbour of what it left out may be better by noise
+    assert best >= max(one.snr_db for one in given) - 0.5
+
+
+def test_powers_of_two_are_kept() -> None:
+    scale = choose(case(rows(60.0), replace(PLAIN, smooth=parse_smooth("search/pow2")))).scale
+    assert bool((torch.frexp(scale).mantissa == 0.5).all())
+
+
+def test_a_split_takes_the_loud_channel() -> None:
+    x = rows(60.0)
+    split = choose(case(x, replace(PLAIN, split=0.01)))
+    assert split.outliers == (LOUD,)
+    assert split.scale is None
+    assert split.snr_db > choose(case(x, PLAIN)).snr_db + 10
+
+
+def test_a_split_holds_no_more_than_its_share() -> None:
+    x = rows(60.0)
+    x[:, [2, 40]] *= 50
+    chosen = choose(case(x, replace(PLAIN, split=3.5 / K))).outliers
+    assert chosen == (2, LOUD, 40)
+
+
+def test_a_split_of_all_channels_is_none() -> None:
+    x = rows(60.0)[:, LOUD : LOUD + 1]
+    choice = choose(case(x, replace(PLAIN, split=0.01, smooth=Smooth())))
+    assert choice.outliers == ()
+
+
+def test_floats_split_by_what_a_channel_carries() -> None:
+    x = torch.randn(400, K, generator=torch.Generator().manual_seed(0))
+    # one is rare and far, the other carries the output
+    x[0, 5], x[:, 9] = 300.0, x[:, 9] * 40
+    floats = Rule(weight=parse_spec("fp8_e4m3/channel"), input=parse_spec("fp8_e4m3/token"), split=0.01)
+    assert choose(case(x, floats)).outliers == (9,)
+
+
+def test_no_scale_where_none_may_move() -> None:
+    choice = choose(case(rows(60.0), replace(PLAIN, smooth=Smooth(), split=0.01), free=False))
+    assert choice.scale is None
+    assert choice.strength is None
+    assert choice.outliers == (LOUD,)
+
+
+def test_channels_from_one_row_share_a_scale() -> None:
+    tie = torch.arange(K) % 16
+    scale = choose(case(rows(60.0), replace(PLAIN, smooth=Smooth()), channels=tie)).scale
+    assert scale is not None
+    for number in range(16):
+        assert len(scale[tie == number].unique()) == 1
+    assert len(scale.unique()) > 1
+    assert float(scale[LOUD]) == float(scale.max())
+
+
+def test_a_poor_static_input_is_rescued() -> None:
+    # tokens of very different size: one scale for all leaves little of the small ones, which are most
+    x = rows(1.0)
+    x[:4] *= 100
+    rule = Rule(weight=INT8, input=STATIC)
+    static, rescued = choose(case(x[4:], rule)), choose(case(x, replace(rule, rescue=TOKEN)))
+    assert static.input == STATIC
+    assert rescued.input == TOKEN
+    poor = choose(case(x, rule))
+    assert poor.snr_db < RESCUE_DB
+    assert rescued.snr_db > poor.snr_db + RESCUE_GAIN
+
+
+def test_a_good_static_input_stays() -> None:
+    choice = choose(case(rows(1.0), Rule(weight=INT8, input=STATIC, rescue=TOKEN)))
+    assert choice.snr_db >= RESCUE_DB
+    assert choice.input == STATIC
+
+
+def test_silence_is_no_reason_to_change_anything() -> None:
+    choice = choose(case(torch.zeros(5, K), replace(PLAIN, smooth=Smooth(), split=0.01)))
+    assert (choice.scale, choice.outliers, choice.snr_db) == (None, (), inf)
+
+
+def test_sites_count_the_same_whatever_the_size_of_their_weights() -> None:
+    x, generator = rows(1.0), torch.Generator().manual_seed(2)
+    small, large = torch.randn(8, K, generator=generator), 1e4 * torch.randn(8, K, generator=generator)
+    stats = observe(x)
+    probe = joined([probe_part(w, stats, whole=False) for w in (small, large)])
+    energies = (probe.output.double().square() * probe.counts[:, None]).sum(0)
+    # of 8 features each, by float32 sums
+    assert float(energies[:8].sum()) == pytest.approx(float(energies[8:].sum()), rel=1e-4)
+
+
+def test_stats_follow_the_choice() -> None:
+    x = rows(60.0)
+    stats = observe(x)
+    choice = choose(case(x, replace(PLAIN, smooth=Smooth(strength=0.5), split=0.01)))
+    after = prepared_stats(stats, choice)
+    assert choice.outliers
+    expected = stats.amax / choice.scale
+    expected[list(choice.outliers)] = 0.0
+    torch.testing.assert_close(after.amax, expected)
+    assert prepared_stats(stats, choose(case(x, PLAIN))) is stats
+
+
+def test_what_gains_nothing_is_left_out() -> None:
+    x = rows(1.0)
+    rule = replace(PLAIN, smooth=Smooth(), split=0.01)
+    plain, chosen = choose(case(x, PLAIN)), choose(case(x, rule))
+    assert chosen.snr_db >= plain.snr_db
+    assert (chosen.scale is None and not chosen.outliers) or chosen.snr_db > plain.snr_db + LEAST_GAIN
