@@ -81,7 +81,7 @@ def prepared() -> Plan:
             Fold(sites=("a", "b"), scale=torch.linspace(0.1, 3.0, 64), into="norm", method="smooth alpha=0.55"),
             Fold(sites=("c",), scale=torch.tensor([2.0**-10, 1 / 3])),
         ),
-        notes=("a note", 'with "quotes" and α'),
+        notes=("a note", 'with "quotes" and é'),
         outliers=find_outliers([group]),
     )
 
