@@ -58,6 +58,8 @@ def quality_table() -> str:
                 f"| {name} | {row['change']:+.2%} | {row['kl']:.4f} | {before / 1e6:.0f} -> {after / 1e6:.0f} "
                 f"| {', '.join(row['kernels'])} |"
             )
+    # their result file is older than the default observer
+    lines += ["", 'The static recipes were measured with ranges from least to greatest (`observer = "minmax"`).']
     return "\n".join(lines)
 
 
