@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 
+from qcompile.edges import same_channels
 from qcompile.graph import Graph, Op, V
 from qcompile.observers import Stats
 from qcompile.outliers import NORMS, Group, Outliers, find_outliers
 from qcompile.sites import find_sites
-
-# how hosts call conversions to another dtype; they keep every channel in its place
-CASTS = ("to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy", "Cast")
 
 
 def detect_outliers(graph: Graph[V], stats: Mapping[str, Stats]) -> Outliers:
@@ -44,23 +42,17 @@ def outlier_groups(graph: Graph[V], stats: Mapping[str, Stats]) -> Iterator[Grou
 
 
 def maker_of(graph: Graph[V], value: V) -> Op:
-    """The kind of op that makes these elements, seen through reshapes, transposes and casts.
+    """The kind of op that makes these elements, seen through views, slices and casts.
 
     A norm is named only where its channels are still the value's.
     """
-    width, same_channels = graph.shape(value)[-1:], True
-    while graph.op(value) in (Op.RESHAPE, Op.TRANSPOSE) or _casts(graph, value):
-        source = graph.inputs(value)[0]
+    channels_kept = True
+    while True:
+        source = same_channels(graph, value)
+        if source is None and graph.op(value) in (Op.RESHAPE, Op.TRANSPOSE):
+            source, channels_kept = graph.inputs(value)[0], False
         if source is None:
-            return Op.OTHER
-        same_channels &= graph.op(value) is not Op.TRANSPOSE
+            break
         value = source
-    same_channels &= graph.shape(value)[-1:] == width
     op = graph.op(value)
-    return Op.OTHER if op in NORMS and not same_channels else op
-
-
-def _casts(graph: Graph[V], value: V) -> bool:
-    # "method float", "aten._to_copy", "Cast"
-    words = graph.label(value).split(" ")[-1].split(".")
-    return graph.op(value) is Op.OTHER and len(graph.inputs(value)) > 0 and words[-1] in CASTS
+    return Op.OTHER if op in NORMS and not channels_kept else op

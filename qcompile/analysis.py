@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from math import prod
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from qcompile.advice import Advice, Case, Kind, Remedy, advise, smoothing, without
 from qcompile.errors import PlanError
-from qcompile.folds import Fold
+from qcompile.folds import Fold, scale_before
 from qcompile.noise import Noise, Treatment, measure_noise, probe, shares_rows
 from qcompile.numerics import QParams
 from qcompile.observers import Stats
@@ -134,7 +133,7 @@ def remedied(
 ) -> Plan:
     """The plan with an advice followed.  sites, groups, smoothable: what `analyze` was given when it gave it."""
     group = next(group for group in groups if advice.sites[0] in group.sites)
-    scale = _scale(group.sites, plan.folds)
+    scale = scale_before(group.sites[0], plan.folds)
     stats = folded_stats(group, plan.folds)
     if advice.remedy.kind is Kind.SMOOTH:
         weights = [site.weight.detach() for site in sites if site.name in advice.sites]
@@ -162,7 +161,7 @@ def _sharing(group: Group, smoothable: Mapping[str, Tensor] | None) -> Tensor | 
 
 def folded_stats(group: Group, folds: Sequence[Fold]) -> Stats:
     """The stats of what a group reads once folded."""
-    scale = _scale(group.sites, folds)
+    scale = scale_before(group.sites[0], folds)
     return group.stats if scale is None else group.stats.divided(scale.to(group.stats.low.device))
 
 
@@ -218,18 +217,12 @@ def _static(plan: Plan, name: str) -> Callable[[Stats], QParams] | None:
     return partial(observer, spec=decision.input)
 
 
-def _scale(names: Sequence[str], folds: Sequence[Fold]) -> Tensor | None:
-    """What the activation of these sites is divided by, None without folds."""
-    scales = [fold.scale for fold in folds if names[0] in fold.sites]
-    return prod(scales[1:], start=scales[0]) if scales else None
-
-
 class _Seen:
     """The quantized sites of one group, with what is found once for all of them."""
 
     def __init__(self, *, group: Group, names: Sequence[str], weights: Mapping[str, Tensor], plan: Plan) -> None:
         self._names, self._weights, self._plan = names, weights, plan
-        self._scale = _scale(names, plan.folds)
+        self._scale = scale_before(names[0], plan.folds)
         self._stats, self._folded = group.stats, folded_stats(group, plan.folds)
         self._ranges: dict[tuple[Spec | None, tuple[int, ...]], QParams] = {}
 

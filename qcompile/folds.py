@@ -1,6 +1,8 @@
 """Folds: factors that move from an activation into the weights that read it, and out of what makes it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
@@ -22,6 +24,12 @@ class Fold:
     scale: Tensor = field(hash=False, compare=False)
     into: str = ""
     method: str = ""
+
+
+def scale_before(site: str, folds: Iterable[Fold]) -> Tensor | None:
+    """What the activation that a site reads is divided by, [K]; None if no fold names the site."""
+    scales = [fold.scale for fold in folds if site in fold.sites]
+    return prod(scales[1:], start=scales[0]) if scales else None
 
 
 def fitting_scale(fold: Fold, width: int) -> Tensor:

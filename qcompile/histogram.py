@@ -156,6 +156,8 @@ def merge_histograms(a: Histogram, b: Histogram) -> Histogram:
 def _folded(histogram: Histogram, top: Tensor) -> Tensor:
     """Counts in the window below `top`, which is at least the histogram's own."""
     counts = histogram.counts
+    if torch.equal(top, histogram.top):
+        return counts
     steps = (top - histogram.top) << histogram.resolution.mantissa
     for step in steps.unique().tolist():
         if step == 0:

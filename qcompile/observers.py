@@ -27,6 +27,8 @@ from qcompile.sample import Sample, merge_samples, row_hashes, sample_rows
 THRESHOLD = 6.0
 # batches of which the ranges are kept; source: the default history of NVIDIA Transformer Engine
 BATCHES = 1024
+# magnitudes of which the largest of a channel may be, so that sums of its fourth powers are exact enough in float32
+_LEAST, _MOST = 2.0**-20, 2.0**20
 # elements of one step, so that its passes find them in a cache
 CHUNK = 2**18
 
@@ -136,12 +138,13 @@ def observe(x: Tensor, *, batch: int = 0, parts: Part = Part.TENSOR) -> Stats:
     if x.numel() == 0:
         raise CalibrationError(f"an activation of shape {list(x.shape)} has no rows to observe: leave the batch out")
     rows = x.detach().reshape(-1, x.shape[-1])
-    low, high, peaks, hashes = _extremes(rows)
+    low, high, peaks, hashes, squares, fourths = _swept(rows)
     amax = torch.maximum(-low, high)
     finite = bool(torch.isfinite(amax).all())
     if not finite:
         amax = torch.where(torch.isfinite(rows), rows, 0.0).float().abs().amax(0)
-    squares, fourths, exceeding = _sums(rows, amax)
+    if not bool((((amax > _LEAST) & (amax < _MOST)) | (amax == 0)).all()):
+        squares, fourths = _careful_sums(rows, amax)
     largest = amax.amax()
     return Stats(
         count=len(rows),
@@ -149,7 +152,7 @@ def observe(x: Tensor, *, batch: int = 0, parts: Part = Part.TENSOR) -> Stats:
         high=high,
         squares=squares,
         fourths=fourths,
-        exceeding=exceeding,
+        exceeding=_exceeding(rows, amax),
         tokens=count(peaks[:, None], TOKENS, amax=largest, finite=finite),
         history=History(batches=(batch,), low=low.amin()[None], high=high.amax()[None]),
         sample=sample_rows(rows, hashes),
@@ -201,35 +204,52 @@ def _merge_histories(a: History, b: History) -> History:
     return History(batches=batches[-BATCHES:], low=low[-BATCHES:], high=high[-BATCHES:])
 
 
-def _extremes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Least and greatest of each channel, float32 [K]; largest magnitude and hash of each row, [R]."""
-    found = []
+def _swept(rows: Tensor) -> tuple[Tensor, ...]:
+    """Least and greatest of each channel, float32 [K]; largest magnitude and hash of each row, [R]; sums, float64 [K].
+
+    The sums of squares and of fourth powers are right where magnitudes are between _LEAST and _MOST.
+    """
+    extremes, per_row = [], []
+    squares, fourths = (rows.new_zeros(rows.shape[1], dtype=torch.float64) for _ in range(2))
     for part in rows.split(max(1, CHUNK // rows.shape[1])):
         chunk = part.float()
-        largest = torch.maximum(chunk.amax(1), -chunk.amin(1))
-        found.append((chunk.amin(0), chunk.amax(0), largest, row_hashes(chunk)))
-    low, high, peaks, hashes = zip(*found, strict=True)
-    return torch.stack(low).amin(0), torch.stack(high).amax(0), torch.cat(peaks), torch.cat(hashes)
-
-
-def _sums(rows: Tensor, amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of squares and of fourth powers, float64 [K], and rows that reach the threshold, int64 [K]."""
-    # under powers of two, which are exact, neither overflows float32
-    unit = torch.ldexp(torch.ones_like(amax), -torch.frexp(amax).exponent.clamp(-120, 120))
-    large = (amax >= THRESHOLD).nonzero().flatten()
-    squares, fourths = (torch.zeros_like(amax, dtype=torch.float64) for _ in range(2))
-    exceeding = torch.zeros_like(amax, dtype=torch.int64)
-    for part in rows.split(max(1, CHUNK // rows.shape[1])):
-        powers = part * unit
-        powers *= powers
+        extremes.append((chunk.amin(0), chunk.amax(0)))
+        per_row.append((torch.maximum(chunk.amax(1), -chunk.amin(1)), row_hashes(chunk)))
+        powers = chunk * chunk
         squares += powers.sum(0)
         powers *= powers
         fourths += powers.sum(0)
-        if len(large):
-            chosen = part if len(large) == len(amax) else part[:, large]
-            exceeding[large] += (chosen.abs() >= THRESHOLD).float().sum(0).long()
+    low, high = (torch.stack(found) for found in zip(*extremes, strict=True))
+    peaks, hashes = (torch.cat(found) for found in zip(*per_row, strict=True))
+    return low.amin(0), high.amax(0), peaks, hashes, squares, fourths
+
+
+def _careful_sums(rows: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of squares and of fourth powers, float64 [K], of any float32."""
+    # under powers of two, which are exact, neither overflows float32
+    unit = torch.ldexp(torch.ones_like(amax), -torch.frexp(amax).exponent.clamp(-120, 120))
+    squares, fourths = (torch.zeros_like(amax, dtype=torch.float64) for _ in range(2))
+    for part in rows.split(max(1, CHUNK // rows.shape[1])):
+        powers = (part * unit).square_()
+        squares += powers.sum(0)
+        fourths += powers.square_().sum(0)
     back = unit.double().square()
-    return squares / back, fourths / back.square(), exceeding
+    return squares / back, fourths / back.square()
+
+
+def _exceeding(rows: Tensor, amax: Tensor) -> Tensor:
+    """Rows in which each channel reaches the threshold, int64 [K]; few channels have any."""
+    large = (amax >= THRESHOLD).nonzero().flatten()
+    exceeding = torch.zeros_like(amax, dtype=torch.int64)
+    if len(large) == 0:
+        return exceeding
+    # to gather many columns takes longer than to look at all
+    gathered = 8 * len(large) < len(amax)
+    for part in rows.split(max(1, CHUNK // (len(large) if gathered else len(amax)))):
+        chosen = part.index_select(1, large) if gathered else part
+        found = (chosen.abs() >= THRESHOLD).float().sum(0).long()
+        exceeding[large] += found if gathered else found[large]
+    return exceeding
 
 
 def _tokens_of(sample: Sample) -> Histogram:

@@ -27,7 +27,7 @@ from qcompile.passes.fold_smooth import fold_smooth
 from qcompile.passes.split_outliers import split_outliers
 from qcompile.plan import Decision, Plan, Preparation
 from qcompile.recipe import Recipe, Rule
-from qcompile.sites import Found, find_sites
+from qcompile.sites import Found
 from qcompile.smooth import MODEL, strength_of
 from qcompile.spec import Spec
 from qcompile.verify import check, failing_part, run_graph
@@ -102,7 +102,8 @@ class _Preparing:
         self.groups = list(outlier_groups(captured.open(), seen.stats))
         self._captured, self._seen, self._recipe = captured, seen, recipe
         self._model, self._failures = model, failures
-        self._choices: dict[str, Choice] = {}
+        # what folds divide the rows of linears by: channels and scales
+        self._taken: dict[Node, list[tuple[Tensor, Tensor]]] = {}
 
     def decide(self) -> None:
         """Choose for each activation, last ones first: a fold behind changes rows of the weights before it."""
@@ -114,7 +115,7 @@ class _Preparing:
             may_scale = foldable and len(by_rule) == 1
             self.foldable |= {found.site.name: edge.channels for found in edge.consumers if foldable}
             for rule, members in by_rule.items():
-                self._decide(graph, edge, rule, members, may_scale=may_scale)
+                self._decide(edge, rule, members, may_scale=may_scale)
 
     def _by_rule(self, edge: Edge[Node]) -> dict[Rule, list[Found[Node]]]:
         """The edge's sites that are quantized and of which data was seen, by the rule that decides them."""
@@ -126,16 +127,14 @@ class _Preparing:
                 found.setdefault(rule, []).append(member)
         return found
 
-    def _decide(
-        self, graph: FxGraph, edge: Edge[Node], rule: Rule, members: Sequence[Found[Node]], *, may_scale: bool
-    ) -> None:
+    def _decide(self, edge: Edge[Node], rule: Rule, members: Sequence[Found[Node]], *, may_scale: bool) -> None:
         stats = self._seen.stats[members[0].site.name]
-        weights = [found.site.weight for found in _current(graph, members)]
+        weights = [self._weight(member) for member in members]
         choice = choose(
             Case(
                 probe=joined([probe_part(w, stats, whole=shares_rows(rule.weight)) for w in weights]),
                 stats=stats,
-                columns=torch.stack([w.detach().float().abs().amax(0) for w in weights]).amax(0),
+                columns=torch.stack([weight.abs().amax(0) for weight in weights]).amax(0),
                 rule=rule,
                 channels=edge.channels if may_scale else None,
                 strength=self._strength(rule),
@@ -146,12 +145,20 @@ class _Preparing:
             method = f"smooth alpha={choice.strength:.2f}"
             readers = tuple(found.site.name for found in edge.consumers)
             fold = Fold(sites=readers, scale=choice.scale, into=edge.into, method=method)
-            fold_smooth(graph, [fold])
             self.folds.append(fold)
+            if edge.producer is not None:
+                self._taken.setdefault(edge.producer, []).append((edge.channels, choice.scale))
         self._take(names, stats, choice, rule)
 
+    def _weight(self, member: Found[Node]) -> Tensor:
+        """A site's weight as the folds chosen so far leave it, float32 [N, K]."""
+        weight = member.site.weight.detach().float()
+        for channels, scale in self._taken.get(member.value, ()):
+            rows = scale.new_ones(len(weight)).scatter(0, channels.to(scale.device), scale)
+            weight = weight / rows.to(weight.device)[:, None]
+        return weight
+
     def _take(self, names: Sequence[str], stats: Stats, choice: Choice, rule: Rule) -> None:
-        self._choices |= dict.fromkeys(names, choice)
         self.stats |= dict.fromkeys(names, prepared_stats(stats, choice))
         if choice.outliers:
             self.split |= dict.fromkeys(names, choice.outliers)
@@ -241,12 +248,6 @@ def _is_residual(graph: FxGraph, value: Node) -> bool:
     """
     views = [user for user in graph.users(value) if same_channels(graph, user) == value]
     return any(graph.op(user) is Op.ADD for user in graph.users(value)) or any(_is_residual(graph, v) for v in views)
-
-
-def _current(graph: FxGraph, members: Sequence[Found[Node]]) -> list[Found[Node]]:
-    """The same sites with their weights as they are now."""
-    now = {found.value: found for found in find_sites(graph)}
-    return [now[member.value] for member in members]
 
 
 def run_one(run: Callable[[Graph[Node], Sequence[Item]], int], item: Item, graph: Graph[Node]) -> int:

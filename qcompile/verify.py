@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isnan
+from math import inf, isfinite, isnan, sqrt
 from typing import Any, TypeVar
 
 import torch
@@ -133,12 +133,18 @@ def _tensors(result: Any) -> Iterator[Tensor]:
 
 def _difference(before: Tensor, after: Tensor) -> float:
     if before.shape != after.shape or before.dtype != after.dtype:
-        return torch.inf
+        return inf
     if not before.is_floating_point():
-        return 0.0 if torch.equal(before, after) else torch.inf
-    apart = torch.where(before == after, 0.0, before.double() - after.double())
-    apart = torch.where(before.isnan() & after.isnan(), 0.0, apart)
-    scale = torch.where(before.isfinite(), before.double(), 0.0).norm()
-    distance = float(apart.norm() / scale) if float(scale) > 0 else float(apart.norm())
-    # NaN is what moved to infinity
-    return (torch.inf if isnan(distance) else distance) / TOLERANCES.get(before.dtype, 1e-5)
+        return 0.0 if torch.equal(before, after) else inf
+    apart, scale = _energy(before - after), _energy(before)
+    if not (isfinite(apart) and isfinite(scale)):
+        # an Inf or NaN that was there before may stay; one that is new is what moved to infinity
+        moved = torch.where(before == after, 0.0, before.double() - after.double())
+        apart = _energy(torch.where(before.isnan() & after.isnan(), 0.0, moved))
+        scale = _energy(torch.where(before.isfinite(), before.double(), 0.0))
+    distance = sqrt(apart / scale) if scale > 0 else sqrt(apart)
+    return (inf if isnan(distance) else distance) / TOLERANCES.get(before.dtype, 1e-5)
+
+
+def _energy(x: Tensor) -> float:
+    return float(x.square().sum(dtype=torch.float64))

@@ -8,15 +8,13 @@ Writes examples/benchmarks/results/cpu_models.json.
 """
 
 import argparse
-import json
-import os
-import platform
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from result_files import RESULTS, machine, write_result
 from torch import Tensor, nn
 
 import qcompile
@@ -26,7 +24,6 @@ from qcompile.cli.models import load_model, quiet_transformers
 from qcompile.report.quality import token_windows
 from qcompile.report.timing import time_in_turns
 
-RESULTS = Path(__file__).parent / "results" / "cpu_models.json"
 BATCHES = (1, 2, 4, 8)
 RECIPE = "int8"
 # relative error of hidden states and logits that quantization may make
@@ -96,25 +93,12 @@ def measure(name: str, model: nn.Module, inputs: list[Inputs], rounds: int) -> l
     return rows
 
 
-def machine() -> dict[str, Any]:
-    """What the times depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    return {
-        "processor": next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine()),
-        "features": sorted(set(flags) & {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"}),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama", type=Path, help="folder of a Hugging Face causal language model")
     parser.add_argument("--tokens", type=Path, help="its token ids, uint16")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu_models.json")
     given = parser.parse_args()
     torch._dynamo.config.recompile_limit = 64
     with torch.no_grad():
@@ -122,11 +106,7 @@ def main() -> None:
         if given.llama is not None and given.tokens is not None:
             rows += measure(given.llama.name, *language_model(given.llama, given.tokens), given.rounds)
     result = {"command": "python examples/benchmarks/cpu_models.py", "machine": machine(), "rows": rows}
-    beside = given.out.with_suffix(".tmp")
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(beside, given.out)
-    print(f"wrote {given.out}")
+    write_result(given.out, result)
 
 
 if __name__ == "__main__":

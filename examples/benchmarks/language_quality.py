@@ -4,17 +4,18 @@
 
 Windows of 512 tokens from the second half of the file, every token but the first of a window predicted once; KL in
 nats a token, mean over tokens. Recipes that need calibration see windows from the first half.
-Writes examples/benchmarks/results/language_quality_<device>.json.
+Writes examples/benchmarks/results/language_quality_<device>.json; rows of other recipes in it stay if they are of the
+same data and machine.
 """
 
 import argparse
 import json
-import os
-import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from result_files import RESULTS, device, write_result
 from torch import Tensor, nn
 
 import qcompile
@@ -23,8 +24,9 @@ from qcompile.cli.models import load_model
 from qcompile.presets import PRESETS
 from qcompile.report.quality import LanguageQuality, token_windows
 
-RESULTS = Path(__file__).parent / "results"
 WINDOW, BATCH = 512, 8
+# windows that recipes which need data see
+CALIBRATION = 64
 
 
 def quantized(model: nn.Module, recipe: str, calibration: Tensor) -> Any:
@@ -62,6 +64,15 @@ def measure(model: nn.Module, recipes: list[str], windows: Tensor, calibration: 
     return rows
 
 
+def rows_before(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of a result of the same model, data and machine, so that recipes may be measured a few at a time."""
+    if not path.exists():
+        return {}
+    old: dict[str, Any] = json.loads(path.read_text())
+    rows: dict[str, Any] = old.pop("rows")
+    return rows if old == about else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -74,24 +85,19 @@ def main() -> None:
     model = load_model(given.model).to(given.device)
     tokens = read_tokens(given.tokens, given.model, int(model.config.vocab_size))
     windows = token_windows(tokens, WINDOW, given.windows).to(given.device)
-    calibration = tokens[: 16 * WINDOW].reshape(16, WINDOW).to(given.device)
+    calibration = tokens[: CALIBRATION * WINDOW].reshape(CALIBRATION, WINDOW).to(given.device)
     with torch.no_grad():
         rows = measure(model, given.recipes.split(","), windows, calibration)
-    name = torch.cuda.get_device_name() if given.device == "cuda" else platform.machine()
-    result = {
+    path = RESULTS / f"language_quality_{given.device}.json"
+    about = {
         "command": "python examples/benchmarks/language_quality.py --model DIR --tokens FILE",
         "model": given.model.name,
         "windows": [len(windows) // BATCH * BATCH, WINDOW],
+        "calibration_windows": CALIBRATION,
         "dtype": str(next(model.parameters()).dtype),
-        "machine": {"device": name, "torch": torch.__version__, "python": platform.python_version()},
-        "rows": rows,
+        "machine": device(given.device),
     }
-    path = RESULTS / f"language_quality_{given.device}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(beside, path)
-    print(f"wrote {path}")
+    write_result(path, about | {"rows": rows_before(path, about) | rows})
 
 
 if __name__ == "__main__":

@@ -13,9 +13,6 @@ Writes examples/benchmarks/results/outliers_<device>.json.
 
 import argparse
 import copy
-import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_files import RESULTS, device, write_result
 from torch import Tensor, nn
 
 import qcompile
@@ -34,7 +32,6 @@ from qcompile.report.quality import LanguageQuality, token_windows
 from qcompile.smooth import parse_smooth
 from qcompile.spec import parse_spec
 
-RESULTS = Path(__file__).parent / "results"
 WINDOW, BATCH = 512, 16
 CHANNELS, SMALLEST, LARGEST = 6, 20.0, 60.0
 
@@ -174,22 +171,14 @@ def main() -> None:
             "dtype": str(plain.dtype),
             "windows": [len(batches) * BATCH, WINDOW],
             "calibration_windows": given.calibration,
-            "machine": {
-                "device": torch.cuda.get_device_name() if given.device == "cuda" else platform.machine(),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "machine": device(given.device),
             "injected_channels": channels,
             "difference_by_injection": moved,
             "difference_by_power_of_two_folds": identical_after_folding(injected, calibration, batches[0]),
             "injected": rows(injected, calibration, batches, given.specs.split("|")),
             "plain": rows(plain, calibration, batches, given.specs.split("|")),
         }
-    path = RESULTS / f"outliers_{given.device}.json"
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(beside, path)
-    print(f"wrote {path}")
+    write_result(RESULTS / f"outliers_{given.device}.json", result)
 
 
 if __name__ == "__main__":

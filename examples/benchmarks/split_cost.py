@@ -9,8 +9,6 @@ Writes examples/benchmarks/results/split_cost.json.
 """
 
 import argparse
-import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -18,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_models import first_output, language_model, machine, minilm
+from cpu_models import first_output, language_model, minilm
+from result_files import RESULTS, machine, write_result
 from torch import Tensor, nn
 
 import qcompile
@@ -26,7 +25,6 @@ from qcompile.graph import Op
 from qcompile.plan import Decision, Plan
 from qcompile.report.timing import time_in_turns
 
-RESULTS = Path(__file__).parent / "results" / "split_cost.json"
 # [N, K] of MiniLM's and llama28m's feed-forward layers, and of a larger model
 LAYERS = ((1536, 384), (384, 1536), (1408, 512), (512, 1408), (4096, 4096))
 ROWS = (1, 16, 128, 1024)
@@ -117,7 +115,7 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, help="folder of a Hugging Face causal language model")
     parser.add_argument("--tokens", type=Path, help="its token ids, uint16")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "split_cost.json")
     given = parser.parse_args()
     torch._dynamo.config.recompile_limit = 64
     with torch.no_grad():
@@ -126,11 +124,7 @@ def main() -> None:
         if given.llama is not None and given.tokens is not None:
             rows += model_rows(given.llama.name, *language_model(given.llama, given.tokens), given.rounds)
     result = {"command": "python examples/benchmarks/split_cost.py", "machine": machine(), "rows": rows}
-    beside = given.out.with_suffix(".tmp")
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(beside, given.out)
-    print(f"wrote {given.out}")
+    write_result(given.out, result)
 
 
 if __name__ == "__main__":

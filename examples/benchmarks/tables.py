@@ -58,8 +58,6 @@ def quality_table() -> str:
                 f"| {name} | {row['change']:+.2%} | {row['kl']:.4f} | {before / 1e6:.0f} -> {after / 1e6:.0f} "
                 f"| {', '.join(row['kernels'])} |"
             )
-    # their result file is older than the default observer
-    lines += ["", 'The static recipes were measured with ranges from least to greatest (`observer = "minmax"`).']
     return "\n".join(lines)
 
 
@@ -84,8 +82,25 @@ def outlier_table() -> str:
     return "\n".join(lines)
 
 
+def embedding_table() -> str:
+    """Cosines of sentence embeddings."""
+    found = result("embedding_quality")
+    machine, rows = found["machine"], found["rows"]
+    count = next(iter(rows.values()))["sentences"]
+    lines = [
+        f"Embeddings: {found['model']}, {machine['processor']}, torch {machine['torch']}, cosine to the float model's on "
+        f"{count} sentences that calibration did not see (`examples/benchmarks/embedding_quality.py`).",
+        "",
+        "| recipe | mean | lowest | multiplications left by folds |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {row['mean']:.5f} | {row['lowest']:.5f} | {row['multiplications_left']} |")
+    return "\n".join(lines)
+
+
 def tables() -> str:
-    return f"{speed_table()}\n\n{quality_table()}\n\n{outlier_table()}\n"
+    return "\n\n".join([speed_table(), quality_table(), embedding_table(), outlier_table()]) + "\n"
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from qcompile.analysis import Analysis, analyze, remedied
 from qcompile.cli.examine import Examined, examine, output_snr
 from qcompile.cli.subjects import DEMO, Subject, open_subject
 from qcompile.errors import OptionsError
+from qcompile.folds import scale_before
 from qcompile.graph import Op
 from qcompile.numerics import dequantize, quantize, snr_db
 from qcompile.outliers import outlier_notes
@@ -74,13 +75,14 @@ def planned(plan: Plan, examined: Examined) -> Report:
     """The report of a plan before anything is compiled: no kernels, bytes as the specs store them."""
     weights = {site.name: site.weight.detach() for site in examined.sites}
     weights |= {left.name: left.weight.detach() for left in examined.left}
-    scales = {name: fold.scale for fold in plan.folds for name in fold.sites}
     owners: dict[int, str] = {}
     # a weight that several sites read counts where it is quantized
     for decision in sorted(plan.decisions.values(), key=lambda d: d.weight is None):
         owners.setdefault(weights[decision.name].data_ptr(), decision.name)
     reports = tuple(
-        _planned_site(d, weights[d.name], scales.get(d.name), owns=owners[weights[d.name].data_ptr()] == d.name)
+        _planned_site(
+            d, weights[d.name], scale_before(d.name, plan.folds), owns=owners[weights[d.name].data_ptr()] == d.name
+        )
         for d in plan.decisions.values()
     )
     notes = (*plan.notes, *fold_notes(plan))

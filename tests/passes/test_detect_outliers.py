@@ -1,7 +1,6 @@
 """Which activations are looked at, and what makes them, on graphs of small and of real models."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,8 +9,6 @@ from torch.nn import functional as F
 
 from qcompile.backends.fx.graph import FxGraph
 from qcompile.cli.examine import Examined, examine
-from qcompile.cli.language import read_tokens
-from qcompile.cli.models import load_model
 from qcompile.cli.subjects import open_subject
 from qcompile.graph import Op, graph_text
 from qcompile.observers import Stats, observe
@@ -20,10 +17,9 @@ from qcompile.passes.detect_outliers import detect_outliers, outlier_groups
 from qcompile.presets import parse_recipe
 from qcompile.sites import find_sites
 from tests.fx.capture import dynamo_graph, exported_graph
+from tests.trained import MODEL, first_windows, inject, language_model
 
 K = 48
-SHARED = Path(__file__).resolve().parents[3] / "shared"
-MODEL, TOKENS = SHARED / "models" / "llama28m", SHARED / "data" / "wikitext2-valid.bin"
 
 
 class Block(nn.Module):
@@ -111,9 +107,7 @@ def test_a_norm_of_other_channels_is_not_named() -> None:
 def llama() -> tuple[nn.Module, list[dict[str, Tensor]]]:
     if not MODEL.exists():
         pytest.skip("the model lies beside the checkout of its developers only")
-    model = load_model(MODEL)
-    tokens = read_tokens(TOKENS, MODEL, int(model.config.vocab_size))
-    return model, [{"input_ids": w[None]} for w in tokens[: 4 * 512].view(4, 512).long()]
+    return language_model(), [{"input_ids": window[None]} for window in first_windows(4)]
 
 
 def seen_by(model: nn.Module, batches: list[dict[str, Tensor]]) -> Outliers:
@@ -134,23 +128,6 @@ def test_the_natural_outlier_of_a_language_model_is_found_at_every_attention(
     assert 0.25 <= feature.layers / feature.of < 1
 
 
-def injected(model: nn.Module, factors: tuple[float, float], seed: int) -> Iterator[tuple[str, set[int]]]:
-    """Makes six channels of every norm loud without changing the function; yields a reader and the channels."""
-    generator = torch.Generator().manual_seed(seed)
-    for i, layer in enumerate(model.model.layers):
-        readers = (
-            (layer.input_layernorm, f"model.layers.{i}.self_attn", ("q_proj", "k_proj", "v_proj")),
-            (layer.post_attention_layernorm, f"model.layers.{i}.mlp", ("gate_proj", "up_proj")),
-        )
-        for norm, path, names in readers:
-            channels = torch.randperm(512, generator=generator)[:6]
-            factor = factors[0] + (factors[1] - factors[0]) * torch.rand(6, generator=generator)
-            norm.weight[channels] *= factor
-            for name in names:
-                model.get_submodule(f"{path}.{name}").weight[:, channels] /= factor
-            yield f"{path}.{names[0]}", set(channels.tolist())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_injected_outliers_are_found_channel_for_channel(
@@ -158,9 +135,8 @@ def test_injected_outliers_are_found_channel_for_channel(
 ) -> None:
     _, batches = llama
     natural = seen_by(*llama)
-    loud = load_model(MODEL)
-    with torch.no_grad():
-        planted = dict(injected(loud, (20.0, 60.0), seed))
+    loud = language_model()
+    planted = dict(inject(loud, seed=seed))
     found = seen_by(loud, batches)
     for site, channels in planted.items():
         assert channels <= set(found.channels(site)), site

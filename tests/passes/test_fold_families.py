@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as hf
 
+from qcompile.calibrate import calibrate
 from qcompile.channels import tied
 from qcompile.edges import Edge, find_edges
 from qcompile.folds import Fold
@@ -68,15 +69,19 @@ EXPECTED: dict[str, tuple[int, int, int]] = {
 }
 
 
-def opened(family: str) -> Opened:
+def trained_alike(family: str) -> hf.PreTrainedModel:
     torch.manual_seed(0)
     model = build(family) if family in FAMILIES else MORE[family]().eval()
     for name, p in model.named_parameters():
         # trained norms and biases are neither ones nor zeros
         if p.dim() == 1:
             torch.nn.init.normal_(p, 0.5 if "norm" in name.lower() or "ln_" in name else 0.0, 0.2)
+    return model
+
+
+def opened(family: str) -> Opened:
     cache: dict[str, Any] = {} if family == "bert" else {"use_cache": False}
-    (found,) = dynamo_graphs(model, tokens(2, 8), **cache)
+    (found,) = dynamo_graphs(trained_alike(family), tokens(2, 8), **cache)
     return found
 
 
@@ -125,3 +130,24 @@ def test_norms_written_by_hand_are_one_op_with_a_known_weight(family: str, each:
     assert len(norms) == 2 * each + 1
     assert {graph.name(norm).rpartition(".")[2] for norm in norms} >= {"input_layernorm", "norm"}
     assert all(graph.constant(graph.inputs(norm)[1]) is not None for norm in norms)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_calibration_folds_leaves_the_logits_and_costs_nothing_before_norms(family: str) -> None:
+    model, ids = trained_alike(family), tokens(2, 8)
+    cache: dict[str, Any] = {} if family == "bert" else {"use_cache": False}
+    expected = next(iter(model(ids, **cache).values())).detach()
+    plan = calibrate(model, [{"input_ids": ids, **cache}], "int8-smooth", progress=False)
+    assert plan.notes == ()
+    (found,) = dynamo_graphs(model, ids, **cache)
+    graph = found.graph
+    count = sum(graph.op(v) is not Op.CONSTANT for v in graph.values())
+    fold_smooth(graph, plan.folds)
+    graph.prune()
+    # post-norm models make the residual itself with a norm, which only a multiplication leaves alone
+    multiplications = sum(not fold.into for fold in plan.folds)
+    assert (multiplications > 0) is (family == "bert")
+    assert sum(graph.op(v) is not Op.CONSTANT for v in graph.values()) <= count + multiplications
+    assert len(plan.folds) - multiplications >= 2
+    logits = result(graph, *found.inputs)
+    assert float((logits - expected).norm() / expected.norm()) < 1e-5

@@ -1,0 +1,123 @@
+"""What calibration costs on the CPU: its time beside that of running the model plainly, and its memory.
+
+    python examples/benchmarks/calibration_cost.py --model DIR --tokens FILE
+
+A causal language model on 64 windows of 512 tokens, in batches of 1 and of 8 windows: `qcompile.calibrate` from start
+to plan, and the float model alone on the same batches, in turns. Memory is the most that a process of its own ever
+holds while it calibrates on 16 and on 256 batches of one window.
+Writes examples/benchmarks/results/calibration_cost.json.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from result_files import RESULTS, machine, write_result
+from torch import Tensor, nn
+
+import qcompile
+from qcompile.cli.language import read_tokens
+from qcompile.cli.models import load_model
+from qcompile.report.quality import token_windows
+from qcompile.report.timing import time_in_turns
+
+WINDOW, WINDOWS = 512, 64
+BATCHES = (1, 8)
+# static ranges alone, and with folds and splits sought
+RECIPES = ("int8-static", "int8-smooth-split-static")
+FEW, MANY = 16, 256
+
+
+def windows_of(model: Any, folder: Path, tokens: Path, count: int) -> Tensor:
+    """int64 [count, WINDOW]."""
+    return token_windows(read_tokens(tokens, folder, int(model.config.vocab_size)), WINDOW, count)
+
+
+def run_plainly(model: nn.Module, batches: list[dict[str, Any]]) -> None:
+    for batch in batches:
+        model(**batch)
+
+
+def time_row(model: nn.Module, windows: Tensor, size: int, rounds: int) -> dict[str, Any]:
+    """Seconds of each recipe's calibration, and how many times as long as the plain run it takes."""
+    batches = [{"input_ids": batch, "use_cache": False} for batch in windows.split(size)]
+    calls: dict[str, Any] = {"plain": partial(run_plainly, model, batches)}
+    calls |= {name: partial(qcompile.calibrate, model, batches, recipe=name, progress=False) for name in RECIPES}
+    timings = time_in_turns(calls, rounds=rounds, warmup=1)
+    plain = timings["plain"]
+    row = {
+        "batch": size,
+        "seconds": {name: round(t.median / 1e3, 3) for name, t in timings.items()},
+        "over_plain": {name: round(t.median / plain.median, 3) for name, t in timings.items() if name != "plain"},
+        "lowest_over_plain": {
+            name: round(t.lowest / plain.lowest, 3) for name, t in timings.items() if name != "plain"
+        },
+    }
+    print(row, flush=True)
+    return row
+
+
+def resident_megabytes(folder: Path, tokens: Path, recipe: str, batches: int) -> float:
+    """The most that a process holds which calibrates on so many batches."""
+    command = [sys.executable, __file__, "--model", str(folder), "--tokens", str(tokens)]
+    command += ["--only-calibrate", recipe, "--windows", str(batches)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def calibrate_and_tell(folder: Path, tokens: Path, recipe: str, count: int) -> None:
+    """Print the most megabytes that this process ever held."""
+    model = load_model(folder)
+    ids = read_tokens(tokens, folder, int(model.config.vocab_size))
+
+    def batches() -> Iterator[dict[str, Any]]:
+        # short files are read from their start again: memory does not depend on which tokens they are
+        for number in range(count):
+            at = number % (len(ids) // WINDOW) * WINDOW
+            yield {"input_ids": ids[at : at + WINDOW][None], "use_cache": False}
+
+    plan = qcompile.calibrate(model, batches(), recipe=recipe, progress=False)
+    assert any(decision.weight is not None for decision in plan.decisions.values())
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a Hugging Face causal language model")
+    parser.add_argument("--tokens", type=Path, required=True, help="its token ids, uint16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--windows", type=int, default=WINDOWS)
+    parser.add_argument("--only-calibrate", metavar="RECIPE", help="print the memory that this takes, and end")
+    given = parser.parse_args()
+    if given.only_calibrate:
+        calibrate_and_tell(given.model, given.tokens, given.only_calibrate, given.windows)
+        return
+    memory = {
+        recipe: {
+            str(count): round(resident_megabytes(given.model, given.tokens, recipe, count), 1) for count in (FEW, MANY)
+        }
+        for recipe in RECIPES
+    }
+    print(memory, flush=True)
+    model = load_model(given.model)
+    windows = windows_of(model, given.model, given.tokens, given.windows)
+    with torch.no_grad():
+        rows = [time_row(model, windows, size, given.rounds) for size in BATCHES]
+    result = {
+        "command": "python examples/benchmarks/calibration_cost.py --model DIR --tokens FILE",
+        "model": given.model.name,
+        "windows": [len(windows), WINDOW],
+        "machine": machine(),
+        "most_resident_megabytes": memory,
+        "time": rows,
+    }
+    write_result(RESULTS / "calibration_cost.json", result)
+
+
+if __name__ == "__main__":
+    main()
