@@ -91,18 +91,30 @@ class Advice:
 class Case:
     """Sites that read one activation and are quantized alike.
 
-    weight: float [N, K], of all of them, one above the other. stats: of what they read.
+    weights: float [N, K], of each of them. scale: float32 [K] that a fold multiplies their columns by, None for 1.
+    stats: of what they read.
     static: finds the qparams of a static input again, None where the input is float or dynamic.
     channels: int64 [K], what must share a scale if 1 / scale can go into what makes the activation; None if it cannot.
     """
 
     sites: tuple[str, ...]
-    weight: Tensor
+    weights: tuple[Tensor, ...]
     stats: Stats
     treatment: Treatment
     activation: Activation
     static: Callable[[Stats], QParams] | None = None
     channels: Tensor | None = None
+    scale: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, K] of all weights, one above the other."""
+        return sum(len(weight) for weight in self.weights), self.weights[0].shape[1]
+
+    def weight(self) -> Tensor:
+        """All weights as they are folded, one above the other, made anew: cases are many."""
+        weight = torch.cat(self.weights) if len(self.weights) > 1 else self.weights[0]
+        return weight if self.scale is None else weight * self.scale.to(weight.device)
 
 
 def advise(cases: Iterable[Case], *, most: int = CASES) -> list[Advice]:
@@ -122,7 +134,7 @@ def _before(case: Case) -> float:
 
 
 def _probe(case: Case) -> Probe:
-    return probe(case.weight, case.stats, whole=shares_rows(case.treatment.weight))
+    return probe(case.weight(), case.stats, whole=shares_rows(case.treatment.weight))
 
 
 def measured(advice: Sequence[Advice], gain: Callable[[Advice], float], *, tries: int = 4) -> list[Advice]:
@@ -170,7 +182,7 @@ def _best(kind: Kind, gains: dict[Remedy, float]) -> Remedy | None:
 
 def _candidates(case: Case) -> Iterator[Remedy]:
     """Everything that could be tried, splits from the smallest on."""
-    treatment, k = case.treatment, case.weight.shape[1]
+    treatment, (n, k) = case.treatment, case.shape
     spec = treatment.input.spec if isinstance(treatment.input, QParams) else treatment.input
     if spec is not None:
         loud = loudest(case.stats, treatment.channels)
@@ -182,7 +194,6 @@ def _candidates(case: Case) -> Iterator[Remedy]:
             yield from (Remedy(kind=Kind.SMOOTH, alpha=alpha) for alpha in ALPHAS)
     if treatment.weight is not None:
         held = _held_bytes(case)
-        n = case.weight.shape[0]
         for other in WEIGHTS:
             tile = parse_spec(other).granularity.columns
             if (tile == ALL or k % tile == 0) and stored_bytes(parse_spec(other), n, k) > held:
@@ -220,7 +231,8 @@ def _after(case: Case, seen: Probe, remedy: Remedy) -> float:
         case Kind.SMOOTH:
             assert remedy.alpha is not None
             assert case.channels is not None
-            scale = smoothing(stats.amax, case.weight, case.channels, remedy.alpha).to(case.weight.device)
+            weight = case.weight()
+            scale = smoothing(stats.amax, weight, case.channels, remedy.alpha).to(weight.device)
             stats = stats.divided(scale.to(stats.low.device))
             return seen.scaled(scale).after(replace(treatment, input=_input(case, stats, treatment.channels)))
         case Kind.DYNAMIC | Kind.INPUT:
@@ -284,7 +296,7 @@ def _words(remedy: Remedy) -> str:
 
 def extra_bytes(case: Case, remedy: Remedy) -> int:
     """Bytes that the weights of a case grow by."""
-    n, k = case.weight.shape
+    n, k = case.shape
     match remedy.kind:
         case Kind.SPLIT:
             return FLOAT_BYTES * n * len(remedy.channels)
@@ -296,7 +308,7 @@ def extra_bytes(case: Case, remedy: Remedy) -> int:
 
 
 def _held_bytes(case: Case) -> int:
-    n, k = case.weight.shape
+    n, k = case.shape
     spec = case.treatment.weight
     return FLOAT_BYTES * n * k if spec is None else stored_bytes(spec, n, k)
 

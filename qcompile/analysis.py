@@ -113,7 +113,12 @@ def analyze(
             continue
         seen = _Seen(group=group, names=names, weights=weights, plan=plan)
         found += seen.measured()
-        activation = next(a for a in outliers.activations if a.sites == group.sites)
+        activation = next((a for a in outliers.activations if a.sites == group.sites), None)
+        if activation is None:
+            raise PlanError(
+                f"the plan's outliers were not found in the activation that {group.sites[0]!r} reads with "
+                f"{len(group.sites) - 1} others: analyze the plan with the groups that it was made with"
+            )
         cases += seen.cases(activation, _sharing(group, smoothable))
     return Analysis(
         outliers=outliers,
@@ -168,10 +173,10 @@ def folded_stats(group: Group, folds: Sequence[Fold]) -> Stats:
 def _changed(plan: Plan, decision: Decision, remedy: Remedy, stats: Stats) -> Decision:
     match remedy.kind:
         case Kind.SPLIT:
-            channels = tuple(sorted({*decision.outliers, *remedy.channels}))
+            channels = tuple(sorted({*_treatment(decision, stats).channels, *remedy.channels}))
             static = _static(plan, decision.name)
             qparams = None if static is None else static(without(stats, channels))
-            return replace(decision, outliers=channels, input_qparams=qparams)
+            return replace(decision, outliers=channels, threshold=None, input_qparams=qparams)
         case Kind.SMOOTH:
             static = _static(plan, decision.name)
             return (
@@ -214,7 +219,8 @@ def _static(plan: Plan, name: str) -> Callable[[Stats], QParams] | None:
     site = Site(name=name, op=decision.op, weight=torch.empty(decision.shape, device="meta"))
     rule = next((rule for rule in plan.recipe.rules if rule.matches(site)), None)
     observer = parse_observer("minmax" if rule is None else rule.observer)
-    return partial(observer, spec=decision.input)
+    # what a fold or split would leave of single batches is not known
+    return partial(parse_observer("minmax") if observer.ordered else observer, spec=decision.input)
 
 
 class _Seen:
@@ -261,10 +267,10 @@ class _Seen:
             key = (decision.weight, decision.input, static, decision.solver, decision.outliers, decision.threshold)
             alike.setdefault(key, []).append(name)
         for same in alike.values():
-            weight = torch.cat([self._weights[name].detach() for name in same])
             yield Case(
                 sites=tuple(same),
-                weight=weight if self._scale is None else weight * self._scale.to(weight.device),
+                weights=tuple(self._weights[name].detach() for name in same),
+                scale=self._scale,
                 stats=self._folded,
                 treatment=_treatment(self._plan.decisions[same[0]], self._folded),
                 activation=activation,

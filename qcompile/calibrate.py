@@ -11,7 +11,7 @@ from torch import nn
 
 from qcompile.errors import CalibrationError
 from qcompile.observers import Part
-from qcompile.plan import Plan, make_plan
+from qcompile.plan import Plan, check_methods, make_plan
 from qcompile.prepare import prepare
 from qcompile.presets import parse_recipe
 from qcompile.ranges import needed_parts
@@ -39,6 +39,7 @@ def calibrate(
     parameter has no values; and what `make_plan` and `parse_recipe` raise.
     """
     parsed = parse_recipe(recipe)
+    check_methods(parsed)
     model = getattr(model, "_orig_mod", model)
     seen = watch(model, batches, parts_for(parsed), progress=progress)
     require_data(parsed, seen)

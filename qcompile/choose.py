@@ -5,6 +5,7 @@ All are tried on the rows that calibration kept; what gives the outputs the leas
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf, log10
 
 import torch
 from torch import Tensor
@@ -122,18 +123,16 @@ def _roughly(case: Case, choice: Choice) -> float:
 
 
 def _smoothed(case: Case, spec: Spec | None, strength: float) -> Choice:
+    return Choice(input=spec, scale=_scale(case, case.stats.amax, strength), strength=strength)
+
+
+def _scale(case: Case, amax: Tensor, strength: float) -> Tensor:
+    """What an activation of these largest magnitudes, float32 [K], is divided by."""
     assert case.rule.smooth is not None
     assert case.channels is not None
     # the least scale that all channels from one row can share: by the largest of each side
-    activation = tied(case.stats.amax, case.channels)
-    columns = case.columns
-    scale = smooth_scale(
-        activation,
-        tied(columns, case.channels).to(activation.device),
-        strength,
-        powers_of_two=case.rule.smooth.powers_of_two,
-    )
-    return Choice(input=spec, scale=scale, strength=strength)
+    columns = tied(case.columns, case.channels).to(amax.device)
+    return smooth_scale(tied(amax, case.channels), columns, strength, powers_of_two=case.rule.smooth.powers_of_two)
 
 
 def _split(case: Case, choice: Choice) -> Choice:
@@ -168,14 +167,48 @@ def _candidates(case: Case, choice: Choice) -> Iterator[tuple[int, ...]]:
 
 def _snr_db(case: Case, choice: Choice) -> float:
     """Of the outputs, in dB; a static input has its whole range, which is found at once and serves to compare."""
-    given: Spec | QParams | None = choice.input
-    if choice.input is not None and choice.input.granularity.rows == ALL:
-        given = _whole_range(case, choice, choice.input)
-    treatment = Treatment(
-        weight=case.rule.weight, input=given, solver=case.rule.solver, channels=tuple(choice.outliers)
-    )
     probe = case.probe if choice.scale is None else case.probe.scaled(choice.scale.to(case.probe.weight.device))
-    return probe.after(treatment)
+    treatment = Treatment(
+        weight=case.rule.weight, input=choice.input, solver=case.rule.solver, channels=tuple(choice.outliers)
+    )
+    if choice.input is None or choice.input.granularity.rows != ALL:
+        return probe.after(treatment)
+    noise = 10 ** (-probe.after(replace(treatment, input=_whole_range(case, choice, choice.input))) / 10)
+    noise += _beyond(case, choice, choice.input)
+    return -10 * log10(noise) if noise > 0 else inf
+
+
+def _beyond(case: Case, choice: Choice, spec: Spec) -> float:
+    """Noise over signal that a static range will add when it clips rows that calibration did not see.
+
+    The sampled rows are new to each other: scale and range are found on half of them, and what they clip of the other
+    half is that noise. The more rows were seen, the more rarely one reaches further: as often as 1 / count.
+    """
+    sample, weight = case.stats.sample, case.probe.weight
+    half = min(ROWS, len(sample.rows) // 2)
+    if half == 0:
+        return 0.0
+    parts = [
+        Probe(weight=weight, rows=rows.to(weight.device), counts=counts.double().to(weight.device))
+        for rows, counts in zip(sample.rows.split(half)[:2], sample.counts.split(half)[:2], strict=True)
+    ]
+    noise = sum(_clipped(case, choice, spec, seen, new) for seen, new in (parts, parts[::-1])) / 2
+    return noise * float(sample.counts[:half].sum()) / case.stats.count
+
+
+def _clipped(case: Case, choice: Choice, spec: Spec, seen: Probe, new: Probe) -> float:
+    """Noise over signal that scale and range of the seen rows leave to the new ones by clipping."""
+    if choice.scale is not None:
+        assert choice.strength is not None
+        scale = _scale(case, seen.rows.abs().amax(0), choice.strength)
+        seen, new = seen.scaled(scale), new.scaled(scale)
+    outliers = _indices(choice.outliers, case.stats).to(seen.rows.device)
+    rows = seen.rows.index_fill(1, outliers, 0.0)
+    low, high = rows.amin().clamp(max=0.0), rows.amax().clamp(min=0.0)
+    if spec.symmetric:
+        low, high = torch.minimum(low, -high), torch.maximum(high, -low)
+    clipped = (new.rows.clamp(low, high) - new.rows).index_fill(1, outliers, 0.0)
+    return new.energy(clipped @ new.weight.T) / new.signal if new.signal > 0 else 0.0
 
 
 def _whole_range(case: Case, choice: Choice, spec: Spec) -> QParams:

@@ -53,13 +53,13 @@ def least_error(values: Distribution, low: Tensor, high: Tensor, spec: Spec) -> 
     if spec.scale not in _ALONE:
         spec = replace(spec, scale="fp32")
     apart = not spec.symmetric and bool(((low < 0) & (high > 0)).any())
-    best = torch.ones(len(low), 2)
+    best = low.new_ones(len(low), 2)
     error = _errors(values, low, high, best[:, None], spec)[:, 0]
     for ratios in _APART if apart else _TOGETHER:
-        tried = best[:, None] * torch.tensor(ratios)
+        tried = best[:, None] * low.new_tensor(ratios)
         least, place = _errors(values, low, high, tried, spec).min(1)
         better = least < error
-        best = torch.where(better[:, None], tried[torch.arange(len(low)), place], best)
+        best = torch.where(better[:, None], tried[torch.arange(len(low), device=low.device), place], best)
         error = torch.where(better, least, error)
     return low * best[:, 0], high * best[:, 1]
 
@@ -84,7 +84,7 @@ def levels_of(qparams: QParams) -> Tensor:
     if not isinstance(spec.format, Integer):
         return scale * _numbers(spec.format)
     first, last = spec.code_range
-    codes = torch.arange(first, last + 1, dtype=torch.float64)
+    codes = torch.arange(first, last + 1, dtype=torch.float64, device=scale.device)
     return scale * (codes if qparams.zero is None else codes - qparams.zero.double()[..., None])
 
 
@@ -104,7 +104,7 @@ def least_divergence(counts: Tensor, cells: Tensor) -> int:
     n = len(counts)
     # zeros are exact in every format, and the spike of a ReLU would decide alone
     h = torch.cat([counts[1:2], counts[1:]])
-    kept = torch.arange(min(n, max(KL_START, len(cells) - 1)), n + 1)
+    kept = torch.arange(min(n, max(KL_START, len(cells) - 1)), n + 1, device=counts.device)
     mass, holding, entropy = (_up_to(v) for v in (h, (h > 0).double(), torch.special.xlogy(h, h)))
     # a bin belongs to the cell in which it begins; a hair keeps products that are whole numbers where they belong
     ends = (kept[:, None] * cells - 1e-9).ceil().long().clamp(min=0)
@@ -135,7 +135,7 @@ def _up_to(x: Tensor) -> Tensor:
 def divergence_cells(fmt: Format, levels: int) -> Tensor:
     """The `cells` of `least_divergence`: those of a grid; equal ones of integers, and before levels are learned."""
     if isinstance(fmt, Integer) or (isinstance(fmt, CodeBook) and fmt.levels is None):
-        return torch.arange(levels + 1, dtype=torch.float64) / levels
+        return torch.arange(levels + 1, dtype=torch.float64, device="cpu") / levels
     numbers = _numbers(fmt)
     numbers = numbers[numbers >= 0] / fmt.max
     return torch.cat([numbers.new_zeros(1), (numbers[1:] + numbers[:-1]) / 2, numbers.new_ones(1)])

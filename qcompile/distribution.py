@@ -50,7 +50,7 @@ class Distribution:
 
     def magnitudes(self, bins: int, amax: Tensor) -> Tensor:
         """Mass of |x| in `bins` equal bins on [0, amax].  amax: [C].  Returns [C, bins]."""
-        edges = amax[:, None] * (torch.arange(bins + 1, dtype=torch.float64) / bins)
+        edges = amax[:, None] * (torch.arange(bins + 1, dtype=torch.float64, device="cpu") / bins)
         # sums of other orders may differ in their last digit
         return self._within(edges).diff(dim=1).clamp(min=0.0)
 
@@ -118,6 +118,6 @@ def lloyd_max_levels(values: Distribution, count: int, *, rounds: int = 500, tol
 def _companded(values: Distribution, count: int) -> Tensor:
     bins = max(4 * count, 64)
     low, high = values.edges[0, 0], values.edges[0, -1]
-    edges = low + (high - low) * (torch.arange(bins + 1, dtype=torch.float64) / bins)
+    edges = low + (high - low) * (torch.arange(bins + 1, dtype=torch.float64, device="cpu") / bins)
     mass = values.moments(edges[None])[0].diff(dim=1).clamp(min=0.0).pow(1 / 3)
     return quantile_levels(Distribution(edges=edges[None], mass=mass), count)

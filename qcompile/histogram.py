@@ -214,7 +214,7 @@ def _on_common_edges(histogram: Histogram, low: Tensor, high: Tensor) -> Distrib
     share = counts[line, side, place].double() / parts
     top = _top(end.amax().clamp(max=LARGEST).float()[None], COMMON)
     base = int(_base(top, COMMON))
-    common = torch.zeros(2 * COMMON.bins, dtype=torch.float64)
+    common = torch.zeros(2 * COMMON.bins, dtype=torch.float64, device="cpu")
     for part in range(parts):
         middle = (start + (end - start) * ((part + 0.5) / parts)).clamp(max=LARGEST).float()
         code = (middle.view(torch.int32) >> COMMON.shift) - base

@@ -310,7 +310,7 @@ def _channels(stats: Stats, amax: Tensor, rms: Tensor, exceeding: Tensor, flagge
             exceeding=float(exceeding[k]),
             peak_factor=float(amax[k] / rms[k]) if float(rms[k]) > 0 else 0.0,
             kurtosis=_kurtosis(float(stats.squares[k]), float(stats.fourths[k]), stats.count),
-            gain_db=_gain_db(amax, torch.tensor([k])),
+            gain_db=_gain_db(amax, flagged.new_tensor([k])),
         )
 
 

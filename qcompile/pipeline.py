@@ -1,12 +1,13 @@
 """The architecture in one place: what happens to a graph, in order, on every host."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
+from qcompile.edges import Edge, find_edges
 from qcompile.errors import PlanError, QcompileError, nearest
 from qcompile.graph import Graph, V, graph_text
 from qcompile.passes.fold_smooth import count_multiplications, fold_smooth
@@ -18,6 +19,8 @@ from qcompile.plan import Decision, Plan, make_plan, unreached
 from qcompile.recipe import Recipe
 from qcompile.sites import constant_name, find_sites, left_over
 
+# reasons that a note gives
+NAMED = 3
 Pass = Callable[[Graph[V]], int]
 
 
@@ -34,11 +37,21 @@ def passes(plan: Plan) -> dict[str, Pass[V]]:
 
 def multiplications(graph: Graph[V], plan: Plan) -> Iterator[str]:
     """A note on the multiplications that a plan's folds leave in this graph, if there are any."""
-    if count := count_multiplications(graph, plan.folds):
-        yield (
-            f"{count} multiplications by 1 / scale stay in the graph: others read what the norm before them makes, "
-            "so that it cannot take the scale"
-        )
+    count = count_multiplications(graph, plan.folds)
+    if not count:
+        return
+    folded = {name for fold in plan.folds for name in fold.sites}
+    reasons = [
+        edge.reason or f"not all that read what {edge.consumers[0].site.name!r} reads are folded alike"
+        for edge in find_edges(graph)
+        if any(found.site.name in folded for found in edge.consumers) and (edge.reason or not _is_whole(edge, folded))
+    ]
+    more = f"; and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
+    yield f"{count} multiplications by 1 / scale stay in the graph: {'; '.join(reasons[:NAMED])}{more}"
+
+
+def _is_whole(edge: Edge[V], folded: Collection[str]) -> bool:
+    return all(found.site.name in folded for found in edge.consumers)
 
 
 def quantize(

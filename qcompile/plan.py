@@ -84,7 +84,8 @@ class Plan:
     """Decisions by site name, and the recipe that they follow.
 
     folds: factors that move between weights before anything is quantized. notes: what calibration has to say.
-    outliers: what it found in the float model's activations; None without calibration.
+    outliers: what it found in the float model's activations; None without calibration. Emergent features are sought
+        only for recipes that smooth or split (and by `qcompile analyze`): others do not look at the model's graph.
     binding: names of the parameters of the model that the plan was bound to; no part of the data.
     """
 
@@ -131,7 +132,7 @@ def make_plan(
     stay float. Weights on meta are checked by shape only.
     Raises RecipeError, SpecError, WeightError or CalibrationError, each with the site and the remedy.
     """
-    _check_methods(recipe)
+    check_methods(recipe)
     if recipe.prepares and prepared is None:
         raise CalibrationError(
             f"recipe {recipe.name!r} smooths or splits, which takes data: make a plan with "
@@ -311,7 +312,8 @@ def _fitting(spec: Spec, n: int, k: int) -> Spec:
     return replace(spec, granularity=parse_granularity(name))
 
 
-def _check_methods(recipe: Recipe) -> None:
+def check_methods(recipe: Recipe) -> None:
+    """Raise RecipeError for rules that no model could follow."""
     for number, rule in enumerate(recipe.rules, start=1):
         where = f"rule {number} ({rule.match!r}) of recipe {recipe.name!r}"
         if rule.solver not in SOLVERS:
@@ -319,9 +321,14 @@ def _check_methods(recipe: Recipe) -> None:
                 f"{where} names the unknown solver {rule.solver!r}; nearest: {nearest(rule.solver, SOLVERS)}"
             )
         try:
-            parse_observer(rule.observer)
+            observer = parse_observer(rule.observer)
         except RecipeError as e:
             raise RecipeError(f"{where}: {e}") from e
+        if observer.ordered and rule.static_input and (rule.smooth is not None or rule.split is not None):
+            raise RecipeError(
+                f"{where} smooths or splits, after which the extremes of single batches are not known, and observer "
+                f"{rule.observer!r} finds ranges from them: take 'mse', 'minmax' or 'percentile'"
+            )
         if problem := _input_problem(rule):
             raise RecipeError(f"{where} gives inputs the spec {rule.input}, but {problem}")
 

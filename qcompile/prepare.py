@@ -27,13 +27,15 @@ from qcompile.passes.fold_smooth import fold_smooth
 from qcompile.passes.split_outliers import split_outliers
 from qcompile.plan import Decision, Plan, Preparation
 from qcompile.recipe import Recipe, Rule
-from qcompile.sites import Found
+from qcompile.sites import Found, Site
 from qcompile.smooth import MODEL, strength_of
-from qcompile.spec import Spec
+from qcompile.spec import ALL, Spec
 from qcompile.verify import check, failing_part, run_graph
 from qcompile.watch import Seen, evaluating, first_rows, run_batch
 
 _LOG = logging.getLogger(__name__)
+# sites that a note names
+NAMED = 6
 Item = TypeVar("Item")
 
 
@@ -72,6 +74,8 @@ def prepare(
     for one in found:
         one.decide()
         one.verify()
+    held = {name for one in found for name in one.names}
+    hidden = [site.name for site in seen.sites.values() if site.op is Op.LINEAR and site.name not in held]
     stats = dict(seen.stats)
     for one in found:
         stats |= one.stats
@@ -79,7 +83,7 @@ def prepare(
         folds=tuple(fold for one in found for fold in one.folds),
         outliers={name: channels for one in found for name, channels in one.split.items()},
         inputs={name: spec for one in found for name, spec in one.inputs.items()},
-        notes=tuple(note for one in found for note in one.notes),
+        notes=(*_hidden(hidden), *(note for one in found for note in one.notes)),
     )
     return Prepared(
         decided=decided,
@@ -99,6 +103,7 @@ class _Preparing:
         self.stats: dict[str, Stats] = {}
         self.notes: list[str] = []
         self.foldable: dict[str, Tensor] = {}
+        self.names: set[str] = set()
         self.groups = list(outlier_groups(captured.open(), seen.stats))
         self._captured, self._seen, self._recipe = captured, seen, recipe
         self._model, self._failures = model, failures
@@ -109,10 +114,11 @@ class _Preparing:
         """Choose for each activation, last ones first: a fold behind changes rows of the weights before it."""
         graph = self._captured.open()
         for edge in reversed(find_edges(graph)):
+            self.names |= {found.site.name for found in edge.consumers}
             by_rule = self._by_rule(edge)
             # a scale serves all that read the activation: it is sought where they agree on how
             foldable = not edge.reason or (edge.multiply and _is_residual(graph, edge.value))
-            may_scale = foldable and len(by_rule) == 1
+            may_scale = foldable and len(by_rule) == 1 and not self._others(edge, *by_rule.values())
             self.foldable |= {found.site.name: edge.channels for found in edge.consumers if foldable}
             for rule, members in by_rule.items():
                 self._decide(edge, rule, members, may_scale=may_scale)
@@ -126,6 +132,12 @@ class _Preparing:
             if rule is not None and wanted and member.site.name in self._seen.stats:
                 found.setdefault(rule, []).append(member)
         return found
+
+    def _others(self, edge: Edge[Node], members: Sequence[Found[Node]]) -> bool:
+        """Whether readers that are not members quantize the activation too: their ranges know nothing of a scale."""
+        others = [found.site for found in edge.consumers if found not in members]
+        rules = [next((rule for rule in self._recipe.rules if rule.matches(site)), None) for site in others]
+        return any(rule is not None and rule.input is not None for rule in rules)
 
     def _decide(self, edge: Edge[Node], rule: Rule, members: Sequence[Found[Node]], *, may_scale: bool) -> None:
         stats = self._seen.stats[members[0].site.name]
@@ -184,11 +196,7 @@ class _Preparing:
         self._checked_split()
 
     def _checked_split(self) -> None:
-        sites = {name: site for name, site in self._seen.sites.items() if name in self.split}
-        decisions = [
-            Decision(name=name, op=site.op, shape=tuple(site.weight.shape), outliers=self.split[name])
-            for name, site in sites.items()
-        ]
+        decisions = [self._split_alone(site) for name, site in self._seen.sites.items() if name in self.split]
 
         def run(graph: Graph[Node], chosen: Sequence[Decision]) -> int:
             fold_smooth(graph, self.folds)
@@ -197,34 +205,49 @@ class _Preparing:
         for decision in self._checked("split_outliers", run, decisions, lambda decision: (decision.name,)):
             self._forget((decision.name,))
 
+    def _split_alone(self, site: Site) -> Decision:
+        """What the plan will say of a site that is split, without the ranges, which change nothing in a float graph."""
+        rule = next(rule for rule in self._recipe.rules if rule.matches(site))
+        given = self.inputs.get(site.name, rule.input)
+        return Decision(
+            name=site.name,
+            op=site.op,
+            shape=tuple(site.weight.shape),
+            weight=rule.weight,
+            input=None if given is None or given.granularity.rows == ALL else given,
+            outliers=self.split[site.name],
+        )
+
     def _forget(self, sites: Sequence[str]) -> None:
         for name in sites:
             self.split.pop(name, None)
             self.inputs.pop(name, None)
-            self.stats[name] = self._seen.stats[name]
+            if name in self._seen.stats:
+                self.stats[name] = self._seen.stats[name]
 
     def _checked(
         self,
         name: str,
-        run: Callable[[Graph[Node], Sequence[Item]], int],
+        run: Callable[[Graph[Node], Sequence[Any]], int],
         items: Sequence[Item],
         sites_of: Callable[[Item], Sequence[str]],
     ) -> list[Item]:
         """The items with which the pass changes the outputs; they are saved, and noted."""
         if not items:
             return []
-        checked = check(self._captured.open, run, items, self._captured.args, self._reference)
-        for item, distance in checked.broken:
-            sites = sites_of(item)
-            failure = failing_part(self._captured.open, partial(run_one, run, item), sites, self._captured.args)
+        broken = check(self._captured.open, run, items, self._captured.args, self._reference)
+        for together, distance in broken:
+            sites = [site for item in together for site in sites_of(item)]
+            failure = failing_part(self._captured.open, partial(_run_some, run, together), sites, self._captured.args)
             folder = save_failure(failure, self._folder(), f"{name}-{sites[0]}")
+            named = ", ".join(sites[:NAMED]) + (f" and {len(sites) - NAMED} more" if len(sites) > NAMED else "")
             note = (
-                f"pass {name} changed the model's outputs at {', '.join(sites)} ({distance:.3g} times what rounding "
-                f"may do) and was undone there; the part of the graph and its inputs are in {str(folder)!r}"
+                f"pass {name} changed the model's outputs at {named} ({distance:.3g} times what rounding may do) and "
+                f"was undone there; the part of the graph and its inputs are in {str(folder)!r}"
             )
             _LOG.warning(note)
             self.notes.append(note)
-        return [item for item, _ in checked.broken]
+        return [item for together, _ in broken for item in together]
 
     def _folder(self) -> Path:
         if self._failures is None:
@@ -250,9 +273,17 @@ def _is_residual(graph: FxGraph, value: Node) -> bool:
     return any(graph.op(user) is Op.ADD for user in graph.users(value)) or any(_is_residual(graph, v) for v in views)
 
 
-def run_one(run: Callable[[Graph[Node], Sequence[Item]], int], item: Item, graph: Graph[Node]) -> int:
-    """The pass with this item alone."""
-    return run(graph, [item])
+def _hidden(sites: Sequence[str]) -> Iterator[str]:
+    """A note on sites that ran but are in no graph."""
+    if sites:
+        yield (
+            f"{len(sites)} sites are in no graph that torch.compile makes of the model, and could not be folded or "
+            f"split: {', '.join(sites[:NAMED])}"
+        )
+
+
+def _run_some(run: Callable[[Graph[Node], Sequence[Item]], int], items: Sequence[Item], graph: Graph[Node]) -> int:
+    return run(graph, items)
 
 
 def _name(model: nn.Module) -> str:

@@ -72,8 +72,8 @@ class Observer:
 
     find: Callable[[Lines, Spec, float], Range]
     parts: Part = Part.NONE
-    # the histogram of channels, which is coarser, serves as well as that of the tensor
-    coarse: bool = False
+    # batches count one by one: their extremes are not known after a fold or split
+    ordered: bool = False
     parameter: Parameter | None = None
     value: float = 0.0
 
@@ -174,13 +174,15 @@ def find_lloyd(lines: Lines, spec: Spec, parameter: float) -> Range:
 OBSERVERS: dict[str, Observer] = {
     "absmax": Observer(find=find_absmax),
     "minmax": Observer(find=find_minmax),
-    "last": Observer(find=find_last),
-    "moving_average": Observer(find=find_moving_average, parameter=Parameter(default=0.9, low=0, high=1)),
-    "delayed": Observer(find=find_delayed, parameter=Parameter(default=BATCHES, low=0, high=BATCHES, whole=True)),
+    "last": Observer(find=find_last, ordered=True),
+    "moving_average": Observer(find=find_moving_average, ordered=True, parameter=Parameter(default=0.9, low=0, high=1)),
+    "delayed": Observer(
+        find=find_delayed, ordered=True, parameter=Parameter(default=BATCHES, low=0, high=BATCHES, whole=True)
+    ),
     "percentile": Observer(
         find=find_percentile, parts=Part.TENSOR, parameter=Parameter(default=99.99, low=50, high=100)
     ),
-    "mse": Observer(find=find_mse, parts=Part.TENSOR, coarse=True),
+    "mse": Observer(find=find_mse, parts=Part.TENSOR),
     "kl": Observer(find=find_kl, parts=Part.TENSOR),
     "lloyd": Observer(find=find_lloyd, parts=Part.TENSOR),
 }
@@ -221,16 +223,13 @@ def parse_observer(text: str) -> Observer:
     return replace(observer, value=value)
 
 
-def needed_parts(text: str, spec: Spec, others: Part = Part.NONE) -> Part:
-    """The histograms to keep for an observer and a spec beside those that others need.  Raises as `parse_observer`.
+def needed_parts(text: str, spec: Spec) -> Part:
+    """The histograms to keep for an observer and a spec.  Raises as `parse_observer`.
 
     Where the tensor's is lacking, that of channels serves in its place: for 'mse' without loss, for others coarsely.
     """
-    observer = parse_observer(text)
     learns = isinstance(spec.format, CodeBook) and spec.format.levels is None
-    if observer.coarse and not learns and Part.CHANNELS in others:
-        return others
-    return others | observer.parts | (Part.TENSOR if learns else Part.NONE)
+    return parse_observer(text).parts | (Part.TENSOR if learns else Part.NONE)
 
 
 def channel_ranges(stats: Stats, observer: str, spec: Spec) -> Range:

@@ -50,8 +50,9 @@ def row_hashes(rows: Tensor) -> Tensor:
     """A hash of each row's bits.  rows: float32 [R, K].  Returns int64 [R], the same wherever the row stands."""
     if rows.shape[1] % 2:
         rows = pad(rows, (0, 1))
-    # pairs of floats begin at even places only
-    rows = rows.contiguous() if rows.storage_offset() % 2 == 0 else rows.clone(memory_format=torch.contiguous_format)
+    # pairs of floats begin at even places only; a single row counts as contiguous whatever its stride is
+    paired = rows.storage_offset() % 2 == 0 and rows.stride(0) % 2 == 0
+    rows = rows.contiguous() if paired else rows.clone(memory_format=torch.contiguous_format)
     words = rows.view(torch.int64)
     # a product keeps what is low of a factor, and the bits of round numbers are high
     low = words >> 32

@@ -5,6 +5,7 @@ Source: Xiao 2023 (SmoothQuant), section 4, equation 4; the strengths in `STRENG
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import PurePath
 
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ STRENGTHS: dict[str, float] = {
     "*falcon-40b*": 0.7,
     "*falcon*": 0.6,
     "*glm-130b*": 0.75,
-    "*opt*": 0.5,
-    "*bloom*": 0.5,
+    "opt-*": 0.5,
+    "bloom*": 0.5,
 }
 
 
@@ -65,9 +66,9 @@ def parse_smooth(text: str) -> Smooth:
 
 
 def strength_of(model: str) -> float:
-    """The strength known for a model of that name.  Raises RecipeError if none is."""
+    """The strength known for a model of that name, or of that name in a folder.  Raises RecipeError if none is."""
     for glob, strength in STRENGTHS.items():
-        if fnmatchcase(model.lower(), glob):
+        if fnmatchcase(PurePath(model).name.lower(), glob):
             return strength
     raise RecipeError(
         f"smooth = '{MODEL}' knows no strength for {model!r}; it knows {', '.join(STRENGTHS)}: "

@@ -9,19 +9,14 @@ import torch
 from torch import Tensor
 
 from qcompile.graph import Graph, Op, V, graph_text
+from qcompile.sites import tail_name, tail_owner
 
 Item = TypeVar("Item")
 
+# groups of items that are told apart: each takes a few runs of the model
+MOST = 8
 # largest relative difference of what only rounding may change: a few hundred roundings, at random, of each dtype
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 8e-3, torch.bfloat16: 6e-2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checked:
-    """items: those with which the pass keeps its promise. broken: the others, with how far the outputs moved."""
-
-    items: tuple[Any, ...]
-    broken: tuple[tuple[Any, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,11 +45,12 @@ def check(
     items: Sequence[Item],
     args: Sequence[Any],
     reference: Any,
-) -> Checked:
-    """The items with which a pass leaves the outputs as they were, found by running it on fresh graphs.
+) -> list[tuple[list[Item], float]]:
+    """The items with which a pass changes the outputs, found by running it on fresh graphs; without them it does not.
 
     open_graph: gives the graph as it was before the pass.  args: its inputs.  reference: what it gave for them.
-    Items that break the promise alone are left out one by one, in halves; those left keep it together.
+    Returns groups, each with how far the outputs moved by it alone: mostly of one item. Items that move the outputs
+    only together, or after MOST groups were found, are one group.
     """
 
     def moved(chosen: Sequence[Item]) -> float:
@@ -62,20 +58,30 @@ def check(
         run_pass(graph, chosen)
         return difference(reference, run_graph(graph, args))
 
-    kept, broken = list(items), []
+    kept = list(items)
+    broken: list[tuple[list[Item], float]] = []
     while kept and (distance := moved(kept)) > 1:
-        suspects = kept
-        while len(suspects) > 1:
-            half, rest = suspects[: len(suspects) // 2], suspects[len(suspects) // 2 :]
-            suspects = half if moved(half) > 1 else rest
-        broken.append((suspects[0], max(moved(suspects), distance)))
-        kept = [item for item in kept if item is not suspects[0]]
-    return Checked(items=tuple(kept), broken=tuple(broken))
+        guilty, distance = (kept, distance) if len(broken) == MOST else _guilty(kept, distance, moved)
+        broken.append((guilty, distance))
+        kept = [item for item in kept if not any(item is other for other in guilty)]
+    return broken
+
+
+def _guilty(items: list[Item], distance: float, moved: Callable[[Sequence[Item]], float]) -> tuple[list[Item], float]:
+    """The fewest of these items that halving finds to move the outputs by themselves, and how far."""
+    while len(items) > 1:
+        middle = len(items) // 2
+        halves = ((half, moved(half)) for half in (items[:middle], items[middle:]))
+        found = next(((half, far) for half, far in halves if far > 1), None)
+        if found is None:
+            break
+        items, distance = found
+    return items, distance
 
 
 def run_graph(graph: Graph[V], args: Sequence[Any]) -> Any:
-    """What the graph gives; it may write to its inputs, so it gets copies."""
-    result, _ = graph.run([x.clone() if isinstance(x, Tensor) else x for x in args], [])
+    """What the graph gives for these inputs, which stay as they are."""
+    result, _ = graph.run(_copies(args), [])
     return result
 
 
@@ -90,25 +96,47 @@ def failing_part(
     The part is the sites and what lies between them and the norms or linears before them.
     """
     graph = open_graph()
-    ends = [v for v in graph.values() if graph.op(v) is Op.LINEAR and graph.name(v) in sites]
-    part = _part(graph, ends)
-    inputs = list(dict.fromkeys(r for v in part for r in graph.inputs(v) if r is not None and r not in part))
-    _, seen = graph.run(args, [*inputs, *ends])
+    ends = _ends(graph, sites)
+    part = _part(graph, ends, sites)
+    reads = list(dict.fromkeys(r for v in part for r in graph.inputs(v) if r is not None and r not in part))
+    constants = {v: tensor for v in reads if (tensor := graph.constant(v)) is not None}
+    inputs = [v for v in reads if v not in constants]
+    _, seen = graph.run(_copies(args), [*inputs, *ends])
     tensors = {f"input.{i}": seen[v] for i, v in enumerate(inputs) if v in seen}
-    tensors |= {f"constant.{graph.name(v)}": t for v in inputs if (t := graph.constant(v)) is not None}
-    tensors |= {f"before.{graph.name(v)}": seen[v] for v in ends}
+    tensors |= {f"constant.{graph.name(v)}": tensor for v, tensor in constants.items()}
+    tensors |= {f"before.{_site_of(graph, v)}": seen[v] for v in ends}
     changed = open_graph()
     run_pass(changed)
-    after = [v for v in changed.values() if changed.op(v) is Op.LINEAR and changed.name(v) in sites]
-    now_part = _part(changed, after)
-    _, now = changed.run(args, after)
-    tensors |= {f"after.{changed.name(v)}": now[v] for v in after}
+    after = _ends(changed, sites)
+    _, now = changed.run(_copies(args), after)
+    tensors |= {f"after.{_site_of(changed, v)}": now[v] for v in after}
+    now_part = _part(changed, after, sites)
     text = f"before the pass\n{graph_text(graph, part)}\n\nafter the pass\n{graph_text(changed, now_part)}\n"
     return Failure(text=text, tensors=tensors)
 
 
-def _part(graph: Graph[V], ends: Sequence[V]) -> list[V]:
-    """The ends and what they are made from, up to the first norms and linears."""
+def _ends(graph: Graph[V], sites: Sequence[str]) -> list[V]:
+    """What the sites make: their linears, or the sums of those and of the thin linears beside them."""
+    return [
+        next((user for user in graph.users(v) if _is_sum(graph, user, v)), v)
+        for v in graph.values()
+        if graph.op(v) is Op.LINEAR and graph.name(v) in sites
+    ]
+
+
+def _is_sum(graph: Graph[V], value: V, linear: V) -> bool:
+    tail = tail_name(graph.name(linear))
+    return graph.op(value) is Op.ADD and any(v is not None and graph.name(v) == tail for v in graph.inputs(value))
+
+
+def _site_of(graph: Graph[V], end: V) -> str:
+    if graph.op(end) is Op.LINEAR:
+        return graph.name(end)
+    return next(graph.name(v) for v in graph.inputs(end) if v is not None and tail_owner(graph.name(v)) is None)
+
+
+def _part(graph: Graph[V], ends: Sequence[V], sites: Sequence[str]) -> list[V]:
+    """The ends and what they are made from, up to the first norms and linears of other sites."""
     part: dict[V, None] = {}
     waiting = list(ends)
     while waiting:
@@ -116,9 +144,16 @@ def _part(graph: Graph[V], ends: Sequence[V]) -> list[V]:
         if value in part or graph.op(value) in (Op.CONSTANT, Op.INPUT):
             continue
         part[value] = None
-        if value in ends or graph.op(value) not in (Op.LINEAR, Op.RMS_NORM, Op.LAYER_NORM):
+        name = graph.name(value)
+        mine = graph.op(value) is Op.LINEAR and (name in sites or tail_owner(name) in sites)
+        if mine or graph.op(value) not in (Op.LINEAR, Op.RMS_NORM, Op.LAYER_NORM):
             waiting += [v for v in graph.inputs(value) if v is not None]
     return list(part)
+
+
+def _copies(args: Sequence[Any]) -> list[Any]:
+    """The graph may write to its inputs."""
+    return [x.clone() if isinstance(x, Tensor) else x for x in args]
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
@@ -147,4 +182,5 @@ def _difference(before: Tensor, after: Tensor) -> float:
 
 
 def _energy(x: Tensor) -> float:
-    return float(x.square().sum(dtype=torch.float64))
+    # squares of half floats would vanish or overflow
+    return float(x.double().square().sum())

@@ -13,6 +13,8 @@ from qcompile.backends.fx.dynamo import is_whole, parameters
 from qcompile.backends.fx.graph import FxGraph
 from qcompile.binding import Binding
 
+_MANY = 2**16
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Captured:
@@ -34,14 +36,16 @@ class _Captured(Exception):
 def capture(model: nn.Module, run: Callable[[Callable[..., Any]], Any]) -> list[Captured]:
     """The graphs that torch.compile makes of the model while `run` calls it with example inputs.
 
-    A model that becomes one graph does not run, and leaves nothing in torch's caches.
+    A model that becomes one graph does not run, and leaves nothing in torch's caches. Code that torch.compile may not
+    see (`torch._dynamo.disable`) is in none of them.
     """
-    binding = Binding(model)
+    # torch keeps `keep` alive, which must not keep the model
+    held: list[Binding] = [Binding(model)]
     found: list[Captured] = []
 
     def keep(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         weights = {
-            p.placeholder: (next(iter(binding.name_of(inputs[p.position])), p.name), inputs[p.position])
+            p.placeholder: (next(iter(held[0].name_of(inputs[p.position])), p.name), inputs[p.position])
             for p in parameters(gm, inputs)
         }
         names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
@@ -52,12 +56,17 @@ def capture(model: nn.Module, run: Callable[[Callable[..., Any]], Any]) -> list[
         return gm.forward
 
     try:
-        with torch.no_grad():
+        # graphs of a model that is compiled in parts stay in torch's cache, where earlier calls may have filled it
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=_MANY):
             run(torch.compile(model, backend=keep, dynamic=False))
     except Exception as error:
         if not _is_end(error):
             raise
-    return found
+    finally:
+        graphs = [*found]
+        found.clear()
+        held.clear()
+    return graphs
 
 
 def _is_end(error: BaseException) -> bool:

@@ -88,8 +88,9 @@ def embedding_table() -> str:
     machine, rows = found["machine"], found["rows"]
     count = next(iter(rows.values()))["sentences"]
     lines = [
-        f"Embeddings: {found['model']}, {machine['processor']}, torch {machine['torch']}, cosine to the float model's on "
-        f"{count} sentences that calibration did not see (`examples/benchmarks/embedding_quality.py`).",
+        f"Embeddings: {found['model']}, {machine['processor']}, torch {machine['torch']}, cosine to the "
+        f"float model's on {count} sentences that calibration did not see "
+        "(`examples/benchmarks/embedding_quality.py`).",
         "",
         "| recipe | mean | lowest | multiplications left by folds |",
         "| --- | --- | --- | --- |",

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompile.calibrate import require_data
+from qcompile.calibrate import parts_for, require_data
 from qcompile.numerics import snr_db
 from qcompile.observers import Part
 from qcompile.outliers import Group
-from qcompile.plan import Plan, make_plan
+from qcompile.plan import Plan, check_methods, make_plan
 from qcompile.prepare import prepare
 from qcompile.recipe import Recipe
 from qcompile.sites import LeftOver, Site
@@ -42,7 +42,9 @@ def examine(model: nn.Module, batches: Iterable[Batch], recipe: Recipe) -> Exami
 
     Raises what `qcompile.calibrate` raises.
     """
-    seen = watch(model, batches, Part.TENSOR | Part.CHANNELS)
+    check_methods(recipe)
+    # advice is found from the histograms of channels
+    seen = watch(model, batches, parts_for(recipe) | Part.CHANNELS)
     require_data(recipe, seen)
     prepared = prepare(model, seen, recipe, trace=True)
     sites = tuple(seen.sites.values())

@@ -1,6 +1,8 @@
 """Smoothing and splitting from data to compiled model: what folds, what it gains, and what is undone."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +17,11 @@ import qcompile
 from qcompile.folds import Fold
 from qcompile.graph import Graph, Op, V
 from qcompile.passes.fold_smooth import fold_smooth
+from qcompile.passes.split_outliers import split_outliers
 from qcompile.plan import Plan
 from qcompile.presets import PRESETS
 from qcompile.recipe import Recipe
+from qcompile.sites import tail_name
 from qcompile.smooth import parse_smooth
 
 WIDTH, HEAD, HEADS, KV, HIDDEN, LAYERS = 64, 16, 4, 2, 96, 2
@@ -255,6 +259,82 @@ def test_a_broken_fold_alone_is_undone(injected: Decoder, monkeypatch: pytest.Mo
     assert apart(reference(injected, floats(plan), x), injected(x)) < 1e-5
     assert plan.decisions[site].weight is not None
     assert apart(reference(injected, plan, x), injected(x)) < 0.1
+
+
+def test_a_broken_split_alone_is_undone(injected: Decoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    site = "layers.1.gate_proj"
+    whole = calibrated(injected, "int8-split")
+    assert whole.decisions[site].outliers
+    assert whole.notes == ()
+
+    def run(graph: Graph[V], plan: Plan) -> int:
+        count = split_outliers(graph, plan)
+        assert count == sum(bool(d.outliers) for d in plan.decisions.values())
+        for value in list(graph.values()):
+            if graph.op(value) is Op.LINEAR and graph.name(value) == tail_name(site):
+                weight = graph.constant(graph.inputs(value)[1])
+                graph.set_input(value, 1, graph.add_constant(f"{site}.broken", weight * 1.5))
+        return count
+
+    monkeypatch.setattr("qcompile.prepare.split_outliers", run)
+    plan = calibrated(injected, "int8-split", failures=tmp_path)
+    split = {name for name, d in plan.decisions.items() if d.outliers}
+    assert split == {name for name, d in whole.decisions.items() if d.outliers} - {site}
+    (note,) = plan.notes
+    assert "split_outliers" in note
+    assert site in note
+    (folder,) = tmp_path.iterdir()
+    text, tensors = (folder / "graph.txt").read_text(), load_file(folder / "tensors.safetensors")
+    assert f"{site}.broken" in text.split("after the pass")[1]
+    # both parts together are nearly what the site made: the thin one makes little of it
+    assert 1e-3 < apart(tensors[f"after.{site}"], tensors[f"before.{site}"]) < 0.2
+    assert not any(key.startswith("input.") and tensors[key].dim() < 3 for key in tensors)
+
+
+def test_a_scale_is_not_sought_where_another_rule_quantizes_the_same_activation(injected: Decoder) -> None:
+    (rule,) = PRESETS["int8-smooth-static"].rules
+    for other, folds in ((replace(rule, smooth=None), False), (replace(rule, smooth=None, input=None), True)):
+        rules = (replace(rule, match="*.q_proj"), other)
+        plan = calibrated(injected, Recipe(name="mixed", rules=rules))
+        folded = {site for fold in plan.folds for site in fold.sites}
+        assert ("layers.0.q_proj" in folded) is folds
+
+
+def test_calibration_does_not_keep_the_model(plain: Decoder) -> None:
+    model = copy.deepcopy(plain)
+    weight = weakref.ref(model.layers[0].q_proj.weight)
+    calibrated(model, "int8-smooth")
+    del model
+    gc.collect()
+    assert weight() is None
+
+
+class Broken(nn.Module):
+    """Becomes two graphs."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = layer, copy.deepcopy(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+def test_a_model_of_several_graphs_is_folded_however_often_it_is_calibrated(plain: Decoder) -> None:
+    model = Broken(plain.layers[0])
+    counts = {len(calibrated(model, smooth("0.5")).folds) for _ in range(10)}
+    assert len(counts) == 1
+    assert counts.pop() >= 6
+
+
+def test_what_torch_compile_may_not_see_is_said(plain: Decoder) -> None:
+    model = Broken(plain.layers[0])
+    model.second.forward = torch._dynamo.disable(model.second.forward)
+    (note,) = calibrated(model, smooth("0.5")).notes
+    assert "second.q_proj" in note
+    assert "7 sites" in note
 
 
 @pytest.mark.usefixtures("graphs_only")

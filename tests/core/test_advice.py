@@ -30,7 +30,7 @@ def case(
     observer = partial(parse_observer("mse"), spec=STATIC)
     return Case(
         sites=("layers.5.mlp.down_proj",),
-        weight=weight,
+        weights=(weight,),
         stats=stats,
         treatment=Treatment(
             weight=None if weight_spec is None else parse_spec(weight_spec),
@@ -72,7 +72,7 @@ def test_an_outlier_channel_is_blamed_and_split_off(x: Tensor, weight: Tensor) -
         if loud.static
         else loud.treatment
     )
-    after = probe(loud.weight, loud.stats).after(followed)
+    after = probe(loud.weight(), loud.stats).after(followed)
     assert after == pytest.approx(split.before_db + split.predicted_db)
 
 
@@ -110,7 +110,7 @@ def test_the_noisiest_case_comes_first(x: Tensor, weight: Tensor) -> None:
     loud = x.clone()
     loud[:, 9] *= 200
     quiet, noisy = case(x, weight), replace(case(loud, weight / 10), sites=("noisy",))
-    noisy.weight[:, 9] = 0
+    noisy.weights[0][:, 9] = 0
     advice = advise([quiet, noisy])
     assert advice[0].sites == ("noisy",)
     assert {a.sites for a in advise([quiet, noisy], most=1)} == {("noisy",)}

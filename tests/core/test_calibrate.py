@@ -309,3 +309,10 @@ def test_outliers_of_a_trained_model_are_seen() -> None:
     down = [found[f"model.layers.{i}.mlp.down_proj"] * 127 for i in range(8)]
     # the emergent outliers of a trained model: a normal distribution of this size stays below 6 times its deviation
     assert max(down) > 20
+
+
+@pytest.mark.parametrize("observer", ["last", "moving_average", "delayed/4"])
+def test_ranges_of_single_batches_do_not_go_with_folds_and_splits(observer: str) -> None:
+    rule = {"input": "int8/tensor/asym", "weight": "int8/channel", "observer": observer, "split": 0.1}
+    with pytest.raises(RecipeError, match=rf"rule 1 .*observer '{observer}' finds ranges from them: take 'mse'"):
+        calibrate(nn.ReLU(), [torch.ones(1)], {"rules": [rule]})

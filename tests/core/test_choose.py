@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qcompile.choose import LEAST_GAIN, RESCUE_DB, RESCUE_GAIN, Case, choose, joined, prepared_stats, probe_part
+from qcompile.numerics import dequantize, qparams_of_range, quantize
 from qcompile.observers import observe
 from qcompile.recipe import Rule
 from qcompile.smooth import Smooth, parse_smooth
@@ -165,3 +166,24 @@ def test_what_gains_nothing_is_left_out() -> None:
     plain, chosen = choose(case(x, PLAIN)), choose(case(x, rule))
     assert chosen.snr_db >= plain.snr_db
     assert (chosen.scale is None and not chosen.outliers) or chosen.snr_db > plain.snr_db + LEAST_GAIN
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_what_few_rows_promise_of_a_static_input_holds_for_others(strength: float) -> None:
+    """Channels that are levelled to the largest that was seen clip the next rows, the more the fewer rows were seen."""
+    uniform = torch.rand(20000, 512, generator=torch.Generator().manual_seed(0)) - 0.5
+    x = torch.distributions.Laplace(0.0, 1.0).icdf(uniform + 0.5)
+    made = case(x[:300], replace(PLAIN, input=STATIC, smooth=Smooth(strength=strength)))
+    choice = choose(made)
+    assert choice.scale is not None
+    seen, weight = prepared_stats(made.stats, choice), made.probe.weight * choice.scale
+    grid = qparams_of_range(seen.low.amin(), seen.high.amax(), STATIC)
+
+    def snr_db(rows: Tensor) -> float:
+        error = dequantize(quantize(rows, grid), grid) - rows
+        return float(-10 * ((error @ weight.T).square().sum() / (rows @ weight.T).square().sum()).log10())
+
+    unseen, own = snr_db(x[10000:] / choice.scale), snr_db(x[:300] / choice.scale)
+    # found from some 500 events of clipping, and less the noise of the weight
+    assert choice.snr_db == pytest.approx(unseen, abs=1.5)
+    assert own > unseen + (6 if strength == 1.0 else 0)

@@ -277,13 +277,11 @@ def test_what_is_needed_is_enough() -> None:
     x = samples("laplace", (50, 4))
     for text in OBSERVERS:
         spec = parse_spec("lloyd4/tensor" if text == "lloyd" else "int8/tensor")
-        for others in (Part.NONE, Part.CHANNELS):
-            parts = needed_parts(text, spec, others)
-            assert parts & others == others
-            assert float(parse_observer(text)(observe(x, parts=parts), spec).scale) > 0
+        parts = needed_parts(text, spec)
+        assert float(parse_observer(text)(observe(x, parts=parts), spec).scale) > 0
     assert needed_parts("minmax", parse_spec("int8/tensor")) is Part.NONE
-    assert needed_parts("mse", parse_spec("int8/tensor"), Part.CHANNELS) is Part.CHANNELS
-    assert needed_parts("minmax", parse_spec("lloyd4/tensor"), Part.CHANNELS) == ALL
+    assert needed_parts("mse", parse_spec("int8/tensor")) is Part.TENSOR
+    assert needed_parts("minmax", parse_spec("lloyd4/tensor")) is Part.TENSOR
 
 
 def test_stats_without_a_histogram_say_what_to_do() -> None:

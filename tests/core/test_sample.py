@@ -84,3 +84,8 @@ def test_wide_rows_are_fewer() -> None:
     assert sample_size(1) == sample_size(4096) == ROWS
     assert sample_size(14336) == ELEMENTS // 14336
     assert sample_size(2**22) == 1
+
+
+def test_a_single_row_of_any_stride_has_its_hash() -> None:
+    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(row_hashes(x[6:, :4]), row_hashes(x[6:, :4].clone()))
