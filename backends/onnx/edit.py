@@ -1,6 +1,6 @@
 """Small edits of a live onnx_ir graph: new constants and nodes under names that are free."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -96,4 +96,22 @@ class Editor:
 def sole_user(value: ir.Value) -> ir.Node | None:
     """The node that reads `value`, if it is one, reads it once, and the graph does not return it."""
     uses = value.uses()
-    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+    return next(iter(uses)).node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def branches(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs inside a node, of If, Loop and Scan."""
+    for found in node.attributes.values():
+        if found.type is ir.AttributeType.GRAPH:
+            yield found.value
+        elif found.type is ir.AttributeType.GRAPHS:
+            yield from found.value
+
+
+def reads(node: ir.Node) -> Iterator[ir.Value]:
+    """What a node reads, and what its branches read of the graph that it stands in."""
+    yield from (v for v in node.inputs if v is not None)
+    for branch in branches(node):
+        for inner in branch.all_nodes():
+            yield from (v for v in inner.inputs if v is not None and v.graph is node.graph)
+        yield from (v for v in branch.outputs if v.graph is node.graph)

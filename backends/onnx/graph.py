@@ -1,13 +1,13 @@
 """A live onnx_ir graph seen through the lens. Values are its values."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qcompile.backends.onnx.edit import Editor
+from qcompile.backends.onnx.edit import Editor, branches, reads
 from qcompile.backends.onnx.moves import moved
 from qcompile.backends.onnx.ops import (
     DEQUANTIZE,
@@ -28,7 +28,6 @@ from qcompile.backends.onnx.values import (
     dtype,
     held_tensor,
     is_constant,
-    onnx_dtype,
     qualified_name,
     set_qualified_name,
     shape,
@@ -88,7 +87,7 @@ class OnnxGraph:
             return []
         found = spelling(value)
         if found is None:
-            return list(dict.fromkeys(_value(v) for v in _read(node)))
+            return list(dict.fromkeys(_value(v) for v in reads(node)))
         read = [node.inputs[i] if i < len(node.inputs) else None for i in found.operands]
         return [None if v is None else _value(v) for v in read]
 
@@ -138,7 +137,9 @@ class OnnxGraph:
         if like is not None:
             known = dtype(like)
             if known is None:
-                raise GraphError(f"the dtype of {like.name} ({self.label(like)}) is not known, which {name!r} should take")
+                raise GraphError(
+                    f"the dtype of {like.name} ({self.label(like)}) is not known, which {name!r} should take"
+                )
             tensor = tensor.to(known)
         value = self._edit.constant(name, held_tensor(tensor, name))
         set_qualified_name(value, name)
@@ -242,7 +243,7 @@ class OnnxGraph:
         if node.graph is self._model.graph:
             return node
         for outer in self._model.graph:
-            if any(node in inner.all_nodes() for inner in _branches(outer)):
+            if any(node in inner.all_nodes() for inner in branches(outer)):
                 return outer
         raise GraphError(f"{node.name} ({node.op_type}) belongs to no part of this graph")
 
@@ -328,22 +329,6 @@ def _found_parts(quantize: ir.Node, spec: Spec) -> list[ir.Value | None]:
     return [quantize.outputs[1], *([] if spec.symmetric else [quantize.outputs[2]])]
 
 
-def _branches(node: ir.Node) -> Iterator[ir.Graph]:
-    for found in node.attributes.values():
-        if found.type is ir.AttributeType.GRAPH:
-            yield found.value
-        elif found.type is ir.AttributeType.GRAPHS:
-            yield from found.value
-
-
-def _read(node: ir.Node) -> Iterator[ir.Value]:
-    """What a node and its branches read of the graph that it stands in."""
-    yield from (v for v in node.inputs if v is not None)
-    for branch in _branches(node):
-        for inner in branch.all_nodes():
-            yield from (v for v in inner.inputs if v is not None and v.graph is node.graph)
-
-
 def _ancestors(value: ir.Value) -> set[ir.Node]:
     """The nodes that `value` is computed by."""
     found: set[ir.Node] = set()
@@ -353,7 +338,7 @@ def _ancestors(value: ir.Value) -> set[ir.Node]:
         if node is None or node in found:
             continue
         found.add(node)
-        waiting += [v.producer() for v in _read(node)]
+        waiting += [v.producer() for v in reads(node)]
     return found
 
 
@@ -389,4 +374,3 @@ def _broadcast(x: ir.Shape, other: ir.Shape) -> ir.Shape:
         if isinstance(d, int) and isinstance(e, int) and d != e and 1 not in (d, e):
             raise GraphError(f"shapes {list(x)} and {list(other)} do not go together")
     return ir.Shape([e if d == 1 else d for d, e in zip(a, b, strict=True)])
-

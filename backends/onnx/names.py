@@ -85,9 +85,7 @@ class Names:
         names = {part: known_name(value) for part, value in parts.items()}
         return {value: names[part] or ".".join(filter(None, (path, part))) for part, value in parts.items()}
 
-    def _path(
-        self, node: ir.Node, op: Op, running: str | None, weight: ir.Value, bias: ir.Value | None
-    ) -> str:
+    def _path(self, node: ir.Node, op: Op, running: str | None, weight: ir.Value, bias: ir.Value | None) -> str:
         known = known_name(weight)
         if known is not None:
             path = op_path(running or "", known)

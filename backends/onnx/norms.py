@@ -177,4 +177,3 @@ def _other_number(node: ir.Node | None, one: ir.Value, op_type: str) -> float | 
 def _number(value: ir.Value | None) -> float | None:
     held = None if value is None else constant(value)
     return float(held) if held is not None and held.numel() == 1 and held.dtype is not torch.bool else None
-

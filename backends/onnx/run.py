@@ -15,6 +15,7 @@ from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
 from onnx_ir.tensor_adapters import to_torch_dtype
 from torch import Tensor
 
+from qcompile.backends.onnx.edit import reads
 from qcompile.backends.onnx.expand import expanded
 from qcompile.backends.onnx.ops import (
     DEQUANTIZE,
@@ -116,17 +117,6 @@ def _producers(node: ir.Node, graph: ir.Graph) -> Iterator[ir.Node]:
             yield producer
 
 
-def reads(node: ir.Node) -> Iterator[ir.Value]:
-    """What a node reads, and what its branches read from around it."""
-    yield from (v for v in node.inputs if v is not None)
-    for found in node.attributes.values():
-        if found.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-            continue
-        for branch in [found.value] if found.type is ir.AttributeType.GRAPH else found.value:
-            for inner in branch.all_nodes():
-                yield from (v for v in inner.inputs if v is not None and v.graph is node.graph)
-
-
 def _step(model: ir.Model, nodes: Sequence[ir.Node], wanted: set[ir.Value]) -> Callable[[_Held], None]:
     if is_op(nodes[0], *_ORACLE, domain=DOMAIN):
 
@@ -184,7 +174,9 @@ def _session(model: ir.Model, nodes: Sequence[ir.Node], wanted: set[ir.Value]) -
         options.add_external_initializers(list(outside), list(outside.values()))
     proto = ModelProto(ir_version=min(model.ir_version, 11), graph=graph)
     proto.opset_import.extend(
-        helper.make_opsetid(domain, version) for domain, version in model.graph.opset_imports.items() if domain != DOMAIN
+        helper.make_opsetid(domain, version)
+        for domain, version in model.graph.opset_imports.items()
+        if domain != DOMAIN
     )
     try:
         session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])

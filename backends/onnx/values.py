@@ -14,7 +14,7 @@ from qcompile.errors import GraphError
 from qcompile.graph import Shape
 
 _QUALIFIED = "qualified_name"
-# what onnxscript's optimizer and torch's exporter write on a constant: what it was, and that it is a tensor of the model
+# what onnxscript and torch's exporter write on a constant: what it was made of, and that it is a tensor of the model
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 
@@ -58,7 +58,10 @@ def held_tensor(tensor: Tensor, name: str) -> ir.TensorProtocol:
 
 
 def lazy_tensor(
-    source: ir.TensorProtocol, change: Callable[[Tensor], Tensor], shape: Sequence[int], dtype: ir.DataType | None = None
+    source: ir.TensorProtocol,
+    change: Callable[[Tensor], Tensor],
+    shape: Sequence[int],
+    dtype: ir.DataType | None = None,
 ) -> ir.LazyTensor:
     """`change` of the tensor, which is computed when somebody asks for it and not kept."""
 
