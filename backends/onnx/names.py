@@ -83,6 +83,9 @@ class Names:
         node.metadata_props[MODULE_PATH] = path
         parts = {"weight": weight} | ({} if bias is None or not is_constant(bias) else {"bias": bias})
         names = {part: known_name(value) for part, value in parts.items()}
+        if op is Op.EMBEDDING and running and len(weight.uses()) > 1:
+            # of the names of a tied weight the exporter keeps the last, and torch goes by the first
+            names["weight"] = f"{running}.weight"
         return {value: names[part] or ".".join(filter(None, (path, part))) for part, value in parts.items()}
 
     def _path(self, node: ir.Node, op: Op, running: str | None, weight: ir.Value, bias: ir.Value | None) -> str:

@@ -203,7 +203,7 @@ def _add_constant(graph: GraphProto, value: ir.Value, outside: dict[str, ort.Ort
 
 
 def _ort_value(array: np.ndarray, kind: ir.DataType) -> ort.OrtValue:
-    if array.dtype.isbuiltin:
+    if array.dtype.isbuiltin == 1:
         return ort.OrtValue.ortvalue_from_numpy(array)
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(f"u{array.itemsize}"), int(kind))
 
@@ -235,6 +235,6 @@ def _to_ort(tensor: Tensor, value: ir.Value) -> ort.OrtValue:
 
 def _from_ort(value: ort.OrtValue) -> Tensor:
     array = value.numpy()
-    if array.dtype.isbuiltin:
+    if array.dtype.isbuiltin == 1:
         return torch.from_numpy(array)
     return torch.from_numpy(array.view(f"i{array.itemsize}")).view(to_torch_dtype(ir.DataType(value.element_type())))

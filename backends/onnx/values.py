@@ -37,7 +37,7 @@ def tensor_of(held: ir.TensorProtocol) -> Tensor:
         raise GraphError(f"the constant {held.name!r} is of type {held.dtype}, which torch does not have") from e
     array = np.ascontiguousarray(held.numpy()) if held.numpy().ndim == 0 else held.numpy()
     # of a type that numpy does not know, so that it cannot cross by itself
-    if not array.dtype.isbuiltin:
+    if array.dtype.isbuiltin != 1:
         return _as_torch(array.view(np.uint8 if array.itemsize == 1 else np.int16)).view(wanted)
     return _as_torch(array)
 
