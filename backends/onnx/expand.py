@@ -8,7 +8,6 @@ from onnx import NodeProto, TensorProto, helper
 
 from qcompile.backends.onnx.ops import DOMAIN, GELU, LINEAR, RMS_NORM, SILU, attribute, standard
 
-# what is written in float32 inside, as the lens's hosts do
 _FLOAT = TensorProto.FLOAT
 
 
@@ -47,14 +46,16 @@ def _rms_norm(node: ir.Node, names: _Names, opset: int) -> list[NodeProto]:
     wide, square, mean, safe, root, inverse, normed, epsilon, narrow = map(
         names.between, ("wide", "square", "mean", "safe", "root", "inverse", "normed", "epsilon", "narrow")
     )
-    kind = int(node.inputs[0].dtype or _FLOAT) if node.inputs[0] is not None else _FLOAT
+    kind = _kind(node)
+    # half precision is computed in float32, as torch does
+    inner = kind if kind == TensorProto.DOUBLE else _FLOAT
     axes = {"axes": [-1]} if opset < 18 else {}
     read = [square] if opset < 18 else [square, names.between("axes")]
-    constants = [_constant(epsilon, _FLOAT, [], [attribute(node, "epsilon")])]
+    constants = [_constant(epsilon, inner, [], [attribute(node, "epsilon")])]
     constants += [] if opset < 18 else [_constant(names.between("axes"), TensorProto.INT64, [1], [-1])]
     return [
         *constants,
-        helper.make_node("Cast", [x], [wide], to=_FLOAT),
+        helper.make_node("Cast", [x], [wide], to=inner),
         helper.make_node("Mul", [wide, wide], [square]),
         helper.make_node("ReduceMean", read, [mean], keepdims=1, **axes),
         helper.make_node("Add", [mean, epsilon], [safe]),
@@ -79,7 +80,7 @@ def _gelu(node: ir.Node, names: _Names, opset: int) -> list[NodeProto]:
     if opset >= 20:
         return [helper.make_node("Gelu", names.inputs, [names.output], approximate=form)]
     (x,) = names.inputs
-    kind = int(node.inputs[0].dtype or _FLOAT) if node.inputs[0] is not None else _FLOAT
+    kind = _kind(node)
     numbers = {"one": 1.0, "half": 0.5, "root": math.sqrt(0.5), "scale": math.sqrt(2 / math.pi), "cubic": 0.044715}
     made = [_constant(names.between(name), kind, [], [number]) for name, number in numbers.items()]
 
@@ -97,6 +98,11 @@ def _gelu(node: ir.Node, names: _Names, opset: int) -> list[NodeProto]:
     gate = op("Mul", [op("Add", [curve, name("one")], name("total")), name("half")], name("gate"))
     op("Mul", [x, gate], names.output)
     return made
+
+
+def _kind(node: ir.Node) -> int:
+    x = node.inputs[0]
+    return _FLOAT if x is None or x.dtype is None else int(x.dtype)
 
 
 def _constant(name: str, kind: int, dims: Sequence[int], numbers: Sequence[float]) -> NodeProto:

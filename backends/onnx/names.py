@@ -12,6 +12,7 @@ from qcompile.graph import Op
 
 # the modules that ran a node, outermost first, and last the call in torch's graph
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_CLASSES = "pkg.torch.onnx.class_hierarchy"
 # what torch's exporter says of nodes that no module ran
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 # names that exporters make up: val_3, onnx::MatMul_12, 417, /layer/Constant_output_0
@@ -83,7 +84,7 @@ class Names:
         node.metadata_props[MODULE_PATH] = path
         parts = {"weight": weight} | ({} if bias is None or not is_constant(bias) else {"bias": bias})
         names = {part: known_name(value) for part, value in parts.items()}
-        if op is Op.EMBEDDING and running and len(weight.uses()) > 1:
+        if op is Op.EMBEDDING and running and _runs_embedding(node):
             # of the names of a tied weight the exporter keeps the last, and torch goes by the first
             names["weight"] = f"{running}.weight"
         return {value: names[part] or ".".join(filter(None, (path, part))) for part, value in parts.items()}
@@ -100,6 +101,11 @@ class Names:
             count += 1
             candidate = f"{path}_{count}"
         return candidate
+
+
+def _runs_embedding(node: ir.Node) -> bool:
+    classes = _literal(node.metadata_props.get(_CLASSES, ""))
+    return isinstance(classes, list) and len(classes) > 1 and str(classes[-2]).endswith(".Embedding")
 
 
 def _owner_of(bias: ir.Value | None, running: str | None) -> str | None:

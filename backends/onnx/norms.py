@@ -44,9 +44,19 @@ def _rewrite(edit: Editor, node: ir.Node) -> bool:
 def _standard(node: ir.Node) -> _Norm | None:
     x, weight = node.inputs[:2]
     last = -1 if x is None or x.shape is None else len(x.shape) - 1
-    if x is None or weight is None or attribute(node, "axis", -1) not in (-1, last) or len(shape(weight)) != 1:
+    if x is None or weight is None or attribute(node, "axis", -1) not in (-1, last):
         return None
-    return _Norm(value=node.outputs[0], x=x, weight=weight, epsilon=attribute(node, "epsilon", 1e-5))
+    # of a norm without weight, torch's exporter makes ones of the shape of x
+    if not _is_ones(weight) and len(shape(weight)) != 1:
+        return None
+    epsilon = attribute(node, "epsilon", 1e-5)
+    return _Norm(value=node.outputs[0], x=x, weight=None if _is_ones(weight) else weight, epsilon=epsilon)
+
+
+def _is_ones(weight: ir.Value) -> bool:
+    node = weight.producer()
+    value = None if node is None or not is_op(node, "ConstantOfShape") else attribute(node, "value")
+    return value is not None and float(value.numpy().item()) == 1
 
 
 def _ones(edit: Editor, norm: _Norm) -> ir.Value | None:

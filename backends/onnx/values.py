@@ -35,7 +35,7 @@ def tensor_of(held: ir.TensorProtocol) -> Tensor:
         wanted = to_torch_dtype(held.dtype)
     except ValueError as e:
         raise GraphError(f"the constant {held.name!r} is of type {held.dtype}, which torch does not have") from e
-    array = np.ascontiguousarray(held.numpy()) if held.numpy().ndim == 0 else held.numpy()
+    array = np.asarray(held.numpy())
     # of a type that numpy does not know, so that it cannot cross by itself
     if array.dtype.isbuiltin != 1:
         return _as_torch(array.view(np.uint8 if array.itemsize == 1 else np.int16)).view(wanted)
