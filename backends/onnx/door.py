@@ -5,7 +5,9 @@ every linear is qcompile::Linear with a weight [N, K], RMSNorm, GELU and SiLU ar
 paths, and what does nothing is gone.
 """
 
+from copy import copy
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -23,7 +25,7 @@ from qcompile.graph import Op
 
 def open_onnx(source: ir.Model | str | Path) -> OnnxGraph:
     """The graph of a model, or of the file that holds one."""
-    model = ir.load(source) if isinstance(source, str | Path) else source.clone()
+    model = ir.load(source) if isinstance(source, str | Path) else _copy(source)
     for tidy in (
         common.InlinePass(),
         common.RemoveInitializersFromInputsPass(),
@@ -41,6 +43,25 @@ def open_onnx(source: ir.Model | str | Path) -> OnnxGraph:
     opened.prune()
     _name(edit, opened)
     return opened
+
+
+def _copy(source: ir.Model) -> ir.Model:
+    """A model whose nodes and names may be changed; it shares the memory of the constants."""
+    model = source.clone()
+    for value in model.graph.initializers.values():
+        value.const_value = _renamable(value.const_value)
+    for node in model.graph.all_nodes():
+        held = attribute(node, "value") if is_op(node, "Constant") else None
+        if held is not None:
+            node.attributes["value"] = ir.AttrTensor("value", _renamable(held))
+    return model
+
+
+def _renamable(held: Any) -> Any:
+    """The same tensor under a name of its own: a value that is renamed renames the tensor that it holds."""
+    if isinstance(held, ir.TensorProtoTensor) and held.dtype is not ir.DataType.STRING:
+        return ir.LazyTensor(lambda: held, dtype=held.dtype, shape=held.shape, name=held.name)
+    return copy(held)
 
 
 def _drop_inert(edit: Editor) -> None:

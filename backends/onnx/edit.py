@@ -78,6 +78,7 @@ class Editor:
         new.metadata_props.update(before.metadata_props)
         self.graph.insert_after(before, new)
         self.exchange_names(old, value)
+        new.name = before.name or value.name
         old.replace_all_uses_with(value, replace_graph_outputs=True)
         self.drop(before)
 

@@ -91,15 +91,17 @@ def _rewrite(edit: Editor, node: ir.Node, found: _Linear, weight: ir.Value) -> N
         bias = _bias(edit, total[1], size, rank=None if last.shape is None else len(last.shape))
         last = last if bias is None else total[0]
     new = edit.node(LINEAR, [found.x, weight, *([] if bias is None else [bias])], name=str(last.name))
-    scopes = dict(node.metadata_props)
+    scopes, name = dict(node.metadata_props), node.name
     if rest is None:
         edit.replace(last, new)
         new.metadata_props.update(scopes)
+        new.name = name or new.name
         return
     # what is added is no vector of one number for each column, and stays an addition
     value = new.outputs[0]
     value.shape, value.type = last.shape, last.type
     new.metadata_props.update(scopes)
+    new.name = name or new.name
     edit.graph.insert_before(node, new)
     edit.replace(last, edit.node("Add", [value, rest], name=str(last.name), domain=""))
 
