@@ -18,9 +18,8 @@ from qcompile.backends.onnx.graph import OnnxGraph
 from qcompile.backends.onnx.linears import make_linears
 from qcompile.backends.onnx.names import Names
 from qcompile.backends.onnx.norms import make_rms_norms
-from qcompile.backends.onnx.ops import attribute, is_op, spelling
+from qcompile.backends.onnx.ops import attribute, is_op
 from qcompile.backends.onnx.values import constant, set_qualified_name
-from qcompile.graph import Op
 
 
 def open_onnx(source: ir.Model | str | Path) -> OnnxGraph:
@@ -39,10 +38,9 @@ def open_onnx(source: ir.Model | str | Path) -> OnnxGraph:
     make_rms_norms(edit)
     make_activations(edit)
     make_linears(edit)
-    opened = OnnxGraph(model)
-    opened.prune()
-    _name(edit, opened)
-    return opened
+    OnnxGraph(model).prune()
+    _name(model)
+    return OnnxGraph(model)
 
 
 def _copy(source: ir.Model) -> ir.Model:
@@ -93,15 +91,14 @@ def _is_inert(node: ir.Node) -> bool:
     return is_op(node, "Identity")
 
 
-def _name(edit: Editor, graph: OnnxGraph) -> None:
-    names = Names()
+def _name(model: ir.Model) -> None:
+    """Give nodes their module paths, and their weights qualified names, in the file as far as they are free."""
+    graph, edit, names = OnnxGraph(model), Editor(model.graph), Names()
     called: dict[ir.Value, str] = {}
     for value in graph.values():
         node = value.producer()
         if node is not None and value.index() == 0:
-            op = graph.op(value)
-            operands = graph.inputs(value) if spelling(value) is not None else [None] * 2
-            for constant_, name in names.name_node(node, op if spelling(value) else Op.OTHER, operands).items():
+            for constant_, name in names.name_node(node, graph.op(value), graph.inputs(value)).items():
                 called.setdefault(constant_, name)
     for value, name in called.items():
         edit.rename(value, name)

@@ -188,18 +188,17 @@ def _session(model: ir.Model, nodes: Sequence[ir.Node], wanted: set[ir.Value]) -
 def _add_constant(graph: GraphProto, value: ir.Value, outside: dict[str, ort.OrtValue]) -> None:
     held = value.const_value
     assert held is not None
-    if held.dtype is ir.DataType.STRING or held.size <= _SMALL or not isinstance(constant(value), Tensor):
-        proto = ir.serde.serialize_tensor(held)
-        proto.name = value.name
-        graph.initializer.append(proto)
-        return
-    array = np.ascontiguousarray(held.numpy())
     proto = TensorProto(name=value.name, data_type=int(held.dtype), dims=[int(d) for d in held.shape])
-    proto.data_location = TensorProto.EXTERNAL
-    # never opened: onnxruntime is given the memory instead
-    proto.external_data.add(key="location", value="given")
+    if held.dtype is ir.DataType.STRING:
+        proto.string_data.extend(held.numpy().flatten().tolist())
+    elif held.size <= _SMALL or held.dtype.bitwidth < 8:
+        proto.raw_data = held.tobytes()
+    else:
+        proto.data_location = TensorProto.EXTERNAL
+        # never opened: onnxruntime is given the memory instead
+        proto.external_data.add(key="location", value="given")
+        outside[str(value.name)] = _ort_value(np.ascontiguousarray(held.numpy()), held.dtype)
     graph.initializer.append(proto)
-    outside[str(value.name)] = _ort_value(array, held.dtype)
 
 
 def _ort_value(array: np.ndarray, kind: ir.DataType) -> ort.OrtValue:

@@ -139,7 +139,7 @@ def _read(value: ir.Value) -> Tensor | None:
         return tensor_of(value.const_value)
     except (OSError, ValueError) as e:
         raise GraphError(
-            f"the constant {value.name!r} cannot be read: {e}. Its external data is missing or cut off: "
+            f"the constant {qualified_name(value)!r} cannot be read: {e}. Its external data is missing or cut off: "
             "copy the data file beside the model again"
         ) from e
 
