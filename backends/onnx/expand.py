@@ -1,4 +1,4 @@
-"""Ops of the canonical form that have an exact standard spelling, written in it for onnxruntime."""
+"""Nodes as onnxruntime runs them: ops of the canonical form in standard ones, bfloat16 computed in float32."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,16 +6,39 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx_ir as ir
 from onnx import NodeProto, TensorProto, helper
 
-from qcompile.backends.onnx.ops import DOMAIN, GELU, LINEAR, RMS_NORM, SILU, attribute, standard
+from qcompile.backends.onnx.ops import DOMAIN, GELU, LINEAR, RMS_NORM, SILU, attribute, is_op, standard
 
 _FLOAT = TensorProto.FLOAT
 
 
-def expanded(node: ir.Node, opset: int) -> Sequence[NodeProto]:
-    """Standard nodes that make the same values under the same names; the node itself if it is standard.
+# onnxruntime runs these on bfloat16; of all else on the CPU it has no kernel
+_TAKE_BFLOAT16 = ("Cast", "Shape", "Size", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Gather")
 
-    Names of values in between start with that of the result.
+
+def runnable(node: ir.Node, opset: int) -> Sequence[NodeProto]:
+    """Standard nodes that onnxruntime's CPU has kernels for, and that make the same values under the same names.
+
+    Names of values in between start with that of the result. An op on bfloat16 is computed in float32, and its
+    results are rounded once.
     """
+    made = _standard(node, opset)
+    narrow = [v for v in (*node.inputs, *node.outputs) if v is not None and v.dtype is ir.DataType.BFLOAT16]
+    if not narrow or is_op(node, *_TAKE_BFLOAT16) or any(a.g.node for p in made for a in p.attribute):
+        return made
+    wide = {str(v.name): f"{node.outputs[0].name}::{v.name}::float32" for v in narrow}
+    for proto in made:
+        for names in (proto.input, proto.output):
+            names[:] = [wide.get(name, name) for name in names]
+    read = dict.fromkeys(str(v.name) for v in node.inputs if v in narrow)
+    written = [str(v.name) for v in node.outputs if v in narrow]
+    return [
+        *(helper.make_node("Cast", [name], [wide[name]], to=_FLOAT) for name in read),
+        *made,
+        *(helper.make_node("Cast", [wide[name]], [name], to=TensorProto.BFLOAT16) for name in written),
+    ]
+
+
+def _standard(node: ir.Node, opset: int) -> Sequence[NodeProto]:
     expand = _EXPANSIONS.get(node.op_type) if standard(node.domain) == DOMAIN else None
     return [ir.serde.serialize_node(node)] if expand is None else expand(node, _Names(node), opset)
 
@@ -102,7 +125,7 @@ def _gelu(node: ir.Node, names: _Names, opset: int) -> list[NodeProto]:
 
 def _kind(node: ir.Node) -> int:
     x = node.inputs[0]
-    return _FLOAT if x is None or x.dtype is None else int(x.dtype)
+    return _FLOAT if x is None or x.dtype in (None, ir.DataType.BFLOAT16) else int(x.dtype or _FLOAT)
 
 
 def _constant(name: str, kind: int, dims: Sequence[int], numbers: Sequence[float]) -> NodeProto:

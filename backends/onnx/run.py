@@ -3,6 +3,7 @@
 The graph is cut where the oracle has to step in, and each part between is a session of its own.
 """
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from onnx_ir.tensor_adapters import to_torch_dtype
 from torch import Tensor
 
 from qcompile.backends.onnx.edit import reads
-from qcompile.backends.onnx.expand import expanded
+from qcompile.backends.onnx.expand import runnable
 from qcompile.backends.onnx.ops import (
     DEQUANTIZE,
     DOMAIN,
@@ -33,7 +34,10 @@ from qcompile.spec import parse_spec
 
 # smaller constants stand in the session's model, where onnxruntime may look at their values
 _SMALL = 1024
+_INTEGERS = ("INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
 _ORACLE = (QUANTIZE, QUANTIZE_DYNAMIC, DEQUANTIZE, OUTLIERS)
+# what onnxruntime gives numpy; of all else it gives the address
+_IN_NUMPY = frozenset(ir.DataType[name] for name in ("FLOAT", "DOUBLE", "FLOAT16", "BOOL", *_INTEGERS))
 _Held = dict[ir.Value, Tensor]
 
 
@@ -164,7 +168,7 @@ def _session(model: ir.Model, nodes: Sequence[ir.Node], wanted: set[ir.Value]) -
     options = ort.SessionOptions()
     options.log_severity_level = 3
     graph = GraphProto(name="part")
-    graph.node.extend(proto for node in nodes for proto in expanded(node, opset))
+    graph.node.extend(proto for node in nodes for proto in runnable(node, opset))
     graph.input.extend(_info(v) for v in outer)
     graph.output.extend(_info(v) for v in makes)
     outside: dict[str, ort.OrtValue] = {}
@@ -233,7 +237,12 @@ def _to_ort(tensor: Tensor, value: ir.Value) -> ort.OrtValue:
 
 
 def _from_ort(value: ort.OrtValue) -> Tensor:
-    array = value.numpy()
-    if array.dtype.isbuiltin == 1:
-        return torch.from_numpy(array)
-    return torch.from_numpy(array.view(f"i{array.itemsize}")).view(to_torch_dtype(ir.DataType(value.element_type())))
+    kind = ir.DataType(value.element_type())
+    if kind in _IN_NUMPY:
+        return torch.from_numpy(value.numpy())
+    memory = bytearray(ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes()))
+    # an empty buffer cannot be read from
+    flat = (
+        torch.frombuffer(memory, dtype=to_torch_dtype(kind)) if memory else torch.empty(0, dtype=to_torch_dtype(kind))
+    )
+    return flat.reshape(value.shape())

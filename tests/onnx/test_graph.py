@@ -1,6 +1,5 @@
 """The lens on a live ONNX model: what it shows, what its edits do, and what they refuse."""
 
-
 import numpy as np
 import onnx_ir as ir
 import pytest
