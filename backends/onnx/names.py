@@ -36,9 +36,11 @@ def running_module(node: ir.Node) -> str | None:
 def known_name(value: ir.Value) -> str | None:
     """Qualified name of a constant in the model that was exported; None if only the exporter named it."""
     if folded := value.metadata_props.get(FOLDED_FROM):
-        sources = _literal(folded)
-        name = str(sources[0]) if isinstance(sources, list) and sources else ""
-        is_tensor = "." in name
+        found = _literal(folded)
+        sources = found if isinstance(found, list) else []
+        name = str(sources[0]) if sources else ""
+        # a parameter of the model itself has no dot
+        is_tensor = "." in name or (name != "" and len(sources) == 1)
     else:
         name = qualified_name(value)
         is_tensor = KIND in value.metadata_props or "." in name

@@ -24,9 +24,17 @@ def sizes(value: ir.Value) -> list[int] | None:
     if value.shape is None:
         return None
     node = value.producer()
-    unknown = any(not isinstance(d, int) and d.value is None for d in value.shape)
-    if unknown and node is not None and node.op_type == "Reshape" and (found := sizes_of_reshape(node)) is not None:
+    # shape inference gives the sizes that a reshape makes names of their own
+    dynamic = any(not isinstance(d, int) for d in value.shape)
+    if dynamic and node is not None and node.op_type == "Reshape" and (found := sizes_of_reshape(node)) is not None:
         return found
+    return _stated(value)
+
+
+def _stated(value: ir.Value) -> list[int] | None:
+    """What the file says, if it says anything."""
+    if value.shape is None:
+        return None
     return [d if isinstance(d, int) else _size(value, axis, d) for axis, d in enumerate(value.shape)]
 
 
@@ -35,14 +43,12 @@ def sizes_of_reshape(node: ir.Node) -> list[int] | None:
     source, made = node.inputs[0], node.outputs[0]
     assert source is not None
     before = sizes(source)
-    known = made.shape is not None and all(isinstance(d, int) or d.value is not None for d in made.shape)
     if before is None:
         return None
     if node.op_type == "Reshape":
         wanted = computed(node.inputs[1], 0)
-        stated = sizes(made) if known else None
         # what the shape is computed from is certain; what the file states about it is the next best
-        return _reshaped(before, wanted, bool(attribute(node, "allowzero", 0))) if wanted is not None else stated
+        return _stated(made) if wanted is None else _reshaped(before, wanted, bool(attribute(node, "allowzero", 0)))
     if node.op_type == "Flatten":
         axis = attribute(node, "axis", 1)
         return [math.prod(before[:axis]), math.prod(before[axis:])]
