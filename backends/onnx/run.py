@@ -27,7 +27,7 @@ from qcompile.backends.onnx.ops import (
     attribute,
     is_op,
 )
-from qcompile.backends.onnx.values import constant, onnx_dtype
+from qcompile.backends.onnx.values import constant, is_numpys_own, onnx_dtype
 from qcompile.errors import GraphError
 from qcompile.numerics import QParams, dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
@@ -206,7 +206,7 @@ def _add_constant(graph: GraphProto, value: ir.Value, outside: dict[str, ort.Ort
 
 
 def _ort_value(array: np.ndarray, kind: ir.DataType) -> ort.OrtValue:
-    if array.dtype.isbuiltin == 1:
+    if is_numpys_own(array):
         return ort.OrtValue.ortvalue_from_numpy(array)
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(f"u{array.itemsize}"), int(kind))
 

@@ -29,17 +29,29 @@ def tensor_of(held: ir.TensorProtocol) -> Tensor:
     if isinstance(held, TorchTensor):
         raw: Tensor = held.raw
         return raw
-    if held.dtype is ir.DataType.STRING:
-        raise GraphError(f"the constant {held.name!r} holds strings, which are no tensor")
-    try:
-        wanted = to_torch_dtype(held.dtype)
-    except ValueError as e:
-        raise GraphError(f"the constant {held.name!r} is of type {held.dtype}, which torch does not have") from e
+    wanted = _torch_dtype(held.dtype)
+    if wanted is None:
+        raise GraphError(f"the constant {held.name!r} is of type {held.dtype.name}, which torch does not have")
     array = np.asarray(held.numpy())
-    # of a type that numpy does not know, so that it cannot cross by itself
-    if array.dtype.isbuiltin != 1:
+    if not is_numpys_own(array):
+        # its bits can cross, but not the type
         return _as_torch(array.view(np.uint8 if array.itemsize == 1 else np.int16)).view(wanted)
     return _as_torch(array)
+
+
+def is_numpys_own(array: np.ndarray) -> bool:
+    """False for the types that ml_dtypes adds."""
+    return str(array.dtype.type.__module__) == "numpy"
+
+
+def _torch_dtype(kind: ir.DataType | None) -> torch.dtype | None:
+    if kind is None or kind is ir.DataType.STRING or kind.bitwidth < 8:
+        return None
+    try:
+        found: torch.dtype = to_torch_dtype(kind)
+    except (ValueError, TypeError):
+        return None
+    return found
 
 
 def _as_torch(array: np.ndarray) -> Tensor:
@@ -88,13 +100,7 @@ def set_qualified_name(value: ir.Value, name: str) -> None:
 
 def dtype(value: ir.Value) -> torch.dtype | None:
     """Of the tensor; None if unknown, or if torch has no such type."""
-    if value.dtype is None:
-        return None
-    try:
-        found: torch.dtype = to_torch_dtype(value.dtype)
-    except ValueError:
-        return None
-    return found
+    return _torch_dtype(value.dtype)
 
 
 def is_float(value: ir.Value) -> bool:
@@ -133,7 +139,7 @@ def constant(value: ir.Value) -> Tensor | None:
 
 def _read(value: ir.Value) -> Tensor | None:
     assert value.const_value is not None
-    if value.const_value.dtype is ir.DataType.STRING:
+    if _torch_dtype(value.const_value.dtype) is None:
         return None
     try:
         return tensor_of(value.const_value)

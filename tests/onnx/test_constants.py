@@ -101,3 +101,14 @@ def test_a_shared_constant_is_never_written() -> None:
     assert graph.inputs(second)[1] is shared
     assert torch.equal(constant(shared), g)
     assert np.array_equal(source.graph.initializers["norm.weight"].const_value.numpy(), g.numpy())
+
+
+@pytest.mark.parametrize("kind", ["INT4", "UINT4", "FLOAT4E2M1", "STRING"])
+def test_a_type_that_torch_does_not_have_is_no_constant(kind: str) -> None:
+    held = ir.tensor(["a", "b"] if kind == "STRING" else np.ones(2, ir.DataType[kind].numpy()), name="c")
+    assert held.dtype is ir.DataType[kind]
+    value = ir.Value(name="c", shape=ir.Shape([2]), type=ir.TensorType(held.dtype), const_value=held)
+    graph = open_onnx(model("y = Relu(x)", returns=f"float[B, T, {K}] y"))
+    graph.model.graph.register_initializer(value)
+    assert graph.op(value) is Op.CONSTANT
+    assert graph.constant(value) is None
