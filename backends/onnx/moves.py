@@ -129,6 +129,20 @@ def _gather(node: ir.Node, value: ir.Value, channels: Tensor) -> Tensor | None:
     return found.reshape([*channels.shape[:axis], *index.shape, *channels.shape[axis + 1 :]])
 
 
+def _gather_nd(node: ir.Node, value: ir.Value, channels: Tensor) -> Tensor | None:
+    """Of whole slices along the first axis, which is how torch's exporter writes an index that is a list."""
+    indices = node.inputs[1]
+    if indices is None or indices.shape is None or indices.shape[-1] != 1 or attribute(node, "batch_dims", 0):
+        return None
+    if channels.shape[0] == 1:
+        return channels.reshape([1] * (len(indices.shape) - 1) + list(channels.shape[1:]))
+    index = constant(indices)
+    if index is None:
+        return None
+    found = channels.index_select(0, index.long().flatten() % channels.shape[0])
+    return found.reshape([*index.shape[:-1], *channels.shape[1:]])
+
+
 def _expand(node: ir.Node, value: ir.Value, channels: Tensor) -> Tensor | None:
     after = sizes(value)
     rank = None if after is None else len(after)
@@ -170,6 +184,7 @@ _MOVES: Mapping[str, Callable[[ir.Node, ir.Value, Tensor], Tensor | None]] = {
     "Slice": _slice,
     "Split": _split,
     "Gather": _gather,
+    "GatherND": _gather_nd,
     "Expand": _expand,
     "Tile": _tile,
 }

@@ -4,8 +4,10 @@ Two shapes hold the same number of elements, whatever the dynamic sizes are, if 
 be followed over batches and lengths that nobody knows. What computes shapes is computed with the same numbers.
 """
 
+import ast
 import math
 from collections.abc import Callable, Mapping, Sequence
+from operator import add, mul, sub
 
 import onnx_ir as ir
 
@@ -14,6 +16,7 @@ from qcompile.backends.onnx.values import constant
 
 # large, so that sizes of a model are hardly multiples of one; small enough to write out the numbers of one axis
 _SMALLEST = 10_007
+_OPERATORS: Mapping[type, Callable[[int, int], int]] = {ast.Add: add, ast.Sub: sub, ast.Mult: mul}
 # shapes are short: what is longer is data
 _LONGEST = 64
 _DEEPEST = 200
@@ -90,15 +93,40 @@ def computed(value: ir.Value | None, depth: int) -> list[int] | None:
 
 
 def _size(value: ir.Value, axis: int, dimension: ir.SymbolicDim) -> int:
-    """The prime that stands for a dynamic axis, the same for equal names."""
-    name = dimension.value if dimension.value is not None else f"{value.name}[{axis}]"
-    primes = value.graph.meta.setdefault("primes", {}) if value.graph is not None else {}
+    """The number that stands for a dynamic axis: a prime for each name, and sums and products of those."""
+    primes: dict[str, int] = value.graph.meta.setdefault("primes", {}) if value.graph is not None else {}
+    name = f"{value.name}[{axis}]" if dimension.value is None else dimension.value
+    found = None if dimension.value is None else _evaluated(name, primes)
+    return _prime(name, primes) if found is None or found < 0 else found
+
+
+def _evaluated(expression: str, primes: dict[str, int]) -> int | None:
+    """Of names and numbers, added, subtracted and multiplied, as torch writes them: "s0*s1"; None for all else."""
+    try:
+        parsed = ast.parse(expression, mode="eval").body
+    except SyntaxError:
+        return None
+
+    def evaluate(part: ast.expr) -> int | None:
+        if isinstance(part, ast.Name):
+            return _prime(part.id, primes)
+        if isinstance(part, ast.Constant) and isinstance(part.value, int):
+            return part.value
+        if not isinstance(part, ast.BinOp) or type(part.op) not in _OPERATORS:
+            return None
+        left, right = evaluate(part.left), evaluate(part.right)
+        return None if left is None or right is None else _OPERATORS[type(part.op)](left, right)
+
+    return evaluate(parsed)
+
+
+def _prime(name: str, primes: dict[str, int]) -> int:
     if name not in primes:
         candidate = max(primes.values(), default=_SMALLEST - 2) + 2
         while any(candidate % d == 0 for d in range(3, math.isqrt(candidate) + 1, 2)):
             candidate += 2
         primes[name] = candidate
-    return int(primes[name])
+    return primes[name]
 
 
 def _reshaped(before: Sequence[int], wanted: Sequence[int], allow_zero: bool) -> list[int] | None:

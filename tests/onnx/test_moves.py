@@ -1,12 +1,15 @@
 """Channels are followed through ops that move elements as onnxruntime moves them, over axes of any size."""
 
+import math
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
 from qcompile.backends.onnx.door import open_onnx
+from qcompile.backends.onnx.sizes import sizes, sizes_of_reshape
 from qcompile.channels import numbered
 from qcompile.graph import Op
 from tests.onnx.models import model
@@ -24,6 +27,8 @@ NUMBERS: dict[str, Any] = {
     "flat": np.array([-1, 12]),
     "some": np.array([11, 3, -2]),
     "table": np.array([[0, 1], [5, 0]]),
+    "slices": np.array([[11], [-2]]),
+    "batches": np.array([[[1], [0]]]),
     "thirds": np.array([5, 4, 3]),
     "grown": np.array([4, 1, 1, 12]),
     "twice": np.array([1, 2, 3]),
@@ -61,6 +66,8 @@ MOVES = {
     "gather by a table": "y = Gather<axis = -1>(x, table)",
     "gather one": "y = Gather<axis = 2>(x, first)",
     "gather a token": "y = Gather<axis = 1>(x, first)",
+    "gather slices": "t = Transpose<perm = [2, 0, 1]>(x) y = GatherND(t, slices)",
+    "gather batches": "y = GatherND(x, batches)",
     "expand": "y = Expand(x, grown)",
     "tile": "y = Tile(x, twice)",
 }
@@ -112,6 +119,18 @@ def test_what_does_more_than_to_move_is_not_followed(body: str) -> None:
     for value in way[1:]:
         carried = None if carried is None else graph.moved(value, carried)
     assert carried is None
+
+
+def test_sizes_that_torch_writes_as_products_are_products() -> None:
+    graph = opened("y = Reshape(x, flat)", "float[M, 12] y")
+    (y,) = graph.outputs()
+    y.shape = ir.Shape(["T*B", 12])
+    assert sizes(y) == sizes_of_reshape(y.producer())
+    assert sizes(y)[0] == math.prod(sizes(graph.inputs(y)[0])[:2])
+    # what cannot be computed is a size of its own
+    graph = opened("y = Slice(x, zero, two, one)", "float[B, M, 12] y")
+    graph.outputs()[0].shape = ir.Shape(["B", "Min(2, T)", 12])
+    assert len(set(sizes(graph.outputs()[0]))) == 3
 
 
 def test_a_shape_is_looked_at_alone() -> None:
