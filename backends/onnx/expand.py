@@ -4,9 +4,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
+import torch
 from onnx import NodeProto, TensorProto, helper
 
 from qcompile.backends.onnx.ops import DOMAIN, GELU, LINEAR, RMS_NORM, SILU, attribute, is_op, standard
+from qcompile.backends.onnx.values import constant, is_constant
 
 _FLOAT = TensorProto.FLOAT
 
@@ -56,12 +58,20 @@ class _Names:
 
 def _linear(node: ir.Node, names: _Names, opset: int) -> list[NodeProto]:
     x, weight, bias = (*names.inputs, None)[:3]
-    turned, product = names.between("turned"), names.output if bias is None else names.between("product")
-    made = [
-        helper.make_node("Transpose", [weight], [turned], perm=[1, 0]),
-        helper.make_node("MatMul", [x, turned], [product]),
-    ]
+    turned, product = turned_name(node), names.output if bias is None else names.between("product")
+    made = [helper.make_node("MatMul", [x, turned or names.between("turned")], [product])]
+    if turned is None:
+        made.insert(0, helper.make_node("Transpose", [weight], [names.between("turned")], perm=[1, 0]))
     return made if bias is None else [*made, helper.make_node("Add", [product, bias], [names.output])]
+
+
+def turned_name(linear: ir.Node) -> str | None:
+    """What a linear's weight is called as [K, N], if it lies in memory like that: then nothing is copied to turn it."""
+    weight = linear.inputs[1] if is_op(linear, LINEAR, domain=DOMAIN) else None
+    held = constant(weight) if weight is not None and is_constant(weight) else None
+    lies_turned = held is not None and not held.is_contiguous() and held.t().is_contiguous()
+    is_wide = held is not None and held.dtype is not torch.bfloat16
+    return f"{weight.name}::turned" if weight is not None and lies_turned and is_wide else None
 
 
 def _rms_norm(node: ir.Node, names: _Names, opset: int) -> list[NodeProto]:

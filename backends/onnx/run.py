@@ -17,7 +17,7 @@ from onnx_ir.tensor_adapters import to_torch_dtype
 from torch import Tensor
 
 from qcompile.backends.onnx.edit import reads
-from qcompile.backends.onnx.expand import runnable
+from qcompile.backends.onnx.expand import runnable, turned_name
 from qcompile.backends.onnx.ops import (
     DEQUANTIZE,
     DOMAIN,
@@ -27,7 +27,7 @@ from qcompile.backends.onnx.ops import (
     attribute,
     is_op,
 )
-from qcompile.backends.onnx.values import constant, is_numpys_own, onnx_dtype
+from qcompile.backends.onnx.values import constant, held_tensor, is_numpys_own, onnx_dtype, tensor_of
 from qcompile.errors import GraphError
 from qcompile.numerics import QParams, dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
@@ -173,7 +173,9 @@ def _session(model: ir.Model, nodes: Sequence[ir.Node], wanted: set[ir.Value]) -
     graph.output.extend(_info(v) for v in makes)
     outside: dict[str, ort.OrtValue] = {}
     for value in constants:
-        _add_constant(graph, value, outside)
+        turned = {turned_name(use.node) if use.idx == 1 else None for use in value.uses() if use.node in here}
+        for name in turned or {None}:
+            _add_constant(graph, value, name, outside)
     if outside:
         options.add_external_initializers(list(outside), list(outside.values()))
     proto = ModelProto(ir_version=min(model.ir_version, 11), graph=graph)
@@ -189,10 +191,14 @@ def _session(model: ir.Model, nodes: Sequence[ir.Node], wanted: set[ir.Value]) -
     return _Session(session=session, reads=outer, makes=makes, constants=list(outside.values()))
 
 
-def _add_constant(graph: GraphProto, value: ir.Value, outside: dict[str, ort.OrtValue]) -> None:
+def _add_constant(graph: GraphProto, value: ir.Value, turned: str | None, outside: dict[str, ort.OrtValue]) -> None:
+    """Add a constant as it is, or turned, under that name."""
     held = value.const_value
     assert held is not None
-    proto = TensorProto(name=value.name, data_type=int(held.dtype), dims=[int(d) for d in held.shape])
+    if turned is not None:
+        held = held_tensor(tensor_of(held).t(), turned)
+    name = str(value.name) if turned is None else turned
+    proto = TensorProto(name=name, data_type=int(held.dtype), dims=[int(d) for d in held.shape])
     if held.dtype is ir.DataType.STRING:
         proto.string_data.extend(held.numpy().flatten().tolist())
     elif held.size <= _SMALL or held.dtype.bitwidth < 8:
@@ -201,7 +207,7 @@ def _add_constant(graph: GraphProto, value: ir.Value, outside: dict[str, ort.Ort
         proto.data_location = TensorProto.EXTERNAL
         # never opened: onnxruntime is given the memory instead
         proto.external_data.add(key="location", value="given")
-        outside[str(value.name)] = _ort_value(np.ascontiguousarray(held.numpy()), held.dtype)
+        outside[name] = _ort_value(np.ascontiguousarray(held.numpy()), held.dtype)
     graph.initializer.append(proto)
 
 
