@@ -94,7 +94,8 @@ class Names:
     def _path(self, node: ir.Node, op: Op, running: str | None, weight: ir.Value, bias: ir.Value | None) -> str:
         known = known_name(weight)
         if known is not None:
-            path = op_path(running or "", known)
+            # the exporter names a convolution after the batch norm that it folded into it
+            path = op_path("" if op is Op.CONV else running or "", known)
             borrowed = op is Op.LINEAR and path == known.removesuffix(".weight") != (running or "")
             return known if borrowed and _is_table(weight) else path
         path = _owner_of(bias, running) or running or node.name or node.op_type

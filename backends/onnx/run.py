@@ -34,6 +34,7 @@ from qcompile.spec import parse_spec
 
 # smaller constants stand in the session's model, where onnxruntime may look at their values
 _SMALL = 1024
+_LARGE = 2**30
 _INTEGERS = ("INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
 _ORACLE = (QUANTIZE, QUANTIZE_DYNAMIC, DEQUANTIZE, OUTLIERS)
 # what onnxruntime gives numpy; of all else it gives the address
@@ -176,6 +177,9 @@ def _session(model: ir.Model, nodes: Sequence[ir.Node], wanted: set[ir.Value]) -
         turned = {turned_name(use.node) if use.idx == 1 else None for use in value.uses() if use.node in here}
         for name in turned or {None}:
             _add_constant(graph, value, name, outside)
+    if sum(value.tensor_size_in_bytes() for value in outside.values()) > _LARGE:
+        # it would copy every weight into an order that is faster to read
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if outside:
         options.add_external_initializers(list(outside), list(outside.values()))
     proto = ModelProto(ir_version=min(model.ir_version, 11), graph=graph)
