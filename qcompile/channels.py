@@ -35,7 +35,7 @@ def reshaped(channels: Tensor, before: Sequence[int], after: Sequence[int]) -> T
     No size may be 0.
     """
     grown, target = list(channels.shape), list[int]()
-    for old, new in _blocks(before, after):
+    for old, new in blocks(before, after):
         varies = any(channels.shape[d] > 1 for d in old)
         target += [after[d] if varies else 1 for d in new]
         if varies:
@@ -60,7 +60,7 @@ def _stays(channels: Tensor, d: int) -> bool:
     return bool((channels == channels.narrow(d, 0, 1)).all())
 
 
-def _blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[range, range]]:
+def blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[range, range]]:
     """The smallest runs of dimensions, old and new, that hold the same number of elements."""
     i = j = 0
     while i < len(before) or j < len(after):

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.hosts import HOSTS, Host
+
 GOLDEN = Path(__file__).parent / "golden"
 
 # a loaded machine is no defect of ours
@@ -30,3 +32,12 @@ def assert_text(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text().rstrip("\n")
 
     return check
+
+
+@pytest.fixture(params=HOSTS, ids=str)
+def host(request: pytest.FixtureRequest) -> Host:
+    """Each host in turn."""
+    if request.param.name == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    return request.param

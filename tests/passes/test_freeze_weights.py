@@ -1,12 +1,12 @@
 """Weights become constants of codes, and the result stays the same to the last bit."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from qcompile.backends.fx.door import open_exported
-from qcompile.backends.fx.graph import FxGraph
-from qcompile.graph import Op, graph_text
+from qcompile.graph import Graph, Op
 from qcompile.numerics import find_qparams, quantize
 from qcompile.passes.freeze_weights import freeze_weights
 from qcompile.passes.insert_qdq import insert_qdq
@@ -15,6 +15,7 @@ from qcompile.presets import PRESETS
 from qcompile.recipe import Recipe, Rule
 from qcompile.sites import find_sites
 from qcompile.spec import parse_spec
+from tests.hosts import FX, Host, ordered_text, result
 
 
 class Net(nn.Module):
@@ -36,20 +37,20 @@ def model() -> Net:
     return Net().eval()
 
 
-def inserted(model: Net, recipe: Recipe) -> FxGraph:
-    graph = open_exported(torch.export.export(model, (torch.ones(2, 128),)))
+def inserted(host: Host, model: Net, recipe: Recipe) -> Graph[Any]:
+    graph = host.open(model, torch.ones(2, 128))
     insert_qdq(graph, make_plan([found.site for found in find_sites(graph)], recipe))
     return graph
 
 
 @pytest.mark.parametrize("name", [name for name, recipe in PRESETS.items() if not recipe.needs_data])
-def test_freezing_changes_no_result_and_leaves_no_float_weight(model: Net, name: str) -> None:
-    graph = inserted(model, PRESETS[name])
+def test_freezing_changes_no_result_and_leaves_no_float_weight(host: Host, model: Net, name: str) -> None:
+    graph = inserted(host, model, PRESETS[name])
     x = torch.randn(2, 128)
-    before = graph.run((x,), [])[0]
+    before = result(graph, x)
     assert freeze_weights(graph) == 2
     graph.prune()
-    torch.testing.assert_close(graph.run((x,), [])[0], before, rtol=0, atol=0)
+    torch.testing.assert_close(result(graph, x), before, rtol=0, atol=0)
     read = [graph.inputs(v)[0] for v in graph.values() if graph.op(v) is Op.DEQUANTIZE]
     names = {graph.name(v) for v in read if v is not None and graph.op(v) is Op.CONSTANT}
     assert names == {"fc.weight_codes", "turned_codes"}
@@ -57,9 +58,9 @@ def test_freezing_changes_no_result_and_leaves_no_float_weight(model: Net, name:
     assert constants & {"fc.weight", "turned"} == set()
 
 
-def test_codes_are_those_of_the_oracle(model: Net) -> None:
+def test_codes_are_those_of_the_oracle(host: Host, model: Net) -> None:
     spec = parse_spec("int4/g32/asym")
-    graph = inserted(model, Recipe(name="r", rules=(Rule(weight=spec),)))
+    graph = inserted(host, model, Recipe(name="r", rules=(Rule(weight=spec),)))
     freeze_weights(graph)
     codes = {graph.name(v): graph.constant(v) for v in graph.values() if graph.op(v) is Op.CONSTANT}
     for name, weight in (("fc.weight", model.fc.weight), ("turned", model.turned.t())):
@@ -68,23 +69,23 @@ def test_codes_are_those_of_the_oracle(model: Net) -> None:
         assert torch.equal(found, quantize(weight, find_qparams(weight, spec)))
 
 
-def test_a_second_run_finds_nothing(model: Net) -> None:
-    graph = inserted(model, PRESETS["int8"])
+def test_a_second_run_finds_nothing(host: Host, model: Net) -> None:
+    graph = inserted(host, model, PRESETS["int8"])
     assert freeze_weights(graph) == 2
     graph.prune()
-    text = graph_text(graph)
+    text = ordered_text(graph)
     assert freeze_weights(graph) == 0
-    assert graph_text(graph) == text
+    assert ordered_text(graph) == text
 
 
-def test_activations_stay_quantized_while_running(model: Net) -> None:
-    graph = inserted(model, PRESETS["int8"])
+def test_activations_stay_quantized_while_running(host: Host, model: Net) -> None:
+    graph = inserted(host, model, PRESETS["int8"])
     freeze_weights(graph)
     graph.prune()
-    assert graph_text(graph).count("= quantize %") == 2
+    assert ordered_text(graph).count("= quantize %") == 2
 
 
-def test_a_constant_quantized_in_two_ways_gets_two_constants() -> None:
+def test_a_constant_quantized_in_two_ways_gets_two_constants(host: Host) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -95,7 +96,7 @@ def test_a_constant_quantized_in_two_ways_gets_two_constants() -> None:
         def forward(self, ids: Tensor) -> Tensor:
             return self.head(self.table(ids))
 
-    graph = open_exported(torch.export.export(Tied().eval(), (torch.arange(4),)))
+    graph = host.open(Tied(), torch.arange(4))
     rules = (Rule(weight=parse_spec("int8/channel")), Rule(ops=(Op.EMBEDDING,), weight=parse_spec("nf4/g32")))
     insert_qdq(graph, make_plan([found.site for found in find_sites(graph)], Recipe(name="r", rules=rules)))
     assert freeze_weights(graph) == 2
@@ -105,6 +106,6 @@ def test_a_constant_quantized_in_two_ways_gets_two_constants() -> None:
 
 def test_weights_that_are_only_shapes_give_codes_that_are_only_shapes() -> None:
     model = Net().to("meta").eval()
-    graph = open_exported(torch.export.export(model, (torch.ones(2, 128, device="meta"),)))
+    graph = FX.open(model, torch.ones(2, 128, device="meta"))
     insert_qdq(graph, make_plan([found.site for found in find_sites(graph)], PRESETS["int8"]))
     assert freeze_weights(graph) == 2

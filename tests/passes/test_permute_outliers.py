@@ -15,7 +15,8 @@ from qcompile.passes.permute_outliers import permute_outliers
 from qcompile.pipeline import quantize
 from qcompile.plan import Plan
 from qcompile.sites import find_sites
-from tests.passes.test_split_outliers import opened, plan_for, result, with_outliers
+from tests.hosts import FX, Host, ordered_text, result
+from tests.passes.test_split_outliers import plan_for, with_outliers
 
 H = 24
 OUT = (3, 17, 4)
@@ -100,9 +101,9 @@ def x() -> Iterator[Tensor]:
 
 
 @pytest.mark.parametrize("kind", [Gated, Branches, Residual])
-def test_channels_are_numbered_anew(kind: type[nn.Module], x: Tensor) -> None:
+def test_channels_are_numbered_anew(host: Host, kind: type[nn.Module], x: Tensor) -> None:
     model = kind()
-    graph = opened(model, x)
+    graph = host.open(model, x)
     plan = plan_of(graph)
     linears = [found.value for found in find_sites(graph) if plan.decisions[found.site.name].outliers]
     moved = permute_outliers(graph, plan, linears)
@@ -112,38 +113,38 @@ def test_channels_are_numbered_anew(kind: type[nn.Module], x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", [Returned, Summed, Normed, Folded, Swapped, Raw])
-def test_channels_that_others_see_stay(kind: type[nn.Module], x: Tensor) -> None:
-    graph = opened(kind(), x)
-    before = graph_text(graph)
+def test_channels_that_others_see_stay(host: Host, kind: type[nn.Module], x: Tensor) -> None:
+    graph = host.open(kind(), x)
+    before = ordered_text(graph)
     plan = plan_of(graph)
     linears = [found.value for found in find_sites(graph) if plan.decisions[found.site.name].outliers]
     assert len(linears) == 1
     assert permute_outliers(graph, plan, linears) == {}
-    assert graph_text(graph) == before
+    assert ordered_text(graph) == before
 
 
 @pytest.mark.parametrize("left", ["gate", "up"])
-def test_weights_that_stay_float_are_not_copied(left: str, x: Tensor) -> None:
-    graph = opened(Gated(), x)
+def test_weights_that_stay_float_are_not_copied(host: Host, left: str, x: Tensor) -> None:
+    graph = host.open(Gated(), x)
     plan = plan_of(graph)
     decisions = {name: d for name, d in plan.decisions.items() if name != left}
     linears = [found.value for found in find_sites(graph) if found.site.name == "down"]
     assert permute_outliers(graph, Plan(recipe=plan.recipe, decisions=decisions), linears) == {}
 
 
-def test_the_whole_flow_as_text(assert_text, x: Tensor) -> None:
-    graph = opened(Gated(), x)
+def test_the_whole_flow_as_text(host: Host, assert_text, x: Tensor) -> None:
+    graph = host.open(Gated(), x)
     plan = with_outliers(plan_for(graph, "int8/token"), {"down": OUT, "gate": (2,), "up": (2,)})
     quantize(graph, plan)
-    assert_text("split_permuted", graph_text(graph))
+    assert_text("split_permuted", ordered_text(graph))
 
 
-def test_a_split_behind_permuted_linears_is_the_split_in_place(x: Tensor) -> None:
+def test_a_split_behind_permuted_linears_is_the_split_in_place(host: Host, x: Tensor) -> None:
     model = Gated()
-    graph = opened(model, x)
+    graph = host.open(model, x)
     plan = with_outliers(plan_for(graph, "int8/token"), {"down": OUT, "gate": (2,), "up": (2,)})
     quantize(graph, plan)
-    assert "rows_" in graph_text(graph)
+    assert "rows_" in ordered_text(graph)
 
     class Stays(Gated):
         def forward(self, x: Tensor) -> Tensor:
@@ -153,14 +154,14 @@ def test_a_split_behind_permuted_linears_is_the_split_in_place(x: Tensor) -> Non
 
     stays = Stays()
     stays.load_state_dict(model.state_dict())
-    other = opened(stays, x)
+    other = host.open(stays, x)
     quantize(other, plan)
-    assert "rows_" not in graph_text(other)
+    assert "rows_" not in ordered_text(other)
     # quantization commutes with a permutation, and sums are in another order
     torch.testing.assert_close(result(graph, x), result(other, x))
 
 
-def test_readers_that_mean_other_channels_keep_them(x: Tensor) -> None:
+def test_readers_that_mean_other_channels_keep_them(host: Host, x: Tensor) -> None:
     class Two(Gated):
         def __init__(self) -> None:
             super().__init__()
@@ -171,15 +172,15 @@ def test_readers_that_mean_other_channels_keep_them(x: Tensor) -> None:
             return self.down(h) + self.other(h)
 
     model = Two()
-    graph = opened(model, x)
+    graph = host.open(model, x)
     quantize(graph, with_outliers(plan_for(graph, "int8/token"), {"down": (3,), "other": (5,)}))
-    assert "rows_" not in graph_text(graph)
+    assert "rows_" not in ordered_text(graph)
     assert float((result(graph, x) - model(x)).norm() / model(x).norm()) < 0.03
 
 
 def test_a_contiguous_tail_is_a_slice(x: Tensor) -> None:
     model = Gated()
-    graph = opened(model, x)
+    graph = FX.open(model, x)
     quantize(graph, with_outliers(plan_for(graph, "int8/token"), {"down": OUT, "gate": (2, 9), "up": (2, 9)}))
     expected = result(graph, x)
     lower(graph, Target(device="cpu"), PlainPacks())
