@@ -1,11 +1,14 @@
-"""Small models in the canonical form between the ONNX door and the emitters, and what they should compute."""
+"""Small models in the canonical form between the ONNX door and the emitters, and two runtimes for what is emitted."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from qcompile.numerics import QParams, dequantize, find_qparams, quantize
@@ -126,6 +129,36 @@ def linear_model(
     return made.finish(*outputs), numbers
 
 
-def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """What a runtime is fed."""
-    return to_tensor(tensor).numpy()
+def run_reference(model: ir.Model, *inputs: Tensor) -> list[Tensor]:
+    """What the onnx reference evaluator makes of it."""
+    feeds = {value.name: to_tensor(x).numpy() for value, x in zip(model.graph.inputs, inputs, strict=True)}
+    with warnings.catch_warnings():
+        # numpy warns of the NaN and Inf that some tests are about
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return [_from_array(y) for y in ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)]
+
+
+def run_onnxruntime(model: ir.Model, *inputs: Tensor, optimize: bool = True) -> list[Tensor]:
+    """What onnxruntime's CPU makes of it; without optimization it runs each node as it is written."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    data = ir.to_proto(model).SerializeToString()
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    for value, x in zip(model.graph.inputs, inputs, strict=True):
+        # numpy has no bfloat16: it crosses as bits
+        array = x.contiguous().view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.contiguous().numpy()
+        made = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(to_tensor(x).dtype))
+        binding.bind_ortvalue_input(value.name, made)
+    for value in model.graph.outputs:
+        binding.bind_output(value.name)
+    session.run_with_iobinding(binding)
+    return [torch.from_dlpack(y._ortvalue.to_dlpack()).clone() for y in binding.get_outputs()]
+
+
+def _from_array(array: np.ndarray[Any, Any]) -> Tensor:
+    if array.dtype == ir.DataType.BFLOAT16.numpy():
+        return torch.from_numpy(array.astype(np.float32)).bfloat16()
+    return torch.from_numpy(np.asarray(array))
