@@ -7,13 +7,14 @@ from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
+from qcompile import numerics
 from qcompile.backends.onnx.operands import Array, levels_of
 from qcompile.backends.onnx.storage import code_type
 from qcompile.backends.onnx.writer import Writer
 from qcompile.errors import GraphError
 from qcompile.formats import CodeBook, Float, Format, Integer
-from qcompile.numerics import SMALLEST_SCALE
 from qcompile.spec import ALL, Granularity, Spec
 
 _D = ir.DataType
@@ -67,7 +68,7 @@ def find_qparams(w: Writer, x: ir.Value, spec: Spec, like: ir.Value) -> tuple[ir
         amax = w.op("Sub", w.op("Max", high, nothing), low)
         top = float(spec.code_range[1])
     exact = w.op("Div", amax, w.number(top))
-    scale = w.op("Max", exact, w.number(SMALLEST_SCALE))
+    scale = w.op("Max", exact, w.number(numerics.SMALLEST_SCALE))
     scale = w.op("Where", w.op("Equal", exact, nothing), w.number(1.0), scale)
     scale = _keep_scale(w, scale, amax, spec)
     poison = _poison(w, x, spec, like)
@@ -140,7 +141,7 @@ def _power_of_two(w: Writer, amax: ir.Value, fmt: Format) -> ir.Value:
 def _under_tensor_scale(w: Writer, scale: ir.Value, amax: ir.Value, fmt: Format) -> ir.Value:
     low, high = _SCALE_LIMITS["fp8_e4m3"]
     top = w.op("ReduceMax", amax, keepdims=0)
-    outer = w.op("Max", w.op("Div", top, w.number(high * _element_max(fmt))), w.number(SMALLEST_SCALE))
+    outer = w.op("Max", w.op("Div", top, w.number(high * _element_max(fmt))), w.number(numerics.SMALLEST_SCALE))
     outer = w.op("Where", w.op("Equal", top, w.number(0.0)), w.number(1.0), outer)
     inner = w.op("Clip", w.op("Div", scale, outer), w.number(low), w.number(high))
     return w.op("Mul", w.cast(w.cast(inner, _D.FLOAT8E4M3FN), _D.FLOAT), outer)
@@ -181,9 +182,9 @@ def _edges(fmt: Float | CodeBook, levels: Array | None) -> tuple[Array, Array]:
         return codes, np.asarray([(a + b) / 2 for a, b in pairwise(exact)], np.float32)
     edges = ((ordered[1:] + ordered[:-1]) / np.float32(2)).astype(np.float32)
     if isinstance(fmt, Float):
-        # ties belong to the even code
-        upper_even = codes[1:] % 2 == 0
-        edges = np.where(upper_even, np.nextafter(edges, np.float32(-np.inf)), edges)
+        # halves between two numbers are exact in float32: the oracle says whose they are
+        tied = numbers[numerics.encode(torch.from_numpy(edges), fmt).numpy()]
+        edges = np.where(tied == ordered[1:], np.nextafter(edges, np.float32(-np.inf)), edges)
     return codes, edges
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from qcompile.backends.onnx.emit import emit
 from qcompile.errors import QcompileError, UnsupportedError
-from qcompile.formats import FORMATS, CodeBook, Integer
-from qcompile.numerics import dequantize, fake_quantize, find_qparams, quantize
+from qcompile.formats import FORMATS, CodeBook, Integer, code_values
+from qcompile.numerics import QParams, dequantize, fake_quantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 from tests.onnx.canonical import Canonical, linear_model, run_onnxruntime, run_reference
 
@@ -121,6 +121,18 @@ def test_16_bit_inputs_are_rounded_once(spec: str, dtype: torch.dtype) -> None:
     found = check(quantized(spec, x), x)[0]
     assert found.dtype == dtype
     assert torch.equal(found, fake_quantize(x, parse_spec(spec)))
+
+
+@pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if not isinstance(f, CodeBook) or f.levels])
+def test_ties_go_where_the_oracle_sends_them(name: str) -> None:
+    levels = code_values(FORMATS[name])
+    levels = levels[levels.isfinite()].unique()
+    ties = (levels[1:] + levels[:-1]) / 2
+    x = torch.cat([levels, ties, ties.nextafter(torch.tensor(torch.inf)), ties.nextafter(torch.tensor(-torch.inf))])
+    qparams = QParams(spec=parse_spec(f"{name}/tensor"), scale=torch.tensor(1.0))
+    made = Canonical(("M",))
+    model = emit(made.finish(made.quantized(made.x, qparams)), "portable").model
+    assert torch.equal(check(model, x)[0], dequantize(quantize(x, qparams), qparams))
 
 
 @pytest.mark.parametrize("spec", DYNAMIC)
