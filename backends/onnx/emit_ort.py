@@ -32,8 +32,9 @@ from qcompile.spec import ALL
 _D = ir.DataType
 _CONTRIB = "com.microsoft"
 
-# MatMulNBits takes blocks of 16, 32, 64 ...; measured on one CPU, 128 is as fast as 32 and has a quarter of the scales
-_LEAST_BLOCK, _BLOCK = 16, 128
+# MatMulNBits takes blocks of 16, 32, 64 ... along K, and rounds inputs by them: where the weight's scales are those of
+# rows, small ones keep inputs precise
+_LEAST_BLOCK, _ROW_BLOCK, _MOST_BLOCK = 16, 32, 256
 # inputs are rounded to int8, block by block: the fast kernel of 4 bits, and the only one of 2 and 8 that is not slow
 _INT8_ACCURACY = 4
 
@@ -67,9 +68,8 @@ class Whole:
         """The block of MatMulNBits along K; 0 if none fits the groups."""
         columns = self.weight.spec.granularity.columns
         if columns == ALL:
-            k = self.weight.codes.shape[1]
-            return min(_BLOCK, max(_LEAST_BLOCK, 1 << max(k - 1, 0).bit_length()))
-        block = min(columns & -columns, _BLOCK)
+            return _ROW_BLOCK if self.weight.codes.shape[1] > _LEAST_BLOCK else _LEAST_BLOCK
+        block = min(columns & -columns, _MOST_BLOCK)
         return block if block >= _LEAST_BLOCK else 0
 
 
@@ -96,6 +96,8 @@ def emit_cpu_linear(w: Writer, node: ir.Node) -> Planned:
     if given is not None and integer_input and integers.by_row and _one_scale(given):
         form: Callable[..., Planned] = _emit_static if given.static else _emit_dynamic
         return form(w, node, integers, given)
+    if given is None and integers.by_row and _serves_integers(node):
+        return _emit_beside(w, node, integers)
     if integer_input:
         w.note(f"inputs become int8 in blocks of {integers.block} inside MatMulNBits (planned: {_text(given)})")
     elif given is not None:
@@ -118,6 +120,24 @@ def _emit_restored(w: Writer, node: ir.Node, weight: Weight, given: Input | None
     if given is not None:
         _note_slow(w, given)
     product = w.op("MatMul", x, dequantized_weight(w, weight, transposed=True, fold=True))
+    return finish_linear(w, node, product, reason=reason)
+
+
+def _serves_integers(node: ir.Node) -> bool:
+    """Whether another linear multiplies the same weight by integers."""
+    readers = (use.node for use in required(node, 1).uses() if use.node is not node and use.node.op_type == "Linear")
+    inputs = (input_of(required(reader, 0)) for reader in readers)
+    return any(given is not None and isinstance(given.spec.format, Integer) for given in inputs)
+
+
+def _emit_beside(w: Writer, node: ir.Node, integers: Whole) -> Planned:
+    """A float matmul of a weight that is stored for an integer one: the outliers of LLM.int8 are not rounded."""
+    matrix, zero = _integer_matrix(w, integers)
+    values = w.cast(matrix, _D.FLOAT)
+    values = values if zero is None else w.op("Sub", values, w.cast(zero, _D.FLOAT))
+    restored = w.op("Mul", values, _row_scale(w, integers))
+    product = w.op("MatMul", w.cast(required(node, 0), _D.FLOAT), restored, makes=_D.FLOAT)
+    reason = "the weight is stored for an integer matmul, and becomes float here when the file is loaded"
     return finish_linear(w, node, product, reason=reason)
 
 
@@ -207,18 +227,17 @@ def _looked_up(w: Writer, weight: Weight, codes: Array, table: Array) -> ir.Valu
 def emit_narrow(
     w: Writer, node: ir.Node, integers: Whole, given: Input | None, compute: ir.DataType, accuracy: int
 ) -> Planned:
-    """com.microsoft::MatMulNBits: codes [N, blocks, bytes], scales [N, blocks], zero points packed along blocks.
+    """com.microsoft::MatMulNBits: codes [N, blocks, bytes], scales [N, blocks], zero points packed or absent.
 
     given: the input's quantization that is left out.  compute: the dtype of input, scales and result.
     """
     weight = integers.weight
     n, k = weight.codes.shape
-    packed, scale, zero = w.many(
-        ("narrow", weight.value, weight.spec, compute), lambda: _narrow_constants(w, integers, compute)
-    )
+    key = ("narrow", weight.value, weight.spec, compute)
+    constants = w.many(key, lambda: _narrow_constants(w, integers, compute))
     x = w.cast(required(node, 0) if given is None else given.x, compute)
     attributes = {"K": k, "N": n, "bits": integers.bits, "block_size": integers.block, "accuracy_level": accuracy}
-    product = w.op("MatMulNBits", x, packed, scale, zero, domain=_CONTRIB, makes=compute, **attributes)
+    product = w.op("MatMulNBits", x, *constants, domain=_CONTRIB, makes=compute, **attributes)
     return finish_linear(w, node, product, kernel="MatMulNBits")
 
 
@@ -234,18 +253,24 @@ def _narrow_constants(w: Writer, integers: Whole, compute: ir.DataType) -> list[
     else:
         shifted = padded + (middle if weight.spec.symmetric else 0)
         packed = w.constant(weight.name, ir.Tensor(pack_bytes(shifted.astype(np.uint8), bits)))
-    scale = _by_block(weight.scale * np.float32(integers.factor), weight, blocks)
-    zero = np.full((n, blocks), middle) if weight.zero is None else _by_block(weight.zero, weight, blocks)
-    return [
-        packed,
-        w.cast(scale_constant(w, f"{weight.name}_scale", scale, weight.spec), compute),
-        w.constant(f"{weight.name}_zero", ir.Tensor(pack_bytes(zero.astype(np.uint8), bits))),
-    ]
+    constants = [packed, w.cast(_block_scale(w, integers, blocks), compute)]
+    if weight.zero is not None:
+        zero = np.repeat(by_row(weight.zero, weight), blocks // by_row(weight.zero, weight).shape[1], 1)
+        constants.append(w.constant(f"{weight.name}_zero", ir.Tensor(pack_bytes(zero.astype(np.uint8), bits))))
+    return constants
 
 
-def _by_block(parameter: Array, weight: Weight, blocks: int) -> Array:
-    rows = by_row(parameter, weight)
-    return np.ascontiguousarray(np.repeat(rows, blocks // rows.shape[1], 1))
+def _block_scale(w: Writer, integers: Whole, blocks: int) -> ir.Value:
+    """Scales [N, blocks]; where blocks share them, repeated when the file is loaded."""
+    weight = integers.weight
+    scale = by_row(weight.scale * np.float32(integers.factor), weight)
+    n, groups = scale.shape
+    stored = scale_constant(w, f"{weight.name}_scale", np.ascontiguousarray(scale), weight.spec)
+    if groups == blocks:
+        return stored
+    apart = w.op("Unsqueeze", stored, w.number([-1], _D.INT64))
+    repeated = w.op("Expand", apart, w.number([n, groups, blocks // groups], _D.INT64))
+    return w.op("Reshape", repeated, w.number([n, blocks], _D.INT64))
 
 
 def emit_cuda_linear(w: Writer, node: ir.Node) -> Planned:

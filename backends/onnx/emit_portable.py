@@ -118,13 +118,13 @@ def emit_quantize(w: Writer, node: ir.Node) -> None:
     spec, x = spec_of(node), w.cast(required(node, 0), _D.FLOAT)
     scale, zero, levels = array_of(required(node, 1)), _array(node, 2), _array(node, 3)
     if (dtype := plain_type(w, spec, scale, zero)) is not None:
-        replace(node.outputs[0], quantize_linear(w, x, spec, scale, zero, dtype))
+        replace(node.outputs[0], quantize_linear(w, x, spec, scale, zero, dtype), same_type=False)
         return
     own = [
         None if p is None else w.constant("qparam", ir.Tensor(p.astype(np.float32), _D.FLOAT)) for p in (scale, zero)
     ]
     assert own[0] is not None
-    replace(node.outputs[0], _codes(w, x, spec, own[0], own[1], levels, required(node, 0)))
+    replace(node.outputs[0], _codes(w, x, spec, own[0], own[1], levels, required(node, 0)), same_type=False)
 
 
 def _array(node: ir.Node, index: int) -> Array | None:
@@ -184,7 +184,7 @@ def emit_quantize_dynamic(w: Writer, node: ir.Node) -> None:
     x = w.cast(source, _D.FLOAT)
     scale, zero = find_qparams(w, x, spec, source)
     codes = _codes(w, x, spec, scale, zero, None, source)
-    replace(node.outputs[0], codes)
+    replace(node.outputs[0], codes, same_type=False)
     replace(node.outputs[1], scale)
     if zero is not None:
         replace(node.outputs[2], zero)

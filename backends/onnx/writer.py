@@ -155,11 +155,16 @@ def site_name(node: ir.Node) -> str:
     return node.metadata_props.get(MODULE_PATH) or node.name or node.outputs[0].name or node.op_type
 
 
-def replace(old: ir.Value, new: ir.Value) -> None:
-    """Make all that reads `old` read `new`, which takes over its name, type and shape."""
+def replace(old: ir.Value, new: ir.Value, *, same_type: bool = True) -> None:
+    """Make all that reads `old` read `new`, which takes over its name and shape.
+
+    same_type: and its type, too; codes of the canonical form are bytes, which a file may store as they mean.
+    """
     name = old.name
     old.name = f"{name}_before"
-    new.name, new.type, new.shape = name, old.type, old.shape
+    new.name, new.shape = name, old.shape
+    if same_type:
+        new.type = old.type
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 

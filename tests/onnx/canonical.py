@@ -28,6 +28,12 @@ def to_tensor(tensor: Tensor) -> ir.Tensor:
     return ir.Tensor(tensor.contiguous().numpy())
 
 
+def _code_type(spec: str) -> ir.DataType:
+    """Of codes as `numerics.quantize` returns them."""
+    signed = spec.startswith("int") and "asym" not in spec
+    return ir.DataType.INT8 if signed else ir.DataType.UINT8
+
+
 class Canonical:
     """A model being written by hand: `x` goes in, what `finish` is given comes out."""
 
@@ -71,10 +77,13 @@ class Canonical:
         dtype = int(x.dtype or 1)
         if isinstance(qparams, str):
             codes, scale, zero = self.op("QuantizeDynamic", x, outputs=3, spec=qparams)
+            codes.type, codes.shape = ir.TensorType(_code_type(qparams)), x.shape
+            scale.type = zero.type = ir.TensorType(ir.DataType.FLOAT)
             return self.op("Dequantize", codes, scale, zero, like=x, spec=qparams, dtype=dtype)
         name = f"{x.name}_{len(self.graph)}"
         parameters = self._parameters(name, qparams)
         codes = self.op("Quantize", x, *parameters, spec=str(qparams.spec))
+        codes.type, codes.shape = ir.TensorType(_code_type(str(qparams.spec))), x.shape
         return self.op("Dequantize", codes, *parameters, like=x, spec=str(qparams.spec), dtype=dtype)
 
     def weight(self, name: str, weight: Tensor, spec: str | None) -> tuple[ir.Value, Tensor]:

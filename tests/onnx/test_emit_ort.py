@@ -14,7 +14,7 @@ from qcompile.backends.onnx.planned import Emitted
 from qcompile.errors import UnsupportedError
 from qcompile.numerics import QParams, fake_quantize, find_qparams
 from qcompile.spec import parse_spec
-from tests.onnx.canonical import linear_model, run_onnxruntime
+from tests.onnx.canonical import Canonical, linear_model, run_onnxruntime
 
 Numbers = list[tuple[Tensor, Tensor | None]]
 
@@ -188,6 +188,21 @@ def test_float_inputs_are_rounded_as_planned_and_noted(spec: str) -> None:
     assert emitted.notes == (f"block.q: inputs are rounded to {spec} in float: right, but not fast",)
     seen = fake_quantize(x, parse_spec(spec))
     assert_near(run_onnxruntime(emitted.model, x), seen, numbers, 1e-6, torch.float32)
+
+
+def test_a_weight_of_an_integer_and_a_float_linear_is_stored_once() -> None:
+    torch.manual_seed(2)
+    n, k = 64, 96
+    made = Canonical(("M", k))
+    weight, numbers = made.weight("w", torch.randn(n, k), "int8/channel/asym")
+    like = ir.Value(shape=ir.Shape(["M", n]), type=ir.TensorType(ir.DataType.FLOAT))
+    rounded = made.op("Linear", made.quantized(made.x, "int8/tensor/asym"), weight, path="a", like=like)
+    outliers = made.op("Linear", made.x, weight, path="a.tail", like=like)
+    emitted = emit(made.finish(rounded, outliers), "ort-cpu")
+    assert len(ir.to_proto(emitted.model).SerializeToString()) < 1.5 * n * k
+    assert check_fusion(emitted) == {"DynamicQuantizeMatMul": 1, "MatMul": 1}
+    x = torch.randn(4, k)
+    assert_near(run_onnxruntime(emitted.model, x)[1:], x, [(numbers, None)], 1e-6, torch.float32)
 
 
 def test_a_dynamic_input_of_zeros_gives_the_bias() -> None:
