@@ -1,7 +1,7 @@
 """Linears as onnxruntime multiplies them fast: integer matmuls on its CPU, narrow weights on CPU and CUDA.
 
     static input       QuantizeLinear + DequantizeLinear, u8    -> MatMulIntegerToFloat
-    dynamic input      DynamicQuantizeLinear + MatMulInteger    -> DynamicQuantizeMatMul
+    dynamic input      DynamicQuantizeLinear + MatMulInteger    -> DynamicQuantizeMatMul, of normalized tokens
     groups, no input   com.microsoft::MatMulNBits, 2, 4, 8 bits
 
 Floats of few bits are lifted to integers: E2M1's numbers times two are whole (0, 1 ... 12), and exact.  What is
@@ -27,6 +27,7 @@ from qcompile.backends.onnx.storage import code_constant, is_whole, lift, pack_b
 from qcompile.backends.onnx.weights import dequantized_weight, float_weight
 from qcompile.backends.onnx.writer import Writer
 from qcompile.formats import Integer
+from qcompile.numerics import SMALLEST_SCALE
 from qcompile.spec import ALL
 
 _D = ir.DataType
@@ -37,6 +38,9 @@ _CONTRIB = "com.microsoft"
 _LEAST_BLOCK, _ROW_BLOCK, _MOST_BLOCK = 16, 32, 256
 # inputs are rounded to int8, block by block: the fast kernel of 4 bits, and the only one of 2 and 8 that is not slow
 _INT8_ACCURACY = 4
+
+# what a dynamic input gets, by whether tokens have scales of their own
+_FOUND = {False: "8 bits, one scale and a zero point a call", True: "8 bits and a scale a token, around zero"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,19 +177,30 @@ def _static_pair(w: Writer, given: Input) -> ir.Value:
 
 
 def _emit_dynamic(w: Writer, node: ir.Node, integers: Whole, given: Input) -> Planned:
-    """u8 input under a scale found for the whole input, once for all linears that read it."""
-    if str(given.spec) != "int8/tensor/asym":
-        w.note(f"inputs get 8 bits and one scale a call (planned: {given.spec}): onnxruntime has no faster kernel")
+    """u8 input under a scale found for the whole input, once for all linears that read it.
+
+    Where tokens have scales of their own, each is first divided by its largest magnitude, and its results multiplied
+    by it: under the one scale that onnxruntime finds then, each has all the codes.
+    """
+    by_token = given.spec.granularity.rows != ALL
+    if str(given.spec) not in ("int8/tensor/asym", "int8/token"):
+        w.note(f"inputs get {_FOUND[by_token]} (planned: {given.spec}), as onnxruntime's kernel finds them")
 
     def make() -> Sequence[ir.Value]:
-        return w.ops("DynamicQuantizeLinear", [w.cast(given.x, _D.FLOAT)], 3)
+        x = w.cast(given.x, _D.FLOAT)
+        if not by_token:
+            return w.ops("DynamicQuantizeLinear", [x], 3)
+        peak = w.op("ReduceMax", w.op("Abs", x), w.number([-1], _D.INT64), keepdims=1)
+        peak = w.op("Max", peak, w.number(SMALLEST_SCALE))
+        return [*w.ops("DynamicQuantizeLinear", [w.op("Div", x, peak)], 3), peak]
 
-    codes, scale, zero = w.many(("dynamic", given.x), make)
+    codes, scale, zero, *peaks = w.many(("dynamic", given.x, by_token), make)
     matrix, weight_zero = _integer_matrix(w, integers)
     product = w.op("MatMulInteger", codes, matrix, zero, *([] if weight_zero is None else [weight_zero]))
     scales = w.op("Mul", scale, _row_scale(w, integers))
-    product = w.op("Mul", w.cast(product, _D.FLOAT), scales, makes=_D.FLOAT)
-    return finish_linear(w, node, product, kernel="DynamicQuantizeMatMul")
+    inner = w.op("Mul", w.cast(product, _D.FLOAT), scales, makes=_D.FLOAT)
+    product = w.op("Mul", inner, peaks[0], makes=_D.FLOAT) if peaks else inner
+    return finish_linear(w, node, product, inner=inner, kernel="DynamicQuantizeMatMul")
 
 
 def _row_scale(w: Writer, integers: Whole) -> ir.Value:

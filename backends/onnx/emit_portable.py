@@ -28,11 +28,19 @@ def emit_linear(w: Writer, node: ir.Node) -> Planned:
 
 
 def finish_linear(
-    w: Writer, node: ir.Node, product: ir.Value, *, kernel: str | None = None, reason: str = "", flat: bool = True
+    w: Writer,
+    node: ir.Node,
+    product: ir.Value,
+    *,
+    inner: ir.Value | None = None,
+    kernel: str | None = None,
+    reason: str = "",
+    flat: bool = True,
 ) -> Planned:
     """Add the bias, cast to the linear's dtype, replace the linear, and say what was planned.
 
     product: its dtype, where known, is the one that the bias is added in.
+    inner: what the kernel makes, where product is more than that.
     flat: whether a runtime may make one Gemm of MatMul and Add.  If not, the bias of a linear of rank 2 gets three
     dimensions, for the sum's rank keeps onnxruntime from making a Gemm, which it then could not fuse with Q/DQ.
     """
@@ -49,13 +57,14 @@ def finish_linear(
     dtype = node.outputs[0].dtype or float_type(x)
     if product.dtype is not None and dtype is not None and product.dtype != dtype:
         made.append(w.cast(made[-1], dtype))
-    maker = product.producer()
+    kernels = made if inner is None else [inner, *made]
+    maker = kernels[0].producer()
     assert maker is not None
     replace(node.outputs[0], made[-1])
     return Planned(
         site=w.site,
         node=maker.name or "",
-        outputs=tuple(value.name or "" for value in made),
+        outputs=tuple(value.name or "" for value in kernels),
         kernel=kernel,
         reason=reason,
     )

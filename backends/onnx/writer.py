@@ -73,7 +73,9 @@ class Writer:
         assert self.anchor.graph is not None
         name = self._node_name(f"{self.site}/{kind}")
         node = ir.node(kind, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
-        node.metadata_props.update(self.anchor.metadata_props)
+        # the exporter's own notes are long, and would stand on every node
+        if MODULE_PATH in self.anchor.metadata_props:
+            node.metadata_props[MODULE_PATH] = self.anchor.metadata_props[MODULE_PATH]
         for i, value in enumerate(node.outputs):
             value.name = self.fresh(f"{name}_out{i or ''}")
         self.anchor.graph.insert_before(self.anchor, node)
@@ -156,15 +158,15 @@ def site_name(node: ir.Node) -> str:
 
 
 def replace(old: ir.Value, new: ir.Value, *, same_type: bool = True) -> None:
-    """Make all that reads `old` read `new`, which takes over its name and shape.
+    """Make all that reads `old` read `new`, which takes over its name.
 
-    same_type: and its type, too; codes of the canonical form are bytes, which a file may store as they mean.
+    same_type: and type and shape, too; codes of the canonical form are bytes, which a file may store as they mean.
     """
     name = old.name
     old.name = f"{name}_before"
-    new.name, new.shape = name, old.shape
+    new.name = name
     if same_type:
-        new.type = old.type
+        new.type, new.shape = old.type, old.shape
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 

@@ -100,18 +100,55 @@ def test_linears_that_share_an_input_quantize_it_once_and_all_fuse(given: str, s
     assert_near(run_onnxruntime(emitted.model, x), x, numbers, 0.51 * float(qparams.scale), torch.float32)
 
 
-@pytest.mark.parametrize("spec", ["int8/token/asym", "int8/token", "int4/token/asym", "int8/g32"])
-def test_a_finer_input_than_onnxruntime_has_is_coarsened_and_noted(spec: str) -> None:
+@pytest.mark.parametrize(
+    ("spec", "note"),
+    [
+        ("int8/token", None),
+        ("int8/token/asym", "8 bits and a scale a token, around zero"),
+        ("int4/token/asym", "8 bits and a scale a token, around zero"),
+        ("int8/g32", "8 bits and a scale a token, around zero"),
+        ("int8/tensor", "8 bits, one scale and a zero point a call"),
+        ("int4/tensor/asym", "8 bits, one scale and a zero point a call"),
+    ],
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_onnxruntime_finds_otherwise_than_planned_is_noted(
+    spec: str, note: str | None, shape: tuple[int, ...]
+) -> None:
     torch.manual_seed(2)
-    x = torch.randn(5, 96)
-    model, numbers = model_of((5, 96), "int8/channel", spec)
+    x = torch.randn(shape)
+    model, numbers = model_of(shape, "int8/channel", spec)
     emitted = emit(model, "ort-cpu")
     check_fusion(emitted)
-    assert emitted.notes == (
-        f"block.q: inputs get 8 bits and one scale a call (planned: {spec}): onnxruntime has no faster kernel",
-    )
-    step = 0.51 * float(find_qparams(x, parse_spec("int8/tensor/asym")).scale)
+    found = f"block.q: inputs get {note} (planned: {spec}), as onnxruntime's kernel finds them"
+    assert emitted.notes == (() if note is None else (found,))
+    step = 0.51 * 2 * float(x.abs().max()) / 255
     assert_near(run_onnxruntime(emitted.model, x), x, numbers, step, torch.float32)
+
+
+def test_tokens_of_very_different_size_do_not_disturb_each_other() -> None:
+    torch.manual_seed(2)
+    sizes = torch.tensor([1e-42, 1e-30, 1e-4, 1.0, 300.0, 1e30])[:, None]
+    x = torch.cat([torch.randn(6, 96) * sizes, torch.zeros(1, 96)])
+    model, numbers = model_of((7, 96), "int8/channel", "int8/token", bias=False)
+    emitted = emit(model, "ort-cpu")
+    found = run_onnxruntime(emitted.model, x)[0].double()
+    w = numbers[0][0].double()
+    # subnormal numbers are under the smallest scale that there is
+    peak = x.double().abs().amax(1, keepdim=True).clamp(min=2.0**-126)
+    assert ((found - x.double() @ w.T).abs() <= 0.52 * 2 / 255 * peak * w.abs().sum(1)).all()
+
+
+def test_a_token_with_inf_does_not_hide_it_and_harms_no_other() -> None:
+    torch.manual_seed(2)
+    x = torch.randn(3, 96)
+    x[1, 7] = torch.inf
+    model, numbers = model_of((3, 96), "int8/channel", "int8/token")
+    found = run_onnxruntime(emit(model, "ort-cpu").model, x)[0]
+    assert not found[1].isfinite().any()
+    w, b = numbers[0]
+    assert b is not None
+    torch.testing.assert_close(found[[0, 2]], torch.nn.functional.linear(x[[0, 2]], w, b), rtol=0, atol=0.5)
 
 
 NARROW = ["int8/channel", "int4/g32", "int4/g128/asym/bf16", "int2/g64", "int2/g16/asym", "int3/g32/asym", "int5/g16",
