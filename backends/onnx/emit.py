@@ -1,0 +1,117 @@
+"""From the canonical form to a file that a runtime reads: one entry of `TARGETS` for each kind of runtime.
+
+First the sites, which know their operands and may swallow the Q/DQ around them; then what is left, in standard ops.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxscript import version_converter
+
+from qcompile.backends.onnx import emit_ort, emit_portable, emit_tensorrt
+from qcompile.backends.onnx.planned import Emitted, Planned
+from qcompile.backends.onnx.writer import BASE_OPSET, DOMAIN, Writer, site_name
+from qcompile.errors import GraphError, UnsupportedError, nearest
+
+_D = ir.DataType
+_Emit = Callable[[Writer, ir.Node], Planned | None]
+_Kind = tuple[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """How one kind of runtime wants its files.
+
+    linear: writes a linear.  lacks: types that it cannot hold.  newest: the last opset that it reads.
+    """
+
+    name: str
+    linear: _Emit
+    newest: int
+    lacks: frozenset[ir.DataType] = field(default_factory=frozenset)
+
+
+# onnxruntime 1.32 has no kernel that casts or dequantizes fp4; TensorRT 11's parser reads opsets 9 to 25
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(name="portable", linear=emit_portable.emit_linear, newest=25),
+        Target(name="ort-cpu", linear=emit_ort.emit_cpu_linear, newest=25, lacks=frozenset({_D.FLOAT4E2M1})),
+        Target(name="ort-cuda", linear=emit_ort.emit_cuda_linear, newest=25, lacks=frozenset({_D.FLOAT4E2M1})),
+        Target(name="tensorrt", linear=emit_tensorrt.emit_linear, newest=25),
+    )
+}
+
+# in this order, because a quantization that all its sites swallow is not written
+_REST: Mapping[_Kind, _Emit] = {
+    (DOMAIN, "RMSNorm"): emit_portable.emit_rms_norm,
+    (DOMAIN, "Silu"): emit_portable.emit_silu,
+    (DOMAIN, "Gelu"): emit_portable.emit_gelu,
+    (DOMAIN, "Outliers"): emit_portable.emit_outliers,
+    (DOMAIN, "Quantize"): emit_portable.emit_quantize,
+    (DOMAIN, "QuantizeDynamic"): emit_portable.emit_quantize_dynamic,
+    (DOMAIN, "Dequantize"): emit_portable.emit_dequantize,
+}
+
+
+def emit(model: ir.Model, target: str) -> Emitted:
+    """A new model for `target`, and what is expected of it there.  `model` stays as it is.
+
+    model: in canonical form.  Raises UnsupportedError for an unknown target, and for what the target cannot run with
+    the site, the spec and what to use instead; GraphError for a graph that is not in canonical form.
+    """
+    if target not in TARGETS:
+        raise UnsupportedError(f"unknown target {target!r}; nearest: {nearest(target, TARGETS)}")
+    chosen = TARGETS[target]
+    result = model.clone()
+    _raise_opset(result)
+    writer = Writer(result, target, chosen.lacks)
+    sites: Mapping[_Kind, _Emit] = {(DOMAIN, "Linear"): chosen.linear, ("", "Gather"): emit_portable.emit_embedding}
+    planned = [*_rewrite(writer, sites), *_rewrite(writer, _REST)]
+    _finish(result, writer, chosen)
+    return Emitted(model=result, target=target, planned=tuple(planned), notes=tuple(writer.notes))
+
+
+def _raise_opset(model: ir.Model) -> None:
+    if model.opset_imports.get("", BASE_OPSET) < BASE_OPSET:
+        version_converter.convert_version(model, BASE_OPSET)
+    opset = model.opset_imports.get("", 0)
+    if opset < BASE_OPSET:
+        raise UnsupportedError(
+            f"the model has opset {opset} and could not be brought to {BASE_OPSET}; export it with opset {BASE_OPSET}"
+        )
+
+
+def _rewrite(writer: Writer, table: Mapping[_Kind, _Emit]) -> list[Planned]:
+    """Write every node that the table knows, and drop what nothing reads any more."""
+    planned = []
+    for node in list(writer.model.graph.all_nodes()):
+        write = table.get((node.domain, node.op_type))
+        if write is None:
+            continue
+        writer.anchor = node
+        if (site := write(writer, node)) is not None:
+            planned.append(site)
+    RemoveUnusedNodesPass()(writer.model)
+    return planned
+
+
+def _finish(model: ir.Model, writer: Writer, target: Target) -> None:
+    left = next((node for node in model.graph.all_nodes() if node.domain == DOMAIN), None)
+    if left is not None:
+        raise GraphError(f"no emitter writes {left.op_type!r} of {site_name(left)!r}; it is not of the canonical form")
+    opset = max(model.opset_imports[""], writer.opset)
+    if opset > target.newest:
+        raise UnsupportedError(
+            f"the model needs opset {opset}, and target {target.name!r} reads none above {target.newest}; "
+            f"export it with an older opset"
+        )
+    model.opset_imports.pop(DOMAIN, None)
+    model.opset_imports[""] = opset
+    for domain in {node.domain for node in model.graph.all_nodes()} - {""}:
+        model.opset_imports.setdefault(domain, 1)
+    versions = [onnx.helper.make_opsetid("", opset)]
+    model.ir_version = max(model.ir_version or 0, onnx.helper.find_min_ir_version_for(versions))

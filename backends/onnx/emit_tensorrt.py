@@ -1,0 +1,109 @@
+"""Linears as TensorRT reads them: symmetric Q/DQ, int8 or fp8 inputs under a calibrated scale, int4 blocks of weights.
+
+Source: TensorRT documentation, "Working with Quantized Types" and IQuantizeLayer: zero points absent or zero, scales
+positive, int4 for weights alone in blocks of 64 or 128 along K. Nothing here was run by TensorRT itself.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.backends.onnx.emit_portable import finish_linear, zero_point
+from qcompile.backends.onnx.operands import Array, Input, Weight, by_row, input_of, required, weight_of
+from qcompile.backends.onnx.planned import Planned
+from qcompile.backends.onnx.storage import code_type, typed
+from qcompile.backends.onnx.weights import float_weight
+from qcompile.backends.onnx.writer import Writer
+from qcompile.spec import ALL, Spec
+
+_D = ir.DataType
+
+_INPUTS = ("int8", "fp8_e4m3")
+_BLOCKS = (64, 128)
+_STATIC = "use a calibrated recipe with one symmetric scale an input: input 'int8/tensor' or 'fp8_e4m3/tensor'"
+_WEIGHT = "use weight 'int8/channel', 'fp8_e4m3/channel', or 'int4/g128' without an input spec"
+
+
+def emit_linear(w: Writer, node: ir.Node) -> Planned:
+    """MatMul between DequantizeLinears, without casts between, which would keep TensorRT from fusing.
+
+    Raises UnsupportedError for what TensorRT refuses.
+    """
+    weight, given = weight_of(required(node, 1)), input_of(required(node, 0))
+    if weight is None:
+        product = w.op("MatMul", required(node, 0), float_weight(w, required(node, 1)))
+        return finish_linear(w, node, product, reason="the weight is not quantized")
+    if (why := _weight_refusal(weight.spec, given)) is not None:
+        raise w.unsupported(f"TensorRT takes no weight {weight.spec}{why}", _WEIGHT)
+    if given is not None and (why := _input_refusal(given)) is not None:
+        raise w.unsupported(f"TensorRT takes no input {given.spec} here: {why}", _STATIC)
+    if given is not None and given.spec.format != weight.spec.format:
+        raise w.unsupported(f"TensorRT multiplies no {given.spec} by {weight.spec}", "give both sites the same format")
+    x = required(node, 0) if given is None else _pair(w, given)
+    product = w.op("MatMul", x, _stored(w, weight))
+    return finish_linear(w, node, product, reason="TensorRT fuses when it builds its engine")
+
+
+def _weight_refusal(spec: Spec, given: Input | None) -> str | None:
+    if not spec.symmetric:
+        return ": it has a zero point"
+    if spec.format.name == "int4":
+        if given is not None:
+            return f" beside an input {given.spec}: int4 is for weights alone"
+        fits = spec.granularity.rows == 1 and spec.granularity.columns in _BLOCKS
+        return None if fits else ": int4 comes in blocks of 64 or 128 along K"
+    if spec.format.name not in _INPUTS:
+        return ""
+    return None if spec.granularity.columns == ALL else ": 8 bits have a scale a channel or a tensor"
+
+
+def _input_refusal(given: Input) -> str | None:
+    if not given.spec.symmetric:
+        return "it has a zero point"
+    if given.spec.format.name not in _INPUTS:
+        return "inputs are int8 or fp8_e4m3"
+    if given.scale is None:
+        return "its scale is found while running"
+    return None if given.scale.size == 1 else "inputs have one scale"
+
+
+def _scale(w: Writer, name: str, scale: Array, dtype: ir.DataType) -> ir.Value:
+    """A scale in the model's float, which DequantizeLinear then returns.  Raises UnsupportedError if it rounds to 0."""
+    rounded = scale.astype(dtype.numpy())
+    if not (np.isfinite(rounded.astype(np.float32)).all() and (rounded.astype(np.float32) > 0).all()):
+        raise w.unsupported(
+            f"a scale of {name!r} is not positive and finite in {dtype.name.lower()}", "export the model in float32"
+        )
+    return w.constant(f"{name}_scale", ir.Tensor(rounded, dtype))
+
+
+def _pair(w: Writer, given: Input) -> ir.Value:
+    assert given.scale is not None
+    scale_of = given.scale.reshape(())
+
+    def make() -> ir.Value:
+        scale = _scale(w, given.x.name or "input", scale_of, given.dtype)
+        dtype = code_type(given.spec.format, True, w)
+        assert dtype is not None
+        # it says the type of the codes, which is uint8 without it
+        zero = zero_point(w, 0, dtype)
+        return w.op("DequantizeLinear", w.op("QuantizeLinear", given.x, scale, zero), scale, zero)
+
+    return w.once(("pair", given.x, str(given.spec), scale_of.tobytes()), make)
+
+
+def _stored(w: Writer, weight: Weight) -> ir.Value:
+    def make() -> ir.Value:
+        dtype = code_type(weight.spec.format, True, w)
+        assert dtype is not None
+        codes = w.constant(weight.name, typed(np.ascontiguousarray(weight.codes.T), dtype))
+        granularity = weight.spec.granularity
+        if granularity.rows == ALL:
+            return w.op("DequantizeLinear", codes, _scale(w, weight.name, weight.scale.reshape(()), weight.dtype))
+        if granularity.columns == ALL:
+            scale = _scale(w, weight.name, weight.scale.reshape(-1), weight.dtype)
+            return w.op("DequantizeLinear", codes, scale, axis=1)
+        blocks = np.ascontiguousarray(by_row(weight.scale, weight).T)
+        scale = _scale(w, weight.name, blocks, weight.dtype)
+        return w.op("DequantizeLinear", codes, scale, axis=0, block_size=granularity.columns)
+
+    return w.once(("tensorrt", weight.value, weight.spec), make)
