@@ -309,9 +309,7 @@ def _name_axes(model: ir.Model, traced: _Traced) -> None:
         for axis, name in zip(axes, ("batch", "sequence"), strict=False):
             if axis.symbol is not None:
                 names.setdefault(axis.symbol, name)
-    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
-    if not names:
-        return
+    pattern = re.compile(r"\b\w+\b")
     for graph in model.graphs():
         made = (value for node in graph for value in node.outputs)
         for value in {*graph.inputs, *graph.outputs, *made}:
@@ -321,4 +319,7 @@ def _name_axes(model: ir.Model, traced: _Traced) -> None:
 
 def _renamed(size: Any, pattern: re.Pattern[str], names: Mapping[str, str]) -> int | str | None:
     text = size if isinstance(size, int) else size.value
-    return pattern.sub(lambda found: names[found[0]], text) if isinstance(text, str) else text
+    if not isinstance(text, str):
+        return text
+    # a size that tracing found to be fixed is still written as a symbol
+    return int(text) if text.isdecimal() else pattern.sub(lambda found: names.get(found[0], found[0]), text)

@@ -229,9 +229,10 @@ def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
         export_model(nn.Linear(2, 2), torch.randn(2, 2), tmp_path / "none" / "m.onnx")
 
 
-@pytest.mark.parametrize("share", [1.002, 1.0])
+@pytest.mark.parametrize("share", [1.02, 1.0])
 def test_a_wrong_export_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
     """One column of one weight, a little off."""
+    torch.manual_seed(0)
     net = nn.Linear(8, 3)
     plain = agree.session
 
