@@ -36,6 +36,10 @@ class WeightError(QcompileError, ValueError):
     """A weight that cannot be quantized: NaN, Inf, integer, or not loaded."""
 
 
+class ModelError(QcompileError, ValueError):
+    """A model file that is broken, unsafe, quantized already, or cannot be written."""
+
+
 class UnsupportedError(QcompileError):
     """Asked for something that this machine, library or use cannot do."""
 

