@@ -23,6 +23,7 @@ __all__ = [
     "calibrate",
     "load",
     "parse_spec",
+    "quantize_onnx",
     "report",
     "save",
 ]
@@ -37,3 +38,11 @@ def report(compiled: Any) -> Report:
     from qcompile import compile
 
     return compile.report(compiled)
+
+
+def quantize_onnx(*args: Any, **kwargs: Any) -> Report:
+    """Quantize an ONNX file into another one; see `qcompile.files.quantize_onnx`, which takes the same arguments."""
+    # none of the ONNX libraries is needed for all else
+    from qcompile import files
+
+    return files.quantize_onnx(*args, **kwargs)

@@ -2,23 +2,21 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 from qcompile.artifact import save_failure
-from qcompile.backends.fx.capture import Captured, capture
-from qcompile.backends.fx.graph import FxGraph
+from qcompile.backends.fx.capture import capture
 from qcompile.choose import Case, Choice, choose, joined, prepared_stats, probe_part
 from qcompile.edges import Edge, find_edges, same_channels
 from qcompile.folds import Fold
-from qcompile.graph import Graph, Op
+from qcompile.graph import Graph, Op, V
 from qcompile.noise import shares_rows
 from qcompile.observers import Stats
 from qcompile.outliers import Group, Outliers, find_outliers
@@ -37,6 +35,17 @@ _LOG = logging.getLogger(__name__)
 # sites that a note names
 NAMED = 6
 Item = TypeVar("Item")
+
+
+class Captured(Protocol[V]):
+    """A graph of a model, to be opened anew as often as wanted, with inputs that it takes."""
+
+    @property
+    def args(self) -> Sequence[Any]:
+        """In the order of the graph's inputs."""
+
+    def open(self) -> Graph[V]:
+        """The graph as it was, to be changed at will."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +79,19 @@ def prepare(
         return Prepared(decided=Preparation(), stats=seen.stats, groups=list(_groups(seen)))
     with evaluating(model):
         graphs = capture(model, lambda compiled: run_batch(compiled, first_rows(seen.example), 0))
-        found = [_Preparing(captured, seen, recipe, _name(model), failures) for captured in graphs]
+        return prepare_graphs(graphs, seen, recipe, model=_name(model), failures=failures)
+
+
+def prepare_graphs(
+    graphs: Iterable[Captured[V]],
+    seen: Seen,
+    recipe: Recipe,
+    *,
+    model: str = "",
+    failures: str | Path | None = None,
+) -> Prepared:
+    """What `prepare` does, on graphs of any host.  model: its name, for strengths of smoothing that go by it."""
+    found = [_Preparing(captured, seen, recipe, model, failures) for captured in graphs]
     for one in found:
         one.decide()
         one.verify()
@@ -93,10 +114,12 @@ def prepare(
     )
 
 
-class _Preparing:
+class _Preparing(Generic[V]):
     """One graph of the model, and what has been decided for it so far."""
 
-    def __init__(self, captured: Captured, seen: Seen, recipe: Recipe, model: str, failures: str | Path | None) -> None:
+    def __init__(
+        self, captured: Captured[V], seen: Seen, recipe: Recipe, model: str, failures: str | Path | None
+    ) -> None:
         self.folds: list[Fold] = []
         self.split: dict[str, tuple[int, ...]] = {}
         self.inputs: dict[str, Spec] = {}
@@ -108,7 +131,7 @@ class _Preparing:
         self._captured, self._seen, self._recipe = captured, seen, recipe
         self._model, self._failures = model, failures
         # what folds divide the rows of linears by: channels and scales
-        self._taken: dict[Node, list[tuple[Tensor, Tensor]]] = {}
+        self._taken: dict[V, list[tuple[Tensor, Tensor]]] = {}
 
     def decide(self) -> None:
         """Choose for each activation, last ones first: a fold behind changes rows of the weights before it."""
@@ -123,9 +146,9 @@ class _Preparing:
             for rule, members in by_rule.items():
                 self._decide(edge, rule, members, may_scale=may_scale)
 
-    def _by_rule(self, edge: Edge[Node]) -> dict[Rule, list[Found[Node]]]:
+    def _by_rule(self, edge: Edge[V]) -> dict[Rule, list[Found[V]]]:
         """The edge's sites that are quantized and of which data was seen, by the rule that decides them."""
-        found: dict[Rule, list[Found[Node]]] = {}
+        found: dict[Rule, list[Found[V]]] = {}
         for member in edge.consumers:
             rule = next((rule for rule in self._recipe.rules if rule.matches(member.site)), None)
             wanted = rule is not None and rule.input is not None and (rule.smooth is not None or rule.split is not None)
@@ -133,13 +156,13 @@ class _Preparing:
                 found.setdefault(rule, []).append(member)
         return found
 
-    def _others(self, edge: Edge[Node], members: Sequence[Found[Node]]) -> bool:
+    def _others(self, edge: Edge[V], members: Sequence[Found[V]]) -> bool:
         """Whether readers that are not members quantize the activation too: their ranges know nothing of a scale."""
         others = [found.site for found in edge.consumers if found not in members]
         rules = [next((rule for rule in self._recipe.rules if rule.matches(site)), None) for site in others]
         return any(rule is not None and rule.input is not None for rule in rules)
 
-    def _decide(self, edge: Edge[Node], rule: Rule, members: Sequence[Found[Node]], *, may_scale: bool) -> None:
+    def _decide(self, edge: Edge[V], rule: Rule, members: Sequence[Found[V]], *, may_scale: bool) -> None:
         stats = self._seen.stats[members[0].site.name]
         weights = [self._weight(member) for member in members]
         choice = choose(
@@ -162,7 +185,7 @@ class _Preparing:
                 self._taken.setdefault(edge.producer, []).append((edge.channels, choice.scale))
         self._take(names, stats, choice, rule)
 
-    def _weight(self, member: Found[Node]) -> Tensor:
+    def _weight(self, member: Found[V]) -> Tensor:
         """A site's weight as the folds chosen so far leave it, float32 [N, K]."""
         weight = member.site.weight.detach().float()
         for channels, scale in self._taken.get(member.value, ()):
@@ -198,7 +221,7 @@ class _Preparing:
     def _checked_split(self) -> None:
         decisions = [self._split_alone(site) for name, site in self._seen.sites.items() if name in self.split]
 
-        def run(graph: Graph[Node], chosen: Sequence[Decision]) -> int:
+        def run(graph: Graph[V], chosen: Sequence[Decision]) -> int:
             fold_smooth(graph, self.folds)
             return split_outliers(graph, Plan(recipe=self._recipe, decisions={d.name: d for d in chosen}))
 
@@ -228,7 +251,7 @@ class _Preparing:
     def _checked(
         self,
         name: str,
-        run: Callable[[Graph[Node], Sequence[Any]], int],
+        run: Callable[[Graph[V], Sequence[Any]], int],
         items: Sequence[Item],
         sites_of: Callable[[Item], Sequence[str]],
     ) -> list[Item]:
@@ -264,7 +287,7 @@ def _groups(seen: Seen) -> Iterator[Group]:
         yield Group(sites=tuple(names), maker=Op.OTHER, stats=seen.stats[names[0]])
 
 
-def _is_residual(graph: FxGraph, value: Node) -> bool:
+def _is_residual(graph: Graph[V], value: V) -> bool:
     """Whether a sum reads the value: then a norm makes the residual stream itself, as in post-norm models.
 
     Elsewhere a multiplication would only spare others that read the norm, such as experts, the scale.
@@ -282,7 +305,7 @@ def _hidden(sites: Sequence[str]) -> Iterator[str]:
         )
 
 
-def _run_some(run: Callable[[Graph[Node], Sequence[Item]], int], items: Sequence[Item], graph: Graph[Node]) -> int:
+def _run_some(run: Callable[[Graph[V], Sequence[Item]], int], items: Sequence[Item], graph: Graph[V]) -> int:
     return run(graph, items)
 
 

@@ -48,11 +48,12 @@ CORE = (
     "watch",
     "verify",
     "report",
+    "expected",
     "artifact",
     "options",
 )
 # they see everything, and only they and the package's __init__ see them
-ROOTS = ("pipeline", "frame", "compile", "prepare", "calibrate", "cli")
+ROOTS = ("pipeline", "frame", "compile", "prepare", "calibrate", "files", "cli")
 # backends that may import others; the others import the core alone
 BACKEND_SEES = {"fx": {"devices", "triton"}, "onnx": {"devices"}, "triton": {"devices"}, "devices": set()}
 # what a part of the house may import beside the standard library and torch

@@ -1,4 +1,4 @@
-"""The command line: `qcompile recipes | formats | doctor | show | analyze | demo`.
+"""The command line: `qcompile quantize | analyze | demo | doctor | formats | recipes | show`.
 
 Any mistake of the user ends in one red line and exit code 2; `qcompile --debug ...` shows the traceback.
 """
@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from qcompile.cli.analyze import analyze_model
 from qcompile.cli.demo import demo
 from qcompile.cli.doctor import doctor
+from qcompile.cli.quantize import quantize
 from qcompile.cli.show import show
 from qcompile.cli.tables import formats, recipes
 from qcompile.errors import QcompileError
@@ -65,5 +66,5 @@ def root(
 
 
 app.command("analyze")(analyze_model)
-for command in (demo, doctor, formats, recipes, show):
+for command in (demo, doctor, formats, quantize, recipes, show):
     app.command()(command)

@@ -5,30 +5,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
 from qcompile.advice import Advice, measured
 from qcompile.analysis import Analysis, analyze, remedied
 from qcompile.cli.examine import Examined, examine, output_snr
 from qcompile.cli.subjects import DEMO, Subject, open_subject
 from qcompile.errors import OptionsError
-from qcompile.folds import scale_before
-from qcompile.graph import Op
-from qcompile.numerics import dequantize, quantize, snr_db
+from qcompile.expected import expected_report
 from qcompile.outliers import outlier_notes
-from qcompile.packing import stored_bytes
-from qcompile.plan import Decision, Plan, fold_notes
 from qcompile.presets import parse_recipe
-from qcompile.report import Report, SiteReport
+from qcompile.report import Report
 from qcompile.report.findings import short
 from qcompile.report.report import write_text
-from qcompile.solvers import SOLVERS
 
 # rows of a table on the terminal
 TOP = 12
@@ -58,7 +51,7 @@ def analyze_model(
         examined = examine(subject.model, subject.calibrate, parsed)
     with console.status("measuring each site ..."):
         found = analyze(examined.sites, examined.groups, examined.plan, smoothable=examined.smoothable)
-        report = planned(examined.plan, examined)
+        report = expected_report(examined.plan, examined.sites, examined.left)
     if tries and found.advice:
         with console.status("trying advice on the model ..."):
             found = replace(found, advice=tuple(_tried(subject, examined, found.advice, tries)))
@@ -69,49 +62,6 @@ def analyze_model(
     if json is not None:
         write_text(json, found.to_json())
         console.print(f"wrote {json}", style="dim", markup=False)
-
-
-def planned(plan: Plan, examined: Examined) -> Report:
-    """The report of a plan before anything is compiled: no kernels, bytes as the specs store them."""
-    weights = {site.name: site.weight.detach() for site in examined.sites}
-    weights |= {left.name: left.weight.detach() for left in examined.left}
-    owners: dict[int, str] = {}
-    # a weight that several sites read counts where it is quantized
-    for decision in sorted(plan.decisions.values(), key=lambda d: d.weight is None):
-        owners.setdefault(weights[decision.name].data_ptr(), decision.name)
-    reports = tuple(
-        _planned_site(
-            d, weights[d.name], scale_before(d.name, plan.folds), owns=owners[weights[d.name].data_ptr()] == d.name
-        )
-        for d in plan.decisions.values()
-    )
-    notes = (*plan.notes, *fold_notes(plan))
-    return Report(recipe=plan.recipe.name, device="paper (not compiled)", sites=reports, notes=notes)
-
-
-def _planned_site(decision: Decision, weight: Tensor, scale: Tensor | None, *, owns: bool) -> SiteReport:
-    before = weight.nbytes if owns else 0
-    after, snr = before, None
-    if decision.weight is not None:
-        coded = weight if scale is None else weight.float() * scale.to(weight.device)
-        coded = coded.index_fill(1, torch.tensor(decision.outliers, dtype=torch.int64, device=coded.device), 0.0)
-        qparams = SOLVERS[decision.solver](coded, decision.weight)
-        snr = snr_db(coded, dequantize(quantize(coded, qparams), qparams))
-        tail = weight.element_size() * weight.shape[0] * len(decision.outliers)
-        after = stored_bytes(decision.weight, *decision.shape) + tail if owns else 0
-    return SiteReport(
-        name=decision.name,
-        op=decision.op.value,
-        shape=decision.shape,
-        weight=None if decision.weight is None else str(decision.weight),
-        input=None if decision.input is None else str(decision.input),
-        snr_db=snr,
-        bytes_before=before,
-        bytes_after=after,
-        macs=weight.numel() if decision.op is Op.LINEAR else 0,
-        reason=decision.reason,
-        outliers=0 if decision.weight is None else len(decision.outliers),
-    )
 
 
 def _tried(subject: Subject, examined: Examined, advice: Sequence[Advice], tries: int) -> list[Advice]:

@@ -1,0 +1,42 @@
+"""`qcompile quantize`: an ONNX file in, a quantized ONNX file out, with the report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from qcompile.cli.batches import read_batches
+from qcompile.errors import OptionsError
+
+
+def quantize(
+    source: Annotated[Path, typer.Argument(help="A float .onnx file; it is never changed.")],
+    output: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
+    recipe: Annotated[str, typer.Option(help="A name, or a TOML file.")] = "int8",
+    data: Annotated[
+        Path | None, typer.Option(help="Batches of inputs: .npz, a folder of .npz, or .jsonl (a batch a line).")
+    ] = None,
+    target: Annotated[str, typer.Option(help="ort-cpu, ort-cuda, tensorrt or portable.")] = "ort-cpu",
+    min_coverage: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Fail if less of the weight bytes is quantized.")
+    ] = 0.0,
+    html: Annotated[Path | None, typer.Option(help="Write the report as a page here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report as JSON here.")] = None,
+) -> None:
+    """Quantize an ONNX file into another one."""
+    try:
+        from qcompile.files import quantize_onnx
+    except ImportError as e:
+        raise OptionsError(f"ONNX files need more libraries ({e.name} is missing): pip install 'qcompile[onnx]'") from e
+    console = Console()
+    batches = None if data is None else read_batches(data)
+    with console.status(f"quantizing {source} ..."):
+        report = quantize_onnx(source, output, recipe, batches=batches, target=target, min_coverage=min_coverage)
+    console.print(report)
+    before, after = (path.stat().st_size / 1e6 for path in (source, output))
+    console.print(f"wrote {output}: {after:.1f} MB, the float file is {before:.1f} MB", markup=False)
+    if html is not None:
+        report.to_html(html, title=output.name)
+    if json is not None:
+        report.to_json(json)

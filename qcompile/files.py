@@ -1,0 +1,151 @@
+"""ONNX in, quantized ONNX out: the same passes, plans and recipes as for torch.compile, on files."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from qcompile import pipeline
+from qcompile.backends.onnx.calibrate import watch_onnx
+from qcompile.backends.onnx.door import open_onnx
+from qcompile.backends.onnx.emit import TARGETS, emit
+from qcompile.backends.onnx.files import read_model, write_model
+from qcompile.backends.onnx.fusion import check_fusion
+from qcompile.backends.onnx.graph import OnnxGraph
+from qcompile.backends.onnx.planned import Emitted
+from qcompile.calibrate import parts_for
+from qcompile.errors import CalibrationError, CoverageError, UnsupportedError, nearest
+from qcompile.expected import expected_report
+from qcompile.graph import Op
+from qcompile.outliers import outlier_notes
+from qcompile.plan import Plan, check_methods, make_plan
+from qcompile.prepare import prepare_graphs
+from qcompile.presets import parse_recipe
+from qcompile.recipe import Recipe
+from qcompile.report import Report
+from qcompile.sites import find_sites, left_over
+from qcompile.watch import Seen, first_rows
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Opened:
+    """A file's graph, to be opened as often as wanted, with inputs that it takes."""
+
+    model: ir.Model
+    args: Sequence[Any] = ()
+
+    def open(self) -> OnnxGraph:
+        return open_onnx(self.model)
+
+
+def quantize_onnx(
+    source: str | Path,
+    target_path: str | Path,
+    recipe: str | Path | Mapping[str, Any] | Recipe | Plan = "int8",
+    *,
+    batches: Iterable[Batch] | None = None,
+    target: str = "ort-cpu",
+    min_coverage: float = 0.0,
+    failures: str | Path | None = None,
+) -> Report:
+    """Quantize an ONNX file into another one, and tell what became of every weight.
+
+    source: a float model; it is never changed. target_path: the file to write, whole or not at all.
+    recipe: see `parse_recipe`, or a Plan, for example one made on the PyTorch model that the file was exported from.
+    batches: of inputs, tensors or arrays by the names of the model's inputs, for recipes that need data; rows that an
+        attention_mask [B, T] calls padding are not counted.
+    target: who runs the file: "ort-cpu", "ort-cuda", "tensorrt", or "portable" (standard operators alone).
+    min_coverage: share of the weight bytes that has to be quantized, 0 to 1.  failures: see `qcompile.calibrate`.
+    For ort-cpu a session is built, and each kernel that was planned has to be in it.
+    Raises ModelError for a broken or quantized source and a path that cannot be written, UnsupportedError for what the
+    target cannot run, CalibrationError without data that is needed, CoverageError, and what `make_plan` raises; nothing
+    is written then.
+    """
+    if target not in TARGETS:
+        raise UnsupportedError(f"unknown target {target!r}; nearest: {nearest(target, TARGETS)}")
+    model = read_model(source)
+    graph = open_onnx(model)
+    plan = recipe if isinstance(recipe, Plan) else _planned(model, graph, parse_recipe(recipe), batches, failures)
+    sites, left = [found.site for found in find_sites(graph)], list(left_over(graph))
+    multiplications = list(pipeline.multiplications(graph, plan))
+    applied = pipeline.quantize(graph, plan)
+    emitted = emit(graph.model, target)
+    kernels = check_fusion(emitted) if target == "ort-cpu" else Counter()
+    report = _with_kernels(expected_report(applied, sites, left, device=target), emitted)
+    found = () if applied.outliers is None else outlier_notes(applied.outliers)
+    fused = [f"kernels of onnxruntime: {', '.join(f'{n} {k}' for k, n in sorted(kernels.items()))}"] if kernels else []
+    report = replace(report, notes=(*report.notes, *multiplications, *found, *emitted.notes, *fused))
+    if report.coverage < min_coverage:
+        raise CoverageError(
+            f"{report.coverage:.1%} of the weight bytes of {str(source)!r} are quantized, {min_coverage:.1%} were "
+            "demanded: the report says why each of the others is left alone"
+        )
+    write_model(emitted.model, target_path, source=source)
+    return report
+
+
+def _planned(
+    model: ir.Model, graph: OnnxGraph, recipe: Recipe, batches: Iterable[Batch] | None, failures: str | Path | None
+) -> Plan:
+    """A plan for the graph, with what the batches show if there are any."""
+    check_methods(recipe)
+    sites = {found.site.name: found.site for found in find_sites(graph)}
+    left = list(left_over(graph))
+    if batches is None:
+        if recipe.needs_data:
+            raise CalibrationError(
+                f"recipe {recipe.name!r} needs data: give batches of the model's inputs "
+                f"({', '.join(repr(v.name) for v in graph.model.graph.inputs)}), or take a recipe that needs none"
+            )
+        return make_plan(list(sites.values()), recipe, left=left)
+    watched = {
+        found.site.name: x
+        for found in find_sites(graph)
+        if found.site.op is Op.LINEAR and (x := graph.inputs(found.value)[0]) is not None
+    }
+    first = _First(batches)
+    # what is watched is the graph that will be quantized, in operators that onnxruntime knows
+    stats = watch_onnx(emit(graph.model, "portable").model, watched, first, parts_for(recipe))
+    if not first.count:
+        raise CalibrationError("batches is empty: give at least one (an iterator that was used up is empty, too)")
+    seen = Seen(sites=sites, stats=stats, left=left, batches=first.count, example=first.batch)
+    if not recipe.prepares:
+        return make_plan(list(sites.values()), recipe, stats, left)
+    example = first_rows({name: torch.as_tensor(x) for name, x in first.batch.items()})
+    args = [example[str(value.name)] for value in graph.model.graph.inputs]
+    prepared = prepare_graphs([_Opened(model=model, args=args)], seen, recipe, failures=failures)
+    plan = make_plan(list(sites.values()), recipe, prepared.stats, left, prepared=prepared.decided)
+    return replace(plan, outliers=prepared.outliers)
+
+
+class _First:
+    """Batches that are looked at once, of which the first is kept."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = batches
+        self.count = 0
+        self.batch: dict[str, Tensor] = {}
+
+    def __iter__(self) -> Any:
+        for batch in self._batches:
+            if self.count == 0:
+                self.batch = dict(batch)
+            self.count += 1
+            yield batch
+
+
+def _with_kernels(report: Report, emitted: Emitted) -> Report:
+    """The report with what runs each site, or why no fused kernel does."""
+    planned = {one.site: one for one in emitted.planned}
+    sites = [
+        replace(site, kernel=one.kernel or one.reason) if (one := planned.get(site.name)) is not None else site
+        for site in report.sites
+    ]
+    return replace(report, sites=tuple(sites))

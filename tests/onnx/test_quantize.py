@@ -1,0 +1,225 @@
+"""ONNX in, quantized ONNX out: smaller, fused, right, and nothing lost where it cannot be done."""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+import qcompile
+from qcompile.backends.onnx.export import export_model
+from qcompile.cli import app
+from qcompile.errors import CalibrationError, CoverageError, ModelError, RecipeError, UnsupportedError
+from qcompile.plan import Plan
+
+WIDTH, HIDDEN, LOUD = 64, 96, 7
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.gate, self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Net(nn.Module):
+    """Two layers of a decoder without attention; one channel of the first norm is loud."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x * attention_mask[..., None]
+
+
+@cache
+def net() -> Net:
+    torch.manual_seed(0)
+    model = Net().eval()
+    with torch.no_grad():
+        model.layers[0].norm.weight[LOUD] *= 40
+        for linear in (model.layers[0].gate, model.layers[0].up):
+            linear.weight[:, LOUD] /= 40
+    return model
+
+
+def batch(seed: int, rows: int = 4, length: int = 16) -> dict[str, Tensor]:
+    x = torch.randn(rows, length, WIDTH, generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones(rows, length)
+    mask[0, length // 2 :] = 0
+    # padding may hold anything
+    x[mask == 0] = 1000.0
+    return {"x": x, "attention_mask": mask}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("float") / "net.onnx"
+    export_model(net(), batch(0), path)
+    return path
+
+
+def run(path: Path, inputs: dict[str, Tensor]) -> Tensor:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {name: x.numpy() for name, x in inputs.items()})[0])
+
+
+def error(path: Path, seed: int = 9) -> float:
+    """Relative, on data that calibration did not see, padding left out."""
+    inputs = batch(seed)
+    with torch.no_grad():
+        expected = net()(**inputs)
+    # the residual passes through: what the layers add is compared
+    through = inputs["x"] * inputs["attention_mask"][..., None]
+    return float((run(path, inputs) - expected).norm() / (expected - through).norm())
+
+
+# largest error; a loud channel that nothing removes costs static and dynamic inputs most of their bits
+BARS = {
+    "int8": 0.2,
+    "int8-weight": 0.01,
+    "int8-smooth": 0.02,
+    "int8-split": 0.02,
+    "int8-smooth-split": 0.02,
+    "int8-smooth-static": 0.03,
+    "int8-smooth-split-static": 0.03,
+}
+
+
+@pytest.mark.parametrize("recipe", BARS)
+def test_a_quantized_file_is_smaller_and_right(recipe: str, source: Path, tmp_path: Path) -> None:
+    before = source.read_bytes()
+    output = tmp_path / "out.onnx"
+    report = qcompile.quantize_onnx(source, output, recipe, batches=[batch(1), batch(2)])
+    assert source.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.onnx"]
+    assert output.stat().st_size < 0.5 * len(before)
+    assert len(report.quantized) == 6
+    assert report.coverage == 1.0
+    assert error(output) < BARS[recipe]
+
+
+def test_outliers_are_found_and_folded_without_an_op(source: Path, tmp_path: Path) -> None:
+    report = qcompile.quantize_onnx(source, tmp_path / "out.onnx", "int8-smooth", batches=[batch(1)])
+    assert any(note.startswith("4 folds") for note in report.notes)
+    assert any("outlier channels" in note and f"{LOUD} (1)" in note for note in report.notes)
+    assert not any("multiplications" in note for note in report.notes)
+
+
+def test_padding_is_not_counted(source: Path, tmp_path: Path) -> None:
+    qcompile.quantize_onnx(source, tmp_path / "masked.onnx", "int8-smooth-static", batches=[batch(1)])
+    assert error(tmp_path / "masked.onnx") < BARS["int8-smooth-static"]
+
+
+def test_kernels_are_those_that_were_planned(source: Path, tmp_path: Path) -> None:
+    report = qcompile.quantize_onnx(source, tmp_path / "out.onnx", "int8-static", batches=[batch(1)])
+    assert {site.kernel for site in report.quantized} == {"MatMulIntegerToFloat"}
+    assert any("6 MatMulIntegerToFloat" in note for note in report.notes)
+
+
+def test_a_plan_of_the_torch_model_serves_its_export(source: Path, tmp_path: Path) -> None:
+    plan = qcompile.calibrate(net(), [batch(1), batch(2)], "int8-smooth-static", progress=False)
+    assert isinstance(plan, Plan)
+    report = qcompile.quantize_onnx(source, tmp_path / "out.onnx", plan)
+    assert len(report.quantized) == 6
+    torch._dynamo.reset()
+    inputs = batch(9)
+    with torch.no_grad():
+        fast = torch.compile(net(), backend="qcompile", options={"plan": plan, "lower": False})(**inputs)
+    found = run(tmp_path / "out.onnx", inputs)
+    real = inputs["attention_mask"].bool()
+    # one code apart where a value lies between two
+    assert float((found - fast)[real].norm() / fast[real].norm()) < 2e-3
+
+
+@pytest.mark.parametrize("target", ["portable", "tensorrt", "ort-cuda"])
+def test_other_targets(target: str, source: Path, tmp_path: Path) -> None:
+    recipe = "int8-weight" if target == "ort-cuda" else "int8-static"
+    if target == "tensorrt":
+        recipe = {"rules": [{"weight": "int8/channel", "input": "int8/tensor"}]}  # type: ignore[assignment]
+    report = qcompile.quantize_onnx(source, tmp_path / "out.onnx", recipe, batches=[batch(1)], target=target)
+    assert report.device == target
+    assert len(report.quantized) == 6
+
+
+def refused(source: Path, output: Path, expected: type[Exception], words: Sequence[str], **given: Any) -> None:
+    folder = sorted(entry.name for entry in output.parent.iterdir())
+    with pytest.raises(expected) as caught:
+        qcompile.quantize_onnx(source, output, **given)
+    assert [word for word in words if word not in str(caught.value)] == []
+    assert sorted(entry.name for entry in output.parent.iterdir()) == folder
+
+
+def test_what_cannot_be_done_writes_nothing(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    refused(source, out, CalibrationError, ["'int8-static' needs data", "'x'"], recipe="int8-static")
+    refused(source, out, CalibrationError, ["batches is empty"], recipe="int8-static", batches=[])
+    refused(source, out, UnsupportedError, ["unknown target 'ort'", "ort-cpu"], target="ort")
+    refused(source, out, RecipeError, ["unknown recipe 'int9'"], recipe="int9")
+    rule = {"match": "layers.0.*", "weight": "int8/channel"}
+    refused(source, out, CoverageError, ["50.0% of the weight"], recipe={"rules": [rule]}, min_coverage=0.9)
+    refused(source, source, ModelError, ["source"], recipe="int8")
+    refused(tmp_path / "none.onnx", out, (ModelError, OSError), [], recipe="int8")  # type: ignore[arg-type]
+
+
+def test_a_quantized_file_is_not_quantized_again(source: Path, tmp_path: Path) -> None:
+    once = tmp_path / "once.onnx"
+    qcompile.quantize_onnx(source, once, "int8")
+    refused(once, tmp_path / "twice.onnx", ModelError, ["quantized"], recipe="int8")
+
+
+def cli(*args: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in args], env={"COLUMNS": "200"})
+
+
+def test_the_command_line_reads_batches_and_writes_reports(source: Path, tmp_path: Path) -> None:
+    folder, lines = tmp_path / "data", tmp_path / "data.jsonl"
+    folder.mkdir()
+    for seed in (1, 2):
+        np.savez(folder / f"{seed}.npz", **{name: x.numpy() for name, x in batch(seed).items()})
+    lines.write_text("".join(json.dumps({n: x.tolist() for n, x in batch(s).items()}) + "\n" for s in (1, 2)))
+    written = []
+    for data in (folder, lines):
+        output, report = tmp_path / f"{data.name}.onnx", tmp_path / f"{data.name}.json"
+        result = cli("quantize", source, output, "--recipe", "int8-static", "--data", data, "--json", report)
+        assert result.exit_code == 0, result.output
+        assert "6 of 6 sites" in result.output
+        assert len(qcompile.Report.from_json(report).quantized) == 6
+        written.append(output.read_bytes())
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.txt", "1", "no .npz, no .jsonl"),
+        ("a.npz", "no archive", "cannot be read as arrays"),
+        ("a.jsonl", "{", "line 1 of"),
+        ("a.jsonl", "[1]", "is no table"),
+        ("a.jsonl", '{"x": [[1], [1, 2]]}', "rows of one length"),
+        ("a.jsonl", '{"y": [[1.0]]}', "y"),
+    ],
+)
+def test_bad_data_is_named(name: str, text: str, words: str, source: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    result = cli("quantize", source, tmp_path / "o.onnx", "--recipe", "int8-static", "--data", tmp_path / name)
+    assert result.exit_code == 2, result.output
+    assert words in result.output
+    assert not (tmp_path / "o.onnx").exists()
