@@ -1,7 +1,7 @@
 """ONNX in, quantized ONNX out: the same passes, plans and recipes as for torch.compile, on files."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from qcompile.sites import find_sites, left_over
 from qcompile.watch import Seen, first_rows
 
 Batch = Mapping[str, Any]
+# sites that a note names
+NAMED = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,8 +82,13 @@ def quantize_onnx(
     kernels = check_fusion(emitted) if target == "ort-cpu" else Counter()
     report = _with_kernels(expected_report(applied, sites, left, device=target), emitted)
     found = () if applied.outliers is None else outlier_notes(applied.outliers)
-    fused = [f"kernels of onnxruntime: {', '.join(f'{n} {k}' for k, n in sorted(kernels.items()))}"] if kernels else []
-    report = replace(report, notes=(*report.notes, *multiplications, *found, *emitted.notes, *fused))
+    wanted = Counter(one.kernel for one in emitted.planned if one.kernel)
+    fused = (
+        [f"kernels in onnxruntime's session: {', '.join(f'{kernels[k]} {k}' for k in sorted(wanted))}"]
+        if kernels
+        else []
+    )
+    report = replace(report, notes=(*report.notes, *multiplications, *found, *_joined(emitted.notes), *fused))
     if report.coverage < min_coverage:
         raise CoverageError(
             f"{report.coverage:.1%} of the weight bytes of {str(source)!r} are quantized, {min_coverage:.1%} were "
@@ -113,8 +120,6 @@ def _planned(
     first = _First(batches)
     # what is watched is the graph that will be quantized, in operators that onnxruntime knows
     stats = watch_onnx(emit(graph.model, "portable").model, watched, first, parts_for(recipe))
-    if not first.count:
-        raise CalibrationError("batches is empty: give at least one (an iterator that was used up is empty, too)")
     seen = Seen(sites=sites, stats=stats, left=left, batches=first.count, example=first.batch)
     if not recipe.prepares:
         return make_plan(list(sites.values()), recipe, stats, left)
@@ -123,6 +128,17 @@ def _planned(
     prepared = prepare_graphs([_Opened(model=model, args=args)], seen, recipe, failures=failures)
     plan = make_plan(list(sites.values()), recipe, prepared.stats, left, prepared=prepared.decided)
     return replace(plan, outliers=prepared.outliers)
+
+
+def _joined(notes: Iterable[str]) -> Iterator[str]:
+    """Notes that begin with a site's name, those that say the same of several sites as one."""
+    sites: dict[str, list[str]] = {}
+    for note in notes:
+        site, _, text = note.partition(": ")
+        sites.setdefault(text, []).append(site)
+    for text, named in sites.items():
+        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+        yield f"{', '.join(named[:NAMED])}{more}: {text}"
 
 
 class _First:
