@@ -59,6 +59,7 @@ BACKEND_SEES = {"fx": {"devices", "triton"}, "onnx": {"devices"}, "triton": {"de
 # what a part of the house may import beside the standard library and torch
 LIBRARIES = {
     "watch": {"rich"},
+    "files": {"onnx_ir"},
     "report": {"rich", "matplotlib"},
     "artifact": {"safetensors"},
     "backends.onnx": {"google", "numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime"},

@@ -106,8 +106,8 @@ def onnx_table() -> str:
     machine = found["machine"]
     lines = [
         f"ONNX: {found['model']}, {machine['processor']}, {machine['threads']} threads, onnxruntime "
-        f"{machine['onnxruntime']}; cosine to the float file's embeddings on 32 sentences that calibration did not see, "
-        "median milliseconds, all files in turns; our recipes with embeddings in 8 bits, as the baseline has them "
+        f"{machine['onnxruntime']}; cosine to the float file's embeddings on 32 sentences that calibration did not "
+        "see, median milliseconds, all files in turns; our recipes with embeddings in 8 bits, as the baseline has them "
         "(`examples/benchmarks/onnx_models.py`).",
         "",
         "| file | MB | mean | lowest | ms, 1 x 128 | ms, 8 x 128 | fused kernels |",
