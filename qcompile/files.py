@@ -14,10 +14,12 @@ from qcompile import pipeline
 from qcompile.backends.onnx.calibrate import watch_onnx
 from qcompile.backends.onnx.door import open_onnx
 from qcompile.backends.onnx.emit import TARGETS, emit
+from qcompile.backends.onnx.feeds import to_feed
 from qcompile.backends.onnx.files import read_model, write_model
 from qcompile.backends.onnx.fusion import check_fusion
 from qcompile.backends.onnx.graph import OnnxGraph
 from qcompile.backends.onnx.planned import Emitted
+from qcompile.backends.onnx.runtime import session
 from qcompile.calibrate import parts_for
 from qcompile.errors import CalibrationError, CoverageError, UnsupportedError, nearest
 from qcompile.expected import expected_report
@@ -165,3 +167,17 @@ def _with_kernels(report: Report, emitted: Emitted) -> Report:
         for site in report.sites
     ]
     return replace(report, sites=tuple(sites))
+
+
+def run_onnx(path: str | Path, batches: Iterable[Batch]) -> Iterator[dict[str, Tensor]]:
+    """What onnxruntime's CPU makes of each batch, by name of output.  path: a float or quantized model.
+
+    Raises ModelError for a broken file, CalibrationError for batches that do not fit it.
+    """
+    model = read_model(path, quantized=True)
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    with session(model, repr(str(path))) as running:
+        names = [output.name for output in running.get_outputs()]
+        for index, batch in enumerate(batches):
+            results = running.run(None, to_feed(batch, inputs, index))
+            yield {name: torch.from_numpy(result) for name, result in zip(names, results, strict=True)}

@@ -1,4 +1,4 @@
-"""The command line: `qcompile quantize | analyze | demo | doctor | formats | recipes | show`.
+"""The command line: `qcompile export | quantize | compare | analyze | demo | doctor | formats | recipes | show`.
 
 Any mistake of the user ends in one red line and exit code 2; `qcompile --debug ...` shows the traceback.
 """
@@ -12,8 +12,10 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from qcompile.cli.analyze import analyze_model
+from qcompile.cli.compare import compare
 from qcompile.cli.demo import demo
 from qcompile.cli.doctor import doctor
+from qcompile.cli.export import export
 from qcompile.cli.quantize import quantize
 from qcompile.cli.show import show
 from qcompile.cli.tables import formats, recipes
@@ -66,5 +68,5 @@ def root(
 
 
 app.command("analyze")(analyze_model)
-for command in (demo, doctor, formats, quantize, recipes, show):
+for command in (compare, demo, doctor, export, formats, quantize, recipes, show):
     app.command()(command)

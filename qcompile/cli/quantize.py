@@ -1,6 +1,7 @@
 """`qcompile quantize`: an ONNX file in, a quantized ONNX file out, with the report."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from qcompile.cli.batches import read_batches
 from qcompile.errors import OptionsError
+from qcompile.report import Report
 
 
 def quantize(
@@ -25,14 +27,25 @@ def quantize(
     json: Annotated[Path | None, typer.Option(help="Write the report as JSON here.")] = None,
 ) -> None:
     """Quantize an ONNX file into another one."""
-    try:
-        from qcompile.files import quantize_onnx
-    except ImportError as e:
-        raise OptionsError(f"ONNX files need more libraries ({e.name} is missing): pip install 'qcompile[onnx]'") from e
+    quantize_onnx = files_module().quantize_onnx
     console = Console()
     batches = None if data is None else read_batches(data)
     with console.status(f"quantizing {source} ..."):
         report = quantize_onnx(source, output, recipe, batches=batches, target=target, min_coverage=min_coverage)
+    finish(console, report, source, output, html, json)
+
+
+def files_module() -> ModuleType:
+    """`qcompile.files`.  Raises OptionsError if a library for ONNX is missing."""
+    try:
+        from qcompile import files
+    except ImportError as e:
+        raise OptionsError(f"ONNX files need more libraries ({e.name} is missing): pip install 'qcompile[onnx]'") from e
+    return files
+
+
+def finish(console: Console, report: Report, source: Path, output: Path, html: Path | None, json: Path | None) -> None:
+    """Show what was written, and keep the report."""
     console.print(report)
     before, after = (path.stat().st_size / 1e6 for path in (source, output))
     console.print(f"wrote {output}: {after:.1f} MB, the float file is {before:.1f} MB", markup=False)

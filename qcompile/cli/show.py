@@ -12,10 +12,10 @@ from torch.fx import GraphModule
 from qcompile import pipeline
 from qcompile.backends.fx.door import open_dynamo, open_exported
 from qcompile.backends.fx.dynamo import parameters
-from qcompile.backends.fx.graph import FxGraph
 from qcompile.cli.models import load_model
+from qcompile.cli.quantize import files_module
 from qcompile.errors import UnsupportedError
-from qcompile.graph import graph_text
+from qcompile.graph import Graph, graph_text
 from qcompile.presets import default_recipe, parse_recipe
 from qcompile.recipe import Recipe
 
@@ -31,7 +31,7 @@ class Shown:
     dump: Path | None
     texts: list[str] = field(default_factory=list)
 
-    def add(self, graph: FxGraph) -> None:
+    def add(self, graph: Graph[Any]) -> None:
         """A further graph of the same model; it dumps to a folder of its own."""
         if self.recipe is not None or self.dump is not None:
             folder = self.dump / f"graph_{len(self.texts) + 1}" if self.dump and self.texts else self.dump
@@ -40,7 +40,7 @@ class Shown:
 
 
 def show(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, or a .pt2 file of torch.export.")],
+    model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, a .pt2 file of torch.export, or .onnx.")],
     recipe: Annotated[str | None, typer.Option(help="Quantize by this recipe first.")] = None,
     dump: Annotated[Path | None, typer.Option(help="Folder that gets the text after every pass, numbered.")] = None,
 ) -> None:
@@ -55,10 +55,15 @@ def show(
 def _see(path: Path, seen: Shown) -> None:
     if path.suffix == ".pt2":
         seen.add(open_exported(torch.export.load(path)))
+    elif path.suffix == ".onnx":
+        files = files_module()
+        seen.add(files.open_onnx(files.read_model(path)))
     elif path.is_dir():
         capture(load_model(path), seen)
     else:
-        raise UnsupportedError(f"{path} is neither a Hugging Face model folder nor a .pt2 file of torch.export")
+        raise UnsupportedError(
+            f"{path} is neither a Hugging Face model folder nor a .pt2 file of torch.export nor an .onnx file"
+        )
 
 
 def capture(model: Any, seen: Shown) -> None:

@@ -43,7 +43,7 @@ def open_subject(name: str, data: Path | None, windows: int) -> Subject:
     if data is None and name != DEMO:
         raise OptionsError("--data is missing: give tokens or text that the model is used on")
     model = load_model(folder)
-    if _is_causal(model):
+    if is_causal(model):
         if data is None:
             raise OptionsError("--data is missing: give tokens or text that the model is used on")
         tokens = torch.cat([read_tokens(f, folder, int(model.config.vocab_size)) for f in _files(data)])
@@ -58,7 +58,8 @@ def open_subject(name: str, data: Path | None, windows: int) -> Subject:
     return Subject(name=label, model=model, calibrate=calibrate[:windows], measure=measure[:MEASURED])
 
 
-def _is_causal(model: Any) -> bool:
+def is_causal(model: Any) -> bool:
+    """Whether the model predicts the next token, by its class."""
     return any(part in type(model).__name__ for part in ("CausalLM", "LMHead"))
 
 

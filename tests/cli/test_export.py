@@ -1,0 +1,64 @@
+"""From a model folder to a quantized ONNX file, shown and compared."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner, Result
+
+from qcompile.cli import app
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+
+def test_a_language_model_becomes_a_quantized_file(tiny_llama: Path, tokens: Path, tmp_path: Path) -> None:
+    plain, small, report = tmp_path / "float.onnx", tmp_path / "small.onnx", tmp_path / "report.json"
+    assert run("export", tiny_llama, plain, "--recipe", "float").exit_code == 0
+    result = run(
+        *("export", tiny_llama, small, "--recipe", "int8-smooth-static", "--data", tokens, "--windows", 4),
+        *("--json", report),
+    )
+    assert result.exit_code == 0, result.output
+    assert small.stat().st_size < 0.6 * plain.stat().st_size
+    sites = {site["name"]: site for site in json.loads(report.read_text())["sites"]}
+    assert sites["model.layers.0.self_attn.q_proj"]["kernel"] == "MatMulIntegerToFloat"
+    shown = run("show", plain).output
+    assert '"model.layers.1.mlp.down_proj"' in shown
+    assert "rms_norm" in shown
+    batches = tmp_path / "batches.jsonl"
+    ids = torch.randint(0, 128, (2, 16), generator=torch.Generator().manual_seed(0))
+    batches.write_text(json.dumps({"input_ids": ids.tolist()}) + "\n")
+    same, other = (run("compare", plain, file, "--data", batches) for file in (plain, small))
+    assert same.exit_code == other.exit_code == 0
+    assert "inf" in same.output
+    row = next(line.split() for line in other.output.splitlines() if "logits" in line)
+    assert 15 < float(row[1]) < 80
+    assert float(row[3]) > 0.97
+
+
+def test_an_exported_program_becomes_a_quantized_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32)).eval()
+    program, output = tmp_path / "mlp.pt2", tmp_path / "mlp.onnx"
+    torch.export.save(torch.export.export(model, (torch.randn(4, 64),)), program)
+    result = run("export", program, output, "--recipe", "int8")
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 sites" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("export", "absent", "out.onnx"), "no folder"),
+        (("show", "absent.onnx"), "absent.onnx"),
+        (("compare", "absent.onnx", "b.onnx", "--data", "c.npz"), "c.npz"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: tuple[str, ...], words: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert words in result.output
