@@ -1,8 +1,10 @@
 """ONNX in, quantized ONNX out: the same passes, plans and recipes as for torch.compile, on files."""
 
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,17 @@ from qcompile.backends.onnx.calibrate import watch_onnx
 from qcompile.backends.onnx.door import open_onnx
 from qcompile.backends.onnx.emit import TARGETS, emit
 from qcompile.backends.onnx.feeds import to_feed
-from qcompile.backends.onnx.files import read_model, write_model
+from qcompile.backends.onnx.files import read_model, require_place, write_model
 from qcompile.backends.onnx.fusion import check_fusion
 from qcompile.backends.onnx.graph import OnnxGraph
+from qcompile.backends.onnx.opsets import raised
 from qcompile.backends.onnx.planned import Emitted
 from qcompile.backends.onnx.runtime import session
 from qcompile.calibrate import parts_for
-from qcompile.errors import CalibrationError, CoverageError, UnsupportedError, nearest
+from qcompile.errors import CalibrationError, CoverageError, OptionsError, UnsupportedError, nearest
 from qcompile.expected import expected_report
 from qcompile.graph import Op
+from qcompile.observers import Part, Stats, merge
 from qcompile.outliers import outlier_notes
 from qcompile.plan import Plan, check_methods, make_plan
 from qcompile.prepare import prepare_graphs
@@ -74,22 +78,26 @@ def quantize_onnx(
     """
     if target not in TARGETS:
         raise UnsupportedError(f"unknown target {target!r}; nearest: {nearest(target, TARGETS)}")
+    if not 0 <= min_coverage <= 1:
+        raise OptionsError(f"min_coverage is a share from 0 to 1, got {min_coverage}")
+    if isinstance(batches, Mapping | Tensor | str):
+        raise CalibrationError(f"batches is one {type(batches).__name__}, not a collection of batches: write [batch]")
     model = read_model(source)
+    # before data is run for a file that cannot be written
+    require_place(Path(target_path), model, Path(source))
+    model = raised(model)
     graph = open_onnx(model)
     plan = recipe if isinstance(recipe, Plan) else _planned(model, graph, parse_recipe(recipe), batches, failures)
     sites, left = [found.site for found in find_sites(graph)], list(left_over(graph))
     multiplications = list(pipeline.multiplications(graph, plan))
     applied = pipeline.quantize(graph, plan)
     emitted = emit(graph.model, target)
-    kernels = check_fusion(emitted) if target == "ort-cpu" else Counter()
+    kernels = _checked(emitted) if target == "ort-cpu" else Counter()
     report = _with_kernels(expected_report(applied, sites, left, device=target), emitted)
     found = () if applied.outliers is None else outlier_notes(applied.outliers)
-    wanted = Counter(one.kernel for one in emitted.planned if one.kernel)
-    fused = (
-        [f"kernels in onnxruntime's session: {', '.join(f'{kernels[k]} {k}' for k in sorted(wanted))}"]
-        if kernels
-        else []
-    )
+    planned = sorted({one.kernel for one in emitted.planned if one.kernel})
+    counted = ", ".join(f"{kernels[kernel]} {kernel}" for kernel in planned if kernels[kernel])
+    fused = [f"kernels in onnxruntime's session: {counted}"] if counted else []
     report = replace(report, notes=(*report.notes, *multiplications, *found, *_joined(emitted.notes), *fused))
     if report.coverage < min_coverage:
         raise CoverageError(
@@ -114,22 +122,46 @@ def _planned(
                 f"({', '.join(repr(v.name) for v in graph.model.graph.inputs)}), or take a recipe that needs none"
             )
         return make_plan(list(sites.values()), recipe, left=left)
-    watched = {
-        found.site.name: x
-        for found in find_sites(graph)
-        if found.site.op is Op.LINEAR and (x := graph.inputs(found.value)[0]) is not None
-    }
     first = _First(batches)
-    # what is watched is the graph that will be quantized, in operators that onnxruntime knows
-    stats = watch_onnx(emit(graph.model, "portable").model, watched, first, parts_for(recipe))
+    stats = _stats(graph, first, parts_for(recipe))
     seen = Seen(sites=sites, stats=stats, left=left, batches=first.count, example=first.batch)
     if not recipe.prepares:
         return make_plan(list(sites.values()), recipe, stats, left)
-    example = first_rows({name: torch.as_tensor(x) for name, x in first.batch.items()})
+    example = {name: torch.as_tensor(x) for name, x in first.batch.items()}
+    if not any(isinstance(value.shape[0], int) for value in graph.model.graph.inputs if value.shape):
+        example = first_rows(example)
     args = [example[str(value.name)] for value in graph.model.graph.inputs]
     prepared = prepare_graphs([_Opened(model=model, args=args)], seen, recipe, failures=failures)
     plan = make_plan(list(sites.values()), recipe, prepared.stats, left, prepared=prepared.decided)
     return replace(plan, outliers=prepared.outliers)
+
+
+def _stats(graph: OnnxGraph, batches: Iterable[Batch], parts: Part) -> dict[str, Stats]:
+    """Stats of the inputs of linears, by site; sites that always read the same share one object."""
+    read: dict[str, dict[str, ir.Value]] = {}
+    for found in find_sites(graph):
+        x = graph.inputs(found.value)[0]
+        if found.site.op is Op.LINEAR and x is not None:
+            # a module that is called several times reads several activations
+            read.setdefault(found.site.name, {})[str(x.name)] = x
+    watched = {name: x for values in read.values() for name, x in values.items()}
+    # what is watched is the graph that will be quantized, in operators that onnxruntime knows
+    stats = watch_onnx(emit(graph.model, "portable").model, watched, batches, parts)
+    merged: dict[tuple[str, ...], Stats] = {}
+    by_site = {}
+    for site, values in read.items():
+        names = tuple(name for name in values if name in stats)
+        if names:
+            by_site[site] = merged.setdefault(names, reduce(merge, (stats[name] for name in names)))
+    return by_site
+
+
+def _checked(emitted: Emitted) -> Counter[str]:
+    """The kernels of onnxruntime, all planned ones among them, found from a file as it will be written."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        write_model(emitted.model, path)
+        return check_fusion(emitted, path)
 
 
 def _joined(notes: Iterable[str]) -> Iterator[str]:
@@ -149,12 +181,12 @@ class _First:
     def __init__(self, batches: Iterable[Batch]) -> None:
         self._batches = batches
         self.count = 0
-        self.batch: dict[str, Tensor] = {}
+        self.batch: Batch = {}
 
     def __iter__(self) -> Any:
         for batch in self._batches:
             if self.count == 0:
-                self.batch = dict(batch)
+                self.batch = batch
             self.count += 1
             yield batch
 

@@ -17,6 +17,7 @@ from qcompile.backends.onnx.writer import BASE_OPSET, DOMAIN, Writer, site_name
 from qcompile.errors import GraphError, UnsupportedError, nearest
 
 _D = ir.DataType
+OLDEST_OPSET = 18
 _Emit = Callable[[Writer, ir.Node], Planned | None]
 _Kind = tuple[str, str]
 
@@ -76,7 +77,8 @@ def emit(model: ir.Model, target: str) -> Emitted:
 
 
 def _raise_opset(model: ir.Model) -> None:
-    if model.opset_imports.get("", BASE_OPSET) < BASE_OPSET:
+    # below, the operators change in ways that its converter does not know: see qcompile.backends.onnx.opsets
+    if OLDEST_OPSET <= model.opset_imports.get("", BASE_OPSET) < BASE_OPSET:
         version_converter.convert_version(model, BASE_OPSET)
     opset = model.opset_imports.get("", 0)
     if opset < BASE_OPSET:

@@ -54,7 +54,8 @@ def _array(x: Any, name: str, index: int) -> Array:
     if not isinstance(x, Tensor | np.ndarray):
         raise CalibrationError(f"{name!r} of batch {index} is {type(x).__name__}: give a torch tensor or a numpy array")
     try:
-        return np.ascontiguousarray(x.detach().cpu().numpy() if isinstance(x, Tensor) else x)
+        # unlike ascontiguousarray, it leaves a scalar its rank
+        return np.asarray(x.detach().cpu().numpy() if isinstance(x, Tensor) else x, order="C")
     except TypeError as e:
         raise CalibrationError(f"{name!r} of batch {index} cannot become a numpy array ({e}): convert it first") from e
 

@@ -61,7 +61,7 @@ def write_model(
     Raises ModelError if the path cannot be written, or is the source; nothing is written then.
     """
     path = Path(path)
-    _require_place(path, model, None if source is None else Path(source))
+    require_place(path, model, None if source is None else Path(source))
     small = _size(model) + _ROOM <= LIMIT
     if external is False and not small:
         raise ModelError(
@@ -116,7 +116,8 @@ def _noted(model: ir.Model) -> Iterator[Any]:
             yield from node.outputs
 
 
-def _require_place(path: Path, model: ir.Model, source: Path | None) -> None:
+def require_place(path: Path, model: ir.Model, source: Path | None) -> None:
+    """Raise ModelError if a model that was made from `source` cannot be written to this path."""
     if path.is_symlink():
         raise ModelError(f"{str(path)!r} is a link to {str(path.resolve())!r}: give the file itself, or a new name")
     if path.is_dir():

@@ -41,16 +41,19 @@ def read_batches(path: Path) -> Iterator[Batch]:
 def _archive(path: Path) -> Batch:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
-    except (OSError, ValueError, TypeError, BadZipFile) as e:
+            return {name: torch.from_numpy(np.asarray(arrays[name], order="C")) for name in arrays.files}
+    except (OSError, EOFError, ValueError, TypeError, BadZipFile) as e:
         raise CalibrationError(f"{str(path)!r} cannot be read as arrays: {e}; write it anew with numpy.savez") from e
 
 
 def _lines(path: Path) -> Iterator[Batch]:
     with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _line(line, f"line {number} of {str(path)!r}")
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _line(line, f"line {number} of {str(path)!r}")
+        except UnicodeDecodeError as e:
+            raise CalibrationError(f"{str(path)!r} is no UTF-8 text: {e}") from e
 
 
 def _line(line: str, place: str) -> Batch:

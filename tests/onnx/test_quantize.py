@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
@@ -19,6 +20,7 @@ from qcompile.backends.onnx.export import export_model
 from qcompile.cli import app
 from qcompile.errors import CalibrationError, CoverageError, ModelError, RecipeError, UnsupportedError
 from qcompile.plan import Plan
+from tests.onnx.models import K, N, by_onnxruntime, model
 
 WIDTH, HIDDEN, LOUD = 64, 96, 7
 
@@ -224,3 +226,52 @@ def test_bad_data_is_named(name: str, text: str, words: str, source: Path, tmp_p
     assert result.exit_code == 2, result.output
     assert words in result.output
     assert not (tmp_path / "o.onnx").exists()
+
+
+class Twice(nn.Module):
+    """One module reads two activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(8 * x) + self.fc(x)
+
+
+def test_a_module_that_is_called_twice_has_the_range_of_both(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(4, 16, WIDTH)
+    export_model(model, x, tmp_path / "float.onnx")
+    qcompile.quantize_onnx(tmp_path / "float.onnx", tmp_path / "out.onnx", "int8-static", batches=[{"x": x}])
+    expected = run(tmp_path / "float.onnx", {"x": x})
+    assert float((run(tmp_path / "out.onnx", {"x": x}) - expected).norm() / expected.norm()) < 0.03
+
+
+@pytest.mark.parametrize(("opset", "target"), [(11, "ort-cpu"), (12, "portable"), (13, "ort-cpu"), (13, "portable")])
+def test_old_operators_mean_what_they_meant(opset: int, target: str, tmp_path: Path) -> None:
+    """The default axis of Softmax changed at opset 13, and the axes of ReduceMean became an input at 18."""
+    w = torch.randn(K, N)
+    text = "h = MatMul(x, fc__weight) s = Softmax(h) y = ReduceMean<axes = [1], keepdims = 1>(s)"
+    found = model(text, opset=opset, fc__weight=w)
+    ir.save(found, tmp_path / "float.onnx")
+    x = torch.randn(3, 5, K)
+    expected = by_onnxruntime(found, x)[0]
+    qcompile.quantize_onnx(tmp_path / "float.onnx", tmp_path / "out.onnx", "int8", target=target)
+    assert float((run(tmp_path / "out.onnx", {"x": x}) - expected).norm() / expected.norm()) < 0.05
+
+
+def test_external_data_and_fixed_batches(tmp_path: Path) -> None:
+    onnx_program = export_model(net(), batch(0), dynamic=False)
+    (tmp_path / "in").mkdir()
+    source = tmp_path / "in" / "float.onnx"
+    ir.save(onnx_program, source, external_data="float.onnx.data")
+    report = qcompile.quantize_onnx(source, tmp_path / "out.onnx", "int8-smooth-split", batches=[batch(1)])
+    assert report.coverage == 1.0
+    assert error(tmp_path / "out.onnx") < BARS["int8-smooth-split"]
+
+
+@pytest.mark.parametrize("batches", [{"x": 1}, torch.ones(1), "text"])
+def test_one_batch_in_place_of_many_is_refused(batches: Any, source: Path, tmp_path: Path) -> None:
+    refused(source, tmp_path / "out.onnx", CalibrationError, ["write [batch]"], recipe="int8-static", batches=batches)
+    refused(source, tmp_path / "out.onnx", CalibrationError, ["batch 0"], recipe="int8-static", batches=[[1]])
