@@ -5,6 +5,7 @@ All are tried on the rows that calibration kept; what gives the outputs the leas
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf, log10
 
 import torch
@@ -46,6 +47,19 @@ class Case:
     rule: Rule
     channels: Tensor | None = None
     strength: float | None = None
+
+    @cached_property
+    def halves(self) -> tuple[Probe, Probe] | None:
+        """The sampled rows in two parts, to find something on one and try it on the other; None for a single row."""
+        sample, weight = self.stats.sample, self.probe.weight
+        half = min(ROWS, len(sample.rows) // 2)
+        if half == 0:
+            return None
+        first, second = (
+            Probe(weight=weight, rows=rows.to(weight.device), counts=counts.double().to(weight.device))
+            for rows, counts in zip(sample.rows.split(half)[:2], sample.counts.split(half)[:2], strict=True)
+        )
+        return first, second
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -184,16 +198,11 @@ def _beyond(case: Case, choice: Choice, spec: Spec) -> float:
     The sampled rows are new to each other: scale and range are found on half of them, and what they clip of the other
     half is that noise. The more rows were seen, the more rarely one reaches further: as often as 1 / count.
     """
-    sample, weight = case.stats.sample, case.probe.weight
-    half = min(ROWS, len(sample.rows) // 2)
-    if half == 0:
+    if case.halves is None:
         return 0.0
-    parts = [
-        Probe(weight=weight, rows=rows.to(weight.device), counts=counts.double().to(weight.device))
-        for rows, counts in zip(sample.rows.split(half)[:2], sample.counts.split(half)[:2], strict=True)
-    ]
-    noise = sum(_clipped(case, choice, spec, seen, new) for seen, new in (parts, parts[::-1])) / 2
-    return noise * float(sample.counts[:half].sum()) / case.stats.count
+    one, other = case.halves
+    noise = (_clipped(case, choice, spec, one, other) + _clipped(case, choice, spec, other, one)) / 2
+    return noise * float(one.counts.sum()) / case.stats.count
 
 
 def _clipped(case: Case, choice: Choice, spec: Spec, seen: Probe, new: Probe) -> float:

@@ -85,7 +85,10 @@ class Probe:
 
     def scaled(self, scale: Tensor) -> "Probe":
         """The same outputs from rows / scale and columns of the weight * scale.  scale: float32 [K]."""
-        return Probe(weight=self.weight * scale, rows=self.rows / scale, counts=self.counts)
+        made = Probe(weight=self.weight * scale, rows=self.rows / scale, counts=self.counts)
+        # not computed again for each scale that is tried
+        made.__dict__.update(output=self.output, signal=self.signal)
+        return made
 
     def after(self, treatment: Treatment) -> float:
         """Signal-to-noise ratio in dB of the output, both sides quantized as the treatment says."""

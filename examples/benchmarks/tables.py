@@ -122,8 +122,28 @@ def onnx_table() -> str:
     return "\n".join(lines)
 
 
+def calibration_table() -> str:
+    """Time beside the plain run, and memory."""
+    found = result("calibration_cost")
+    machine, (count, length) = found["machine"], found["windows"]
+    few, many = next(iter(found["most_resident_megabytes"].values()))
+    lines = [
+        f"Calibration: {found['model']} on {count} windows of {length} tokens, {machine['processor']}, "
+        f"{machine['threads']} threads, torch {machine['torch']}: time over that of running the float model, and "
+        f"the most memory that the process ever held for {few} and for {many} batches of one window "
+        "(`examples/benchmarks/calibration_cost.py`).",
+        "",
+        "| recipe | " + " | ".join(f"batches of {row['batch']}" for row in found["time"]) + f" | {few} | {many} |",
+        "| --- | " + "--- | " * (len(found["time"]) + 1) + "--- |",
+    ]
+    for recipe, memory in found["most_resident_megabytes"].items():
+        over = " | ".join(f"{row['over_plain'][recipe]:.2f}x" for row in found["time"])
+        lines.append(f"| {recipe} | {over} | {memory[few]:.0f} MB | {memory[many]:.0f} MB |")
+    return "\n".join(lines)
+
+
 def tables() -> str:
-    parts = [speed_table(), quality_table(), embedding_table(), outlier_table(), onnx_table()]
+    parts = [speed_table(), quality_table(), embedding_table(), outlier_table(), calibration_table(), onnx_table()]
     return "\n\n".join(parts) + "\n"
 
 
