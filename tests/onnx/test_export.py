@@ -36,7 +36,9 @@ def shape(value: Any) -> list[Any]:
     return [size if isinstance(size, int) else size.value for size in value.shape]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert"])
+@pytest.mark.parametrize(
+    "family", ["llama", "bert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt2", "opt"))]
+)
 def test_a_family(tmp_path: Path, family: str) -> None:
     original = build(family).train()
     path = tmp_path / "m.onnx"
@@ -66,7 +68,7 @@ def test_a_family(tmp_path: Path, family: str) -> None:
         assert_close(run(path, inputs)[0], wanted, **TOLERANCE)
 
 
-@pytest.mark.parametrize("opset", [18, 21, 22, 24])
+@pytest.mark.parametrize("opset", [18, *(pytest.param(n, marks=pytest.mark.slow) for n in (21, 22, 24))])
 def test_the_opset_is_what_was_asked_for(opset: int) -> None:
     assert export_model(build("llama"), batch(), opset=opset).opset_imports[""] == opset
 
@@ -100,7 +102,10 @@ def test_one_tensor_for_two_inputs_stays_two_inputs(tmp_path: Path) -> None:
         assert_close(run(path, inputs)[0], model(**inputs)[0], **TOLERANCE)
 
 
-@pytest.mark.parametrize(("rows", "length"), [(1, 1), (1, 9), (9, 1), (2, 2), (2, 1), (3, 3)])
+@pytest.mark.parametrize(
+    ("rows", "length"),
+    [(1, 1), (2, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 9), (9, 1), (2, 1), (3, 3)))],
+)
 def test_sizes_of_the_example_are_no_constants(rows: int, length: int) -> None:
     exported = export_model(build("bert"), batch(rows, length))
     assert shape(exported.graph.inputs[0]) == ["batch", "sequence"]
