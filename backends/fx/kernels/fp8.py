@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library
 
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.formats import Float
@@ -20,7 +21,7 @@ from qcompile.spec import ALL, Spec
 MULTIPLE = 16
 FIRST_CAPABILITY = (8, 9)
 
-_LIBRARY = torch.library.Library("qcompile", "FRAGMENT")
+_LIBRARY = Library("qcompile", "FRAGMENT")
 _LIBRARY.define(
     "linear_fp8(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype,"
     " ScalarType input_format, ScalarType weight_format) -> Tensor"

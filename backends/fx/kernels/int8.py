@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library
 
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.formats import Integer
@@ -28,7 +29,7 @@ OFFSET = 128
 CUDA_MULTIPLE = 8
 CUDA_MIN_M = 17
 
-_LIBRARY = torch.library.Library("qcompile", "FRAGMENT")
+_LIBRARY = Library("qcompile", "FRAGMENT")
 _LIBRARY.define("int_mm(Tensor codes, Tensor weight) -> Tensor")
 _LIBRARY.define(
     "linear_int8(Tensor codes, Tensor scale, Tensor? zero, Tensor weight, Tensor weight_scale, Tensor weight_sum,"

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library
 
 from qcompile.backends.fx.kernels import int8
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 
-_LIBRARY = torch.library.Library("qcompile", "FRAGMENT")
+_LIBRARY = Library("qcompile", "FRAGMENT")
 _LIBRARY.define(
     "add_outliers_(Tensor(a!) y, Tensor x, Tensor reached, Tensor weight, Tensor weight_scale) -> ()",
     # how many channels there are decides how much is computed, which no CUDA graph can replay

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library
 
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.formats import Integer
@@ -22,7 +23,7 @@ MOST_ROWS = 4
 GROUPS = (32, 64, 128, 256)
 INT4_MULTIPLE = 16
 
-_LIBRARY = torch.library.Library("qcompile", "FRAGMENT")
+_LIBRARY = Library("qcompile", "FRAGMENT")
 _LIBRARY.define("narrow_int8(Tensor x, Tensor codes, Tensor scale, Tensor dense) -> Tensor")
 _LIBRARY.define("narrow_int4(Tensor x, Tensor codes, Tensor scale_zero, Tensor dense, int group) -> Tensor")
 _LIBRARY.define("linear_narrow(Tensor x, Tensor codes, Tensor scale, Tensor dense, Tensor? bias, int group) -> Tensor")

@@ -7,6 +7,7 @@ nothing: what a better kernel refuses runs here.
 
 import torch
 from torch import Tensor
+from torch.library import Library
 
 from qcompile.backends.fx.kernels.problem import Kernel
 from qcompile.formats import Integer
@@ -16,7 +17,7 @@ from qcompile.packing import unpack
 from qcompile.scales import stored_scale
 from qcompile.spec import parse_spec
 
-_LIBRARY = torch.library.Library("qcompile", "FRAGMENT")
+_LIBRARY = Library("qcompile", "FRAGMENT")
 _LIBRARY.define(
     "linear_packed(Tensor x, Tensor[] packed, Tensor? bias, str spec, str[] names, int K) -> Tensor",
 )
