@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from qcompile.cli.models import load_model
-from qcompile.cli.quantize import files_module, finish
+from qcompile.cli.quantize import CoverageOption, HtmlOption, JsonOption, TargetOption, files_module, finish
 from qcompile.cli.subjects import Batch, is_causal, open_subject
 from qcompile.errors import UnsupportedError
 
@@ -28,13 +28,11 @@ def export(
     windows: Annotated[
         int, typer.Option(min=1, help="Windows of tokens, or batches of sentences, to calibrate on.")
     ] = 16,
-    target: Annotated[str, typer.Option(help="ort-cpu, ort-cuda, tensorrt or portable.")] = "ort-cpu",
+    target: TargetOption = "ort-cpu",
     opset: Annotated[int, typer.Option(help="The opset to export at.")] = 21,
-    min_coverage: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Fail if less of the weight bytes is quantized.")
-    ] = 0.0,
-    html: Annotated[Path | None, typer.Option(help="Write the report as a page here.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the report as JSON here.")] = None,
+    min_coverage: CoverageOption = 0.0,
+    html: HtmlOption = None,
+    json: JsonOption = None,
 ) -> None:
     """Export a PyTorch model to a quantized ONNX file; the float export is checked against the model first."""
     quantize_onnx = files_module().quantize_onnx

@@ -11,6 +11,12 @@ from qcompile.cli.batches import read_batches
 from qcompile.errors import OptionsError
 from qcompile.report import Report
 
+# what commands that write a quantized file have in common
+TargetOption = Annotated[str, typer.Option(help="ort-cpu, ort-cuda, tensorrt or portable.")]
+CoverageOption = Annotated[float, typer.Option(min=0.0, max=1.0, help="Fail if less of the weight bytes is quantized.")]
+HtmlOption = Annotated[Path | None, typer.Option(help="Write the report as a page here.")]
+JsonOption = Annotated[Path | None, typer.Option(help="Write the report as JSON here.")]
+
 
 def quantize(
     source: Annotated[Path, typer.Argument(help="A float .onnx file; it is never changed.")],
@@ -19,12 +25,10 @@ def quantize(
     data: Annotated[
         Path | None, typer.Option(help="Batches of inputs: .npz, a folder of .npz, or .jsonl (a batch a line).")
     ] = None,
-    target: Annotated[str, typer.Option(help="ort-cpu, ort-cuda, tensorrt or portable.")] = "ort-cpu",
-    min_coverage: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Fail if less of the weight bytes is quantized.")
-    ] = 0.0,
-    html: Annotated[Path | None, typer.Option(help="Write the report as a page here.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the report as JSON here.")] = None,
+    target: TargetOption = "ort-cpu",
+    min_coverage: CoverageOption = 0.0,
+    html: HtmlOption = None,
+    json: JsonOption = None,
 ) -> None:
     """Quantize an ONNX file into another one."""
     quantize_onnx = files_module().quantize_onnx

@@ -15,24 +15,6 @@ transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture
-def tiny_llama(tmp_path: Path) -> Path:
-    """A folder with a random language model of 128 tokens."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-    )
-    folder = tmp_path / "tiny"
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
 def token_file(tmp_path: Path) -> Path:
     path = tmp_path / "tokens.bin"
     generator = torch.Generator().manual_seed(0)
