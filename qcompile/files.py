@@ -113,7 +113,7 @@ def _planned(
 ) -> Plan:
     """A plan for the graph, with what the batches show if there are any."""
     check_methods(recipe)
-    sites = {found.site.name: found.site for found in find_sites(graph)}
+    sites = [found.site for found in find_sites(graph)]
     left = list(left_over(graph))
     if batches is None:
         if recipe.needs_data:
@@ -121,18 +121,20 @@ def _planned(
                 f"recipe {recipe.name!r} needs data: give batches of the model's inputs "
                 f"({', '.join(repr(v.name) for v in graph.model.graph.inputs)}), or take a recipe that needs none"
             )
-        return make_plan(list(sites.values()), recipe, left=left)
+        return make_plan(sites, recipe, left=left)
     first = _First(batches)
     stats = _stats(graph, first, parts_for(recipe))
-    seen = Seen(sites=sites, stats=stats, left=left, batches=first.count, example=first.batch)
+    seen = Seen(
+        sites={site.name: site for site in sites}, stats=stats, left=left, batches=first.count, example=first.batch
+    )
     if not recipe.prepares:
-        return make_plan(list(sites.values()), recipe, stats, left)
+        return make_plan(sites, recipe, stats, left)
     example = {name: torch.as_tensor(x) for name, x in first.batch.items()}
     if not any(isinstance(value.shape[0], int) for value in graph.model.graph.inputs if value.shape):
         example = first_rows(example)
     args = [example[str(value.name)] for value in graph.model.graph.inputs]
     prepared = prepare_graphs([_Opened(model=model, args=args)], seen, recipe, failures=failures)
-    plan = make_plan(list(sites.values()), recipe, prepared.stats, left, prepared=prepared.decided)
+    plan = make_plan(sites, recipe, prepared.stats, left, prepared=prepared.decided)
     return replace(plan, outliers=prepared.outliers)
 
 

@@ -63,6 +63,22 @@ def find_sites(graph: Graph[V]) -> list[Found[V]]:
     return found
 
 
+def op_path(running: str, weight: str | None) -> str:
+    """The name of an op: its own module if it has one.
+
+    running: path of the innermost module that runs the op; weight: qualified name of the weight that it reads.
+    "layers.0.fc.weight" is read by "layers.0.fc", also if the module above calls it as a function. A weight that is
+    not called "weight" keeps its name, because a module may have several. A weight that is borrowed from elsewhere
+    (a tied lm_head reads "embed_tokens.weight") says nothing: the module that runs the op does.
+    """
+    if weight is None:
+        return running
+    owner, _, leaf = weight.rpartition(".")
+    if running and owner != running and not owner.startswith(f"{running}."):
+        return running
+    return owner if leaf == "weight" else weight
+
+
 def constant_name(graph: Graph[V], value: V) -> str:
     """Qualified name of the constant that `value` is, is a view of, or is computed from; the first of several."""
     while graph.op(value) is not Op.CONSTANT:

@@ -60,7 +60,7 @@ def watch(model: nn.Module, batches: Iterable[Any], parts: Part, *, progress: bo
     with evaluating(model), torch.no_grad():
         for count, batch in enumerate(_shown(batches) if progress else batches, start=1):
             example = batch if count == 1 else example
-            watching.start(count - 1, _mask(batch))
+            watching.start(count - 1, mask_of(batch))
             with watching:
                 run_batch(model, batch, count - 1)
     return Seen(sites=watching.sites, stats=watching.stats(), left=watching.left_over(), batches=count, example=example)
@@ -191,19 +191,15 @@ class _Watch(TorchFunctionMode):
 
     def _real_rows(self, name: str, x: Tensor) -> Tensor:
         """The rows of x that are no padding, [rows, K]; all of them where the mask does not fit."""
-        rows, mask = x.detach().reshape(-1, x.shape[-1]), self._mask
-        if mask is None or bool(mask.all()):
-            return rows
-        if x.shape[:-1] in (mask.shape, (mask.numel(),)):
-            return rows[mask.flatten().to(rows.device)]
-        # one row a sequence, as poolers have: nothing of it is padding
-        if x.shape[:-1] != mask.shape[:1] and not self._said_unmasked:
+        rows, fits = real_rows(x, self._mask)
+        if not fits and not self._said_unmasked:
             self._said_unmasked = True
+            assert self._mask is not None
             _LOG.warning(
                 "the input of %r %s has not the attention_mask's shape %s: padding is counted there",
                 name,
                 list(x.shape),
-                list(mask.shape),
+                list(self._mask.shape),
             )
         return rows
 
@@ -241,10 +237,26 @@ def _function_name(func: Callable[..., Any]) -> str:
     return str(operator or getattr(func, "__name__", func))
 
 
-def _mask(batch: Any) -> Tensor | None:
-    """bool [B, T], True for a real token, if the batch says so."""
+def mask_of(batch: Any) -> Tensor | None:
+    """bool [B, T], True for a real token, if the batch says so; it may hold arrays, too."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if mask is None or getattr(mask, "ndim", 0) != 2:
+        return None
+    return torch.as_tensor(mask).bool()
+
+
+def real_rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor, bool]:
+    """The rows of x that are no padding [rows, K], and whether it could be told: all of them where it could not.
+
+    mask: see `mask_of`.
+    """
+    rows = x.detach().reshape(-1, x.shape[-1] if x.dim() else 1)
+    if mask is None or bool(mask.all()):
+        return rows, True
+    if x.shape[:-1] in (mask.shape, (mask.numel(),)):
+        return rows[mask.flatten().to(rows.device)], True
+    # one row a sequence, as poolers have: nothing of it is padding
+    return rows, x.shape[:-1] == mask.shape[:1]
 
 
 def run_batch(model: Callable[..., Any], batch: Any, index: int) -> Any:

@@ -16,12 +16,13 @@ from torch.export import ExportedProgram
 from qcompile.backends.fx.dynamo import spelled
 from qcompile.backends.fx.graph import FxGraph, free_attribute
 from qcompile.backends.fx.linears import fold_biases, make_linears
-from qcompile.backends.fx.names import Frame, frame_of, in_model, module_path, op_path, root_variable
+from qcompile.backends.fx.names import Frame, frame_of, in_model, module_path, root_variable
 from qcompile.backends.fx.norms import make_rms_norms
 from qcompile.backends.fx.targets import CASTS, DROPOUT, argument, aten, is_call, operands, spelling
 from qcompile.backends.fx.values import example, fake_constant, named_source
 from qcompile.backends.fx.writes import pin_inputs
 from qcompile.graph import Op
+from qcompile.sites import op_path
 
 # ops whose input number 1 is the weight that gives them their name
 _NAMED_BY_WEIGHT = (Op.LINEAR, Op.CONV, Op.EMBEDDING, Op.RMS_NORM, Op.LAYER_NORM, Op.BATCH_NORM)

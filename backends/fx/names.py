@@ -52,19 +52,3 @@ def in_model(path: str, frame: Frame) -> str:
     if path == inner or path.startswith(f"{inner}."):
         path = path.removeprefix(inner).lstrip(".")
     return ".".join(part for part in (outer, path) if part)
-
-
-def op_path(running: str, weight: str | None) -> str:
-    """The name of an op: its own module if it has one.
-
-    running: path of the innermost module that runs the op; weight: qualified name of the weight that it reads.
-    "layers.0.fc.weight" is read by "layers.0.fc", also if the module above calls it as a function. A weight that is
-    not called "weight" keeps its name, because a module may have several. A weight that is borrowed from elsewhere
-    (a tied lm_head reads "embed_tokens.weight") says nothing: the module that runs the op does.
-    """
-    if weight is None:
-        return running
-    owner, _, leaf = weight.rpartition(".")
-    if running and owner != running and not owner.startswith(f"{running}."):
-        return running
-    return owner if leaf == "weight" else weight

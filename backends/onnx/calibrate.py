@@ -14,10 +14,11 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from qcompile.backends.onnx.feeds import mask_of, sizes_of, to_feed
+from qcompile.backends.onnx.feeds import sizes_of, to_feed
 from qcompile.backends.onnx.runtime import RUNTIME_ERRORS, session
 from qcompile.errors import CalibrationError, nearest
 from qcompile.observers import Part, Stats, merge, observe
+from qcompile.watch import mask_of, real_rows
 
 _LOG = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def _rows(
             feed = to_feed(batch, inputs, index)
             mask = mask_of(batch)
             for name, found in _activations(running, watched, inputs, feed, index):
-                rows, fits = _real_rows(found, mask)
+                rows, fits = real_rows(found, mask)
                 if not fits and not said:
                     said = True
                     _LOG.warning(
@@ -170,17 +171,3 @@ def _bytes(value: ir.Value, sizes: Mapping[str, int], largest: int) -> int:
     for size in shape:
         count *= size if isinstance(size, int) else sizes.get(str(getattr(size, "value", None)), largest)
     return count * (4 if value.dtype is None else max(1, int(value.dtype.itemsize)))
-
-
-def _real_rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor, bool]:
-    """The rows of x that are no padding [rows, K], and whether it could be told: all of them where it could not.
-
-    The same rows as qcompile.watch keeps.
-    """
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
-    if mask is None or bool(mask.all()):
-        return rows, True
-    if x.shape[:-1] in (mask.shape, (mask.numel(),)):
-        return rows[mask.flatten()], True
-    # one row a sequence, as poolers have: nothing of it is padding
-    return rows, x.shape[:-1] == mask.shape[:1]

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from torch import Tensor
 
 from qcompile.errors import CalibrationError, nearest
@@ -41,13 +40,6 @@ def to_feed(batch: Mapping[str, Any], inputs: Mapping[str, ir.Value], index: int
 def sizes_of(feed: Mapping[str, Array], inputs: Mapping[str, ir.Value]) -> dict[str, int]:
     """The sizes that a batch gives to the symbols in the shapes of inputs."""
     return {symbol: size for _, symbol, size in _symbols(feed, inputs)}
-
-
-def mask_of(batch: Mapping[str, Any]) -> Tensor | None:
-    """bool [B, T], True for a real token, if the batch says so."""
-    mask = batch.get("attention_mask")
-    mask = torch.from_numpy(mask) if isinstance(mask, np.ndarray) else mask
-    return mask.bool().cpu() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _array(x: Any, name: str, index: int) -> Array:

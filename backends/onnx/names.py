@@ -9,6 +9,7 @@ import onnx_ir as ir
 from qcompile.backends.onnx.ops import MODULE_PATH, is_op
 from qcompile.backends.onnx.values import FOLDED_FROM, KIND, is_constant, qualified_name
 from qcompile.graph import Op
+from qcompile.sites import op_path
 
 # the modules that ran a node, outermost first, and last the call in torch's graph
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -52,20 +53,6 @@ def _literal(text: str) -> object:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return None
-
-
-def op_path(running: str, weight: str | None) -> str:
-    """The name of an op: its own module if it has one.
-
-    "layers.0.fc.weight" is read by "layers.0.fc", also if the module above calls it as a function; a weight that is
-    not called "weight" keeps its name; and a weight that is borrowed from elsewhere says nothing.
-    """
-    if weight is None:
-        return running
-    owner, _, leaf = weight.rpartition(".")
-    if running and owner != running and not owner.startswith(f"{running}."):
-        return running
-    return owner if leaf == "weight" else weight
 
 
 class Names:

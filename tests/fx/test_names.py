@@ -1,6 +1,7 @@
 import pytest
 
-from qcompile.backends.fx.names import frame_of, in_model, module_path, op_path
+from qcompile.backends.fx.names import frame_of, in_model, module_path
+from qcompile.sites import op_path
 
 
 @pytest.mark.parametrize(

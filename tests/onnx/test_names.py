@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.backends.onnx.door import open_onnx
-from qcompile.backends.onnx.names import op_path
 from qcompile.graph import Op
 from qcompile.sites import find_sites
 from tests.fx.nets import NETS, net
@@ -83,13 +82,6 @@ def test_scopes_that_say_nothing(scopes: str) -> None:
     source = model("y = MatMul(x, w)", returns=f"float[B, T, {K}] y", w=W)
     next(iter(source.graph)).metadata_props["pkg.torch.onnx.name_scopes"] = scopes
     assert sites(open_onnx(source)) == [("y", "y.weight")]
-
-
-def test_paths() -> None:
-    assert op_path("a.b", None) == "a.b"
-    assert op_path("", "fc.weight") == "fc"
-    assert op_path("a", "a.fc.weight") == "a.fc"
-    assert op_path("ab", "a.weight") == "ab"
 
 
 @pytest.mark.parametrize("opset", [18, 23])

@@ -275,3 +275,35 @@ def test_external_data_and_fixed_batches(tmp_path: Path) -> None:
 def test_one_batch_in_place_of_many_is_refused(batches: Any, source: Path, tmp_path: Path) -> None:
     refused(source, tmp_path / "out.onnx", CalibrationError, ["write [batch]"], recipe="int8-static", batches=batches)
     refused(source, tmp_path / "out.onnx", CalibrationError, ["batch 0"], recipe="int8-static", batches=[[1]])
+
+
+class Borrower(nn.Module):
+    """Reads two weights that belong to another module."""
+
+    def __init__(self, bank: nn.Module) -> None:
+        super().__init__()
+        self.bank = [bank]
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = self.bank[0].children()
+        return F.linear(F.relu(F.linear(x, one.weight)) * 100, two.weight)
+
+
+class Borrowing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bank = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False))
+        self.block = Borrower(self.bank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+def test_weights_under_one_name_stay_float_with_a_reason(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Borrowing().eval(), torch.randn(4, 16, WIDTH)
+    export_model(net, x, tmp_path / "float.onnx")
+    report = qcompile.quantize_onnx(tmp_path / "float.onnx", tmp_path / "out.onnx", "int8-static", batches=[{"x": x}])
+    expected = run(tmp_path / "float.onnx", {"x": x})
+    assert all(site.reason or site.weight for site in report.sites)
+    assert float((run(tmp_path / "out.onnx", {"x": x}) - expected).norm() / expected.norm()) < 0.03
