@@ -20,13 +20,13 @@ from qcompile.recipe import Rule
 from qcompile.smooth import smooth_scale
 from qcompile.spec import ALL, Spec
 
-# first every second of these, then the neighbours of the best
+# first every third of these, the second being first, then the neighbours of the best
 STRENGTHS = tuple(i / 20 for i in range(6, 21))
 # dB of a site's output below which a static input is rescued (noise of 2 % of the signal's amplitude), if that gains
 # so much: rows that were not seen fare worse under a scale found beforehand
 RESCUE_DB, RESCUE_GAIN = 34.0, 3.0
 # what is tried is tried often: the error of a mean over so many is a few percent
-ROWS, FEATURES = 128, 256
+ROWS, FEATURES = 128, 128
 # dB that a split and that smoothing must gain: less is within what other rows would show
 LEAST_GAIN, LEAST_SMOOTHING = 0.1, 0.5
 
@@ -47,6 +47,17 @@ class Case:
     rule: Rule
     channels: Tensor | None = None
     strength: float | None = None
+
+    @cached_property
+    def energy(self) -> Tensor:
+        """What each channel carries of the outputs, float64 [K]; a scale cancels out, as the weight gets it back."""
+        return self.stats.squares * self.probe.weight.double().square().sum(0).to(self.stats.squares.device)
+
+    @cached_property
+    def tied_columns(self) -> Tensor:
+        """The largest magnitude of the columns that must share a scale, float32 [K]."""
+        assert self.channels is not None
+        return tied(self.columns, self.channels)
 
     @cached_property
     def halves(self) -> tuple[Probe, Probe] | None:
@@ -121,7 +132,7 @@ def _best(case: Case, spec: Spec | None) -> Choice:
     strength = case.rule.smooth.strength if case.strength is None else case.strength
     if not isinstance(strength, str):
         return _split(case, _smoothed(case, spec, strength))
-    tried = {s: _roughly(case, _smoothed(case, spec, s)) for s in STRENGTHS[::2]}
+    tried = {s: _roughly(case, _smoothed(case, spec, s)) for s in STRENGTHS[1::3]}
     middle = STRENGTHS.index(max(tried, key=tried.__getitem__))
     around = STRENGTHS[max(0, middle - 1) : middle + 2]
     tried |= {s: _roughly(case, _smoothed(case, spec, s)) for s in around if s not in tried}
@@ -145,7 +156,7 @@ def _scale(case: Case, amax: Tensor, strength: float) -> Tensor:
     assert case.rule.smooth is not None
     assert case.channels is not None
     # the least scale that all channels from one row can share: by the largest of each side
-    columns = tied(case.columns, case.channels).to(amax.device)
+    columns = case.tied_columns.to(amax.device)
     return smooth_scale(tied(amax, case.channels), columns, strength, powers_of_two=case.rule.smooth.powers_of_two)
 
 
@@ -170,11 +181,9 @@ def _candidates(case: Case, choice: Choice) -> Iterator[tuple[int, ...]]:
     count = max(1, int(case.rule.split * len(amax)))
     if count >= len(amax):
         return
-    columns = case.probe.weight.double().square().sum(0).to(amax.device)
-    # a scale cancels out: what it takes from the activation it gives to the weight
-    energy = case.stats.squares * columns
     spec = choice.input or case.rule.weight
-    metrics = [amax.double(), energy] if spec is not None and isinstance(spec.format, Integer) else [energy]
+    is_integer = spec is not None and isinstance(spec.format, Integer)
+    metrics = [amax.double(), case.energy] if is_integer else [case.energy]
     for metric in metrics:
         yield tuple(sorted(metric.topk(count).indices.tolist()))
 
@@ -207,17 +216,24 @@ def _beyond(case: Case, choice: Choice, spec: Spec) -> float:
 
 def _clipped(case: Case, choice: Choice, spec: Spec, seen: Probe, new: Probe) -> float:
     """Noise over signal that scale and range of the seen rows leave to the new ones by clipping."""
+    low, high = seen.low, seen.high
+    scale = torch.ones_like(low)
     if choice.scale is not None:
         assert choice.strength is not None
-        scale = _scale(case, seen.rows.abs().amax(0), choice.strength)
-        seen, new = seen.scaled(scale), new.scaled(scale)
-    outliers = _indices(choice.outliers, case.stats).to(seen.rows.device)
-    rows = seen.rows.index_fill(1, outliers, 0.0)
-    low, high = rows.amin().clamp(max=0.0), rows.amax().clamp(min=0.0)
+        scale = _scale(case, torch.maximum(-low, high), choice.strength)
+    outliers = _indices(choice.outliers, case.stats).to(low.device)
+    low = (low / scale).index_fill(0, outliers, 0.0).amin().clamp(max=0.0)
+    high = (high / scale).index_fill(0, outliers, 0.0).amax().clamp(min=0.0)
     if spec.symmetric:
         low, high = torch.minimum(low, -high), torch.maximum(high, -low)
-    clipped = (new.rows.clamp(low, high) - new.rows).index_fill(1, outliers, 0.0)
-    return new.energy(clipped @ new.weight.T) / new.signal if new.signal > 0 else 0.0
+    # what the scale takes from a row it gives to the weight: both are left as they are
+    least, most = ((end * scale).index_fill(0, outliers, far) for end, far in ((low, -inf), (high, inf)))
+    if bool(((new.low >= least) & (new.high <= most)).all()) or new.signal == 0:
+        return 0.0
+    error = new.rows.clamp(least, most) - new.rows
+    hit = error.any(1).nonzero().flatten()  # mostly few rows
+    noise = (error[hit] @ new.weight.T).double().square().sum(1)
+    return float((noise * new.counts[hit]).sum()) / new.signal
 
 
 def _whole_range(case: Case, choice: Choice, spec: Spec) -> QParams:

@@ -46,9 +46,9 @@ COMMON = Resolution(mantissa=6, octaves=30)
 
 
 def channel_resolution(k: int) -> Resolution:
-    """The resolution of K histograms, a function of K alone: 16 bins an octave up to K = 2048, 8 or 4 beyond."""
+    """The resolution of K histograms, a function of K alone: 8 bins an octave up to K = 4096, 4 beyond."""
     # the error of a clip is found as well with 8 as with 1024 bins an octave, and to 0.15 dB with 4
-    mantissa = 4 if k <= 2048 else 3 if k <= 4096 else 2
+    mantissa = 3 if k <= 4096 else 2
     return Resolution(mantissa=mantissa, octaves=12)
 
 
@@ -119,9 +119,15 @@ class Histogram:
         return _on_common_edges(replace(self, top=tops, counts=counts), low, high)
 
 
-def count(rows: Tensor, resolution: Resolution, *, amax: Tensor, finite: bool = True) -> Histogram:
-    """Histogram of one line: all elements.  rows: floating [R, K]; amax: float32 [], of its finite elements."""
-    top = _top(amax[None], resolution)
+def count(
+    rows: Tensor, resolution: Resolution, *, amax: Tensor, finite: bool = True, beside: Histogram | None = None
+) -> Histogram:
+    """Histogram of one line: all elements.
+
+    rows: floating [R, K]; amax: float32 [], of its finite elements. beside: what the result will be merged with; its
+    window then holds both, so that merging moves no counts.
+    """
+    top = _top(amax[None], resolution) if beside is None else torch.maximum(_top(amax[None], resolution), beside.top)
     parts = rows.split(max(1, CHUNK // rows.shape[1]))
     counts = _counted(parts[0].float(), top, resolution, finite)
     for part in parts[1:]:
@@ -129,10 +135,12 @@ def count(rows: Tensor, resolution: Resolution, *, amax: Tensor, finite: bool = 
     return Histogram(counts=counts.view(1, 2, -1), top=top, resolution=resolution)
 
 
-def count_channels(rows: Tensor, resolution: Resolution, *, amax: Tensor, finite: bool = True) -> Histogram:
-    """Histogram of K lines, the columns.  rows: floating [R, K]; amax: float32 [K], of finite elements."""
+def count_channels(
+    rows: Tensor, resolution: Resolution, *, amax: Tensor, finite: bool = True, beside: Histogram | None = None
+) -> Histogram:
+    """Histogram of K lines, the columns.  rows: floating [R, K]; amax: float32 [K], of finite elements; see `count`."""
     r, k = rows.shape
-    top = _top(amax, resolution)
+    top = _top(amax, resolution) if beside is None else torch.maximum(_top(amax, resolution), beside.top)
     counts = rows.new_empty(k, 2 * resolution.bins, dtype=torch.int32)
     # few columns at a time, so that their counters stay in a cache
     width = max(1, min(CHUNK // r, COUNTERS // (2 * resolution.bins)))
@@ -190,9 +198,8 @@ def _counted(block: Tensor, top: Tensor, resolution: Resolution, finite: bool) -
     key >>= resolution.shift
     torch.maximum(key, base, out=key)
     key += line - base
-    sign = block.view(torch.int32) >> 31
-    sign &= bins
-    key += sign
+    # all ones, which is -1, for a negative number
+    key.sub_(block.view(torch.int32) >> 31, alpha=bins)
     flat = key.flatten() if finite else key[torch.isfinite(block)]
     return torch.bincount(flat, minlength=len(top) * 2 * bins)
 

@@ -73,6 +73,14 @@ class Probe:
     def signal(self) -> float:
         return self.energy(self.output)
 
+    @cached_property
+    def low(self) -> Tensor:
+        return self.rows.amin(0)  # [K]
+
+    @cached_property
+    def high(self) -> Tensor:
+        return self.rows.amax(0)  # [K]
+
     def energy(self, x: Tensor) -> float:
         """Sum of squares over tokens and features.  x: [R, ...]."""
         return float((x.double().square().flatten(1).sum(1) * self.counts).sum())

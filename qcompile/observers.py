@@ -129,11 +129,12 @@ class Stats:
         )
 
 
-def observe(x: Tensor, *, batch: int = 0, parts: Part = Part.TENSOR) -> Stats:
+def observe(x: Tensor, *, batch: int = 0, parts: Part = Part.TENSOR, beside: Stats | None = None) -> Stats:
     """Stats of one activation.
 
     x: floating, [..., K] with at least one row; NaN and Inf show in the result. batch: the number of the batch that
-    x is of, or is a part of. parts: the histograms to keep.  Raises CalibrationError if x is empty.
+    x is of, or is a part of. parts: the histograms to keep. beside: what the result will be merged with, and then it
+    holds nothing that merging would drop: the sum is the same and found sooner.  Raises CalibrationError if x is empty.
     """
     if x.numel() == 0:
         raise CalibrationError(f"an activation of shape {list(x.shape)} has no rows to observe: leave the batch out")
@@ -153,11 +154,21 @@ def observe(x: Tensor, *, batch: int = 0, parts: Part = Part.TENSOR) -> Stats:
         squares=squares,
         fourths=fourths,
         exceeding=_exceeding(rows, amax),
-        tokens=count(peaks[:, None], TOKENS, amax=largest, finite=finite),
+        tokens=count(
+            peaks[:, None], TOKENS, amax=largest, finite=finite, beside=None if beside is None else beside.tokens
+        ),
         history=History(batches=(batch,), low=low.amin()[None], high=high.amax()[None]),
-        sample=sample_rows(rows, hashes),
-        tensor=count(rows, FINE, amax=largest, finite=finite) if Part.TENSOR in parts else None,
-        channels=count_channels(rows, channel_resolution(rows.shape[1]), amax=amax, finite=finite)
+        sample=sample_rows(rows, hashes, beside=None if beside is None else beside.sample),
+        tensor=count(rows, FINE, amax=largest, finite=finite, beside=None if beside is None else beside.tensor)
+        if Part.TENSOR in parts
+        else None,
+        channels=count_channels(
+            rows,
+            channel_resolution(rows.shape[1]),
+            amax=amax,
+            finite=finite,
+            beside=None if beside is None else beside.channels,
+        )
         if Part.CHANNELS in parts
         else None,
     )

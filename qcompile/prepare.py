@@ -28,7 +28,7 @@ from qcompile.recipe import Recipe, Rule
 from qcompile.sites import Found, Site
 from qcompile.smooth import MODEL, strength_of
 from qcompile.spec import ALL, Spec
-from qcompile.verify import check, failing_part, run_graph
+from qcompile.verify import check, difference, failing_part, run_graph
 from qcompile.watch import Seen, evaluating, first_rows, run_batch
 
 _LOG = logging.getLogger(__name__)
@@ -211,6 +211,8 @@ class _Preparing(Generic[V]):
 
     def verify(self) -> None:
         """Undo what does not leave the graph's outputs as they were."""
+        if self._keeps_outputs():
+            return
         broken = self._checked("fold_smooth", fold_smooth, self.folds, lambda fold: fold.sites)
         self.folds = [fold for fold in self.folds if fold not in broken]
         for fold in broken:
@@ -218,15 +220,26 @@ class _Preparing(Generic[V]):
             self._forget(fold.sites)
         self._checked_split()
 
-    def _checked_split(self) -> None:
-        decisions = [self._split_alone(site) for name, site in self._seen.sites.items() if name in self.split]
+    def _keeps_outputs(self) -> bool:
+        """Whether all passes together leave the outputs as they were; then none need be run alone."""
+        graph = self._captured.open()
+        if fold_smooth(graph, self.folds) + self._run_split(graph, self._splits()) == 0:
+            return True
+        return difference(self._reference, run_graph(graph, self._captured.args)) <= 1
 
+    def _checked_split(self) -> None:
         def run(graph: Graph[V], chosen: Sequence[Decision]) -> int:
             fold_smooth(graph, self.folds)
-            return split_outliers(graph, Plan(recipe=self._recipe, decisions={d.name: d for d in chosen}))
+            return self._run_split(graph, chosen)
 
-        for decision in self._checked("split_outliers", run, decisions, lambda decision: (decision.name,)):
+        for decision in self._checked("split_outliers", run, self._splits(), lambda decision: (decision.name,)):
             self._forget((decision.name,))
+
+    def _run_split(self, graph: Graph[V], chosen: Sequence[Decision]) -> int:
+        return split_outliers(graph, Plan(recipe=self._recipe, decisions={d.name: d for d in chosen}))
+
+    def _splits(self) -> list[Decision]:
+        return [self._split_alone(site) for name, site in self._seen.sites.items() if name in self.split]
 
     def _split_alone(self, site: Site) -> Decision:
         """What the plan will say of a site that is split, without the ranges, which change nothing in a float graph."""

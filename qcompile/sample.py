@@ -32,14 +32,20 @@ def sample_size(k: int) -> int:
     return max(1, min(ROWS, ELEMENTS // k))
 
 
-def sample_rows(rows: Tensor, hashes: Tensor) -> Sample:
-    """Sample of rows [R, K] with these hashes [R]."""
-    place, counts = _smallest(hashes, torch.ones_like(hashes), sample_size(rows.shape[1]))
+def sample_rows(rows: Tensor, hashes: Tensor, *, beside: Sample | None = None) -> Sample:
+    """Sample of rows [R, K] with these hashes [R].  beside: what it will be merged with, which may leave few in it."""
+    size = sample_size(rows.shape[1])
+    if beside is not None and len(beside.hashes) == size:
+        small = (hashes <= beside.hashes[-1]).nonzero().flatten()
+        rows, hashes = rows[small], hashes[small]
+    place, counts = _smallest(hashes, torch.ones_like(hashes), size)
     return Sample(rows=rows.index_select(0, place).float(), counts=counts, hashes=hashes[place])
 
 
 def merge_samples(a: Sample, b: Sample) -> Sample:
     """Sample of the rows of both.  a, b: of the same K."""
+    if len(b.hashes) == 0:
+        return a
     hashes = torch.cat([a.hashes, b.hashes])
     place, counts = _smallest(hashes, torch.cat([a.counts, b.counts]), sample_size(a.rows.shape[1]))
     rows = torch.cat([a.rows, b.rows]).index_select(0, place)

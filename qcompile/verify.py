@@ -183,4 +183,4 @@ def _difference(before: Tensor, after: Tensor) -> float:
 
 def _energy(x: Tensor) -> float:
     # squares of half floats would vanish or overflow
-    return float(x.double().square().sum())
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2

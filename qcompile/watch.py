@@ -181,13 +181,14 @@ class _Watch(TorchFunctionMode):
         rows = self._real_rows(name, x)
         if rows.numel() == 0:
             return
-        seen = observe(rows, batch=self._index, parts=self._parts)
+        known = self._seen.get(name)
+        seen = observe(rows, batch=self._index, parts=self._parts, beside=known)
         if not seen.is_finite:
             raise CalibrationError(
                 f"batch {self._index} gives NaN or Inf at the input of {name!r} {list(x.shape)}: "
                 "check the batch and the float model's weights, or leave the batch out"
             )
-        self._seen[name] = merge(self._seen[name], seen) if name in self._seen else seen
+        self._seen[name] = seen if known is None else merge(known, seen)
 
     def _real_rows(self, name: str, x: Tensor) -> Tensor:
         """The rows of x that are no padding, [rows, K]; all of them where the mask does not fit."""

@@ -214,7 +214,9 @@ class FxGraph:
         return removed
 
     def run(self, args: Sequence[Any], watch: Sequence[fx.Node]) -> tuple[Any, Mapping[fx.Node, Tensor]]:
-        interpreter = _Watching(self.module, watch)
+        self._module.graph.lint()
+        # the nodes are read one by one: no code need be made of them
+        interpreter = _Watching(self._module, watch)
         with torch.no_grad():
             return interpreter.run(*args), interpreter.seen
 

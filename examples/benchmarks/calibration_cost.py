@@ -3,8 +3,9 @@
     python examples/benchmarks/calibration_cost.py --model DIR --tokens FILE
 
 A causal language model on 64 windows of 512 tokens, in batches of 1 and of 8 windows: `qcompile.calibrate` from start
-to plan, and the float model alone on the same batches, in turns; a batch's time is the median over all of them.
-Memory is the most that a process of its own ever holds while it calibrates on 16 and on 256 batches of one window.
+to plan, and before each of its batches the float model alone on the same one, so that a machine that slows down slows
+both; a batch's time is the median over all of them. What follows the last batch is the median over the rounds. Memory
+is the most that a process of its own ever holds while it calibrates on 16 and on 256 batches of one window.
 Writes examples/benchmarks/results/calibration_cost.json.
 """
 
@@ -13,9 +14,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,53 +41,51 @@ def windows_of(model: Any, folder: Path, tokens: Path, count: int) -> Tensor:
 
 
 class Timed:
-    """Batches that note when each is asked for: what a batch took, and what came after the last."""
+    """Calibrations on the same batches, each run plainly before: seconds of both, and of what follows the last."""
 
-    def __init__(self, batches: Sequence[dict[str, Any]]) -> None:
-        self._batches = batches
-        self.each: list[float] = []
+    def __init__(self, model: nn.Module, recipe: str, batches: Sequence[dict[str, Any]]) -> None:
+        self._model, self._recipe, self._batches = model, recipe, batches
+        self.plain: list[float] = []
+        self.calibrated: list[float] = []
         self.rest: list[float] = []
 
-    def run(self, use: Callable[[Iterator[dict[str, Any]]], object]) -> None:
-        """Let `use` take all batches."""
-        times: list[float] = []
+    def run(self) -> None:
+        """One calibration, from start to plan."""
+        asked = 0.0
 
         def batches() -> Iterator[dict[str, Any]]:
+            nonlocal asked
             for batch in self._batches:
-                times.append(time.perf_counter())
+                start = time.perf_counter()
+                self._model(**batch)
+                given = time.perf_counter()
                 yield batch
-            times.append(time.perf_counter())
+                asked = time.perf_counter()
+                self.plain.append(given - start)
+                self.calibrated.append(asked - given)
 
-        use(batches())
-        self.each += [end - start for start, end in pairwise(times)]
-        self.rest.append(time.perf_counter() - times[-1])
+        qcompile.calibrate(self._model, batches(), recipe=self._recipe, progress=False)
+        self.rest.append(time.perf_counter() - asked)
 
-    @property
-    def seconds(self) -> float:
-        """Of all batches at the pace of the median one, and of the rest: a machine that stalls at times hits few."""
-        return median(self.each) * len(self._batches) + median(self.rest)
+    def row(self) -> dict[str, float]:
+        """Of all batches at the pace of the median one: a machine that stalls at times hits few."""
+        plain, each = (median(times) * len(self._batches) for times in (self.plain, self.calibrated))
+        rest = median(self.rest)
+        found = {"plain": plain, "calibrating": each + rest, "after_the_last_batch": rest}
+        return {
+            **{f"{name}_seconds": round(seconds, 3) for name, seconds in found.items()},
+            "over_plain": round((each + rest) / plain, 3),
+        }
 
 
 def time_row(model: nn.Module, windows: Tensor, size: int, rounds: int) -> dict[str, Any]:
-    """Seconds of each recipe's calibration, and how many times as long as the plain run it takes."""
+    """Each recipe's calibration beside the plain run."""
     batches = [{"input_ids": batch, "use_cache": False} for batch in windows.split(size)]
-    uses: dict[str, Callable[[Iterator[dict[str, Any]]], object]] = {
-        "plain": lambda given: [model(**batch) for batch in given]
-    }
-    for name in RECIPES:
-        uses[name] = partial(qcompile.calibrate, model, recipe=name, progress=False)
-    timed = {name: Timed(batches) for name in uses}
-    uses["plain"](iter(batches[:2]))
+    timed = {name: Timed(model, name, batches) for name in RECIPES}
     for _ in range(rounds):
-        for name, use in uses.items():
-            timed[name].run(use)
-    seconds = {name: one.seconds for name, one in timed.items()}
-    row = {
-        "batch": size,
-        "seconds": {name: round(s, 3) for name, s in seconds.items()},
-        "after_the_last_batch": {name: round(median(one.rest), 3) for name, one in timed.items()},
-        "over_plain": {name: round(s / seconds["plain"], 3) for name, s in seconds.items() if name != "plain"},
-    }
+        for one in timed.values():
+            one.run()
+    row = {"batch": size, **{name: one.row() for name, one in timed.items()}}
     print(row, flush=True)
     return row
 
@@ -120,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a Hugging Face causal language model")
     parser.add_argument("--tokens", type=Path, required=True, help="its token ids, uint16")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=WINDOWS)
     parser.add_argument("--only-calibrate", metavar="RECIPE", help="print the memory that this takes, and end")
     given = parser.parse_args()

@@ -85,6 +85,14 @@ def test_any_cut_in_any_order_gives_the_stats_of_all_rows(seed: int) -> None:
     for i in order[1:]:
         found = merge(found, pieces[i])
     assert_same(found, expected)
+    # each observed beside what it is merged with
+    parts = [(i, part) for i, rows in batches for part in rows.split(17)]
+    beside = None
+    for i in order:
+        batch, rows = parts[i]
+        seen = observe(rows, batch=batch, parts=ALL, beside=beside)
+        beside = seen if beside is None else merge(beside, seen)
+    assert_same(beside, expected)
     # two processes, then one
     halves = []
     for half in (order[::2], order[1::2]):
