@@ -27,8 +27,9 @@ STRENGTHS = tuple(i / 20 for i in range(6, 21))
 RESCUE_DB, RESCUE_GAIN = 34.0, 3.0
 # what is tried is tried often: the error of a mean over so many is a few percent
 ROWS, FEATURES = 128, 128
-# dB that a split and that smoothing must gain: less is within what other rows would show
-LEAST_GAIN, LEAST_SMOOTHING = 0.1, 0.5
+# dB that a split must gain, for its thin matmul and its sum take a tenth of a site's time; and smoothing, for less is
+# within what other rows would show
+LEAST_GAIN, LEAST_SMOOTHING = 1.0, 0.5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -27,12 +27,14 @@ class Target:
     """How one kind of runtime wants its files.
 
     linear: writes a linear.  lacks: types that it cannot hold.  newest: the last opset that it reads.
+    own: what it wants written in another way than all others.
     """
 
     name: str
     linear: _Emit
     newest: int
     lacks: frozenset[ir.DataType] = field(default_factory=frozenset)
+    own: dict[_Kind, _Emit] = field(default_factory=dict)
 
 
 # onnxruntime 1.32 has no kernel that casts or dequantizes fp4; TensorRT 11's parser reads opsets 9 to 25
@@ -40,14 +42,20 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target(name="portable", linear=emit_portable.emit_linear, newest=25),
-        Target(name="ort-cpu", linear=emit_ort.emit_cpu_linear, newest=25, lacks=frozenset({_D.FLOAT4E2M1})),
+        Target(
+            name="ort-cpu",
+            linear=emit_ort.emit_cpu_linear,
+            newest=25,
+            lacks=frozenset({_D.FLOAT4E2M1}),
+            own={("", "LayerNormalization"): emit_ort.keep_norm_alone},
+        ),
         Target(name="ort-cuda", linear=emit_ort.emit_cuda_linear, newest=25, lacks=frozenset({_D.FLOAT4E2M1})),
         Target(name="tensorrt", linear=emit_tensorrt.emit_linear, newest=25),
     )
 }
 
 # in this order, because a quantization that all its sites swallow is not written
-_REST: Mapping[_Kind, _Emit] = {
+_REST: dict[_Kind, _Emit] = {
     (DOMAIN, "RMSNorm"): emit_portable.emit_rms_norm,
     (DOMAIN, "Silu"): emit_portable.emit_silu,
     (DOMAIN, "Gelu"): emit_portable.emit_gelu,
@@ -71,7 +79,7 @@ def emit(model: ir.Model, target: str) -> Emitted:
     _raise_opset(result)
     writer = Writer(result, target, chosen.lacks)
     sites: Mapping[_Kind, _Emit] = {(DOMAIN, "Linear"): chosen.linear, ("", "Gather"): emit_portable.emit_embedding}
-    planned = [*_rewrite(writer, sites), *_rewrite(writer, _REST)]
+    planned = [*_rewrite(writer, sites), *_rewrite(writer, _REST | chosen.own)]
     _finish(result, writer, chosen)
     return Emitted(model=result, target=target, planned=tuple(planned), notes=tuple(writer.notes))
 

@@ -1,8 +1,10 @@
 """Linears as onnxruntime multiplies them fast: integer matmuls on its CPU, narrow weights on CPU and CUDA.
 
-    static input       QuantizeLinear + DequantizeLinear, u8    -> MatMulIntegerToFloat
-    dynamic input      DynamicQuantizeLinear + MatMulInteger    -> DynamicQuantizeMatMul, of normalized tokens
-    groups, no input   com.microsoft::MatMulNBits, 2, 4, 8 bits
+    static input       QuantizeLinear, u8       com.microsoft::MatMulIntegerToFloat
+    dynamic input      DynamicQuantizeLinear    the same, of normalized tokens if each has a scale of its own
+    groups, no input                            com.microsoft::MatMulNBits, 2, 4, 8 bits
+
+onnxruntime finds the integer kernel in standard operators, too, but then without the bias and not at every rank.
 
 Floats of few bits are lifted to integers: E2M1's numbers times two are whole (0, 1 ... 12), and exact.  What is
 narrower than a kernel wants is stored narrow, and widened by ops that onnxruntime computes once, when it loads.
@@ -21,17 +23,30 @@ from qcompile.backends.onnx.emit_portable import (
     one_number,
     zero_point,
 )
-from qcompile.backends.onnx.operands import Array, Input, Weight, by_row, input_of, levels_of, required, weight_of
+from qcompile.backends.onnx.operands import (
+    Array,
+    Input,
+    Weight,
+    by_row,
+    input_of,
+    levels_of,
+    optional,
+    required,
+    weight_of,
+)
 from qcompile.backends.onnx.planned import Planned
 from qcompile.backends.onnx.storage import code_constant, is_whole, lift, pack_bytes, scale_constant, typed
 from qcompile.backends.onnx.weights import dequantized_weight, float_weight
 from qcompile.backends.onnx.writer import Writer
+from qcompile.backends.onnx.writer import replace as replace_value
 from qcompile.formats import Integer
 from qcompile.numerics import SMALLEST_SCALE
 from qcompile.spec import ALL
 
 _D = ir.DataType
 _CONTRIB = "com.microsoft"
+# the second is what onnxruntime makes of the first and of the DynamicQuantizeLinear before it
+_INTEGER, _DYNAMIC = "MatMulIntegerToFloat", "DynamicQuantizeMatMul"
 
 # MatMulNBits takes blocks of 16, 32, 64 ... along K, and rounds inputs by them: where the weight's scales are those of
 # rows, small ones keep inputs precise
@@ -109,6 +124,19 @@ def emit_cpu_linear(w: Writer, node: ir.Node) -> Planned:
     return emit_narrow(w, node, integers, given if integer_input else None, _D.FLOAT, _INT8_ACCURACY)
 
 
+def keep_norm_alone(w: Writer, node: ir.Node) -> None:
+    """Write a sum before a norm so that onnxruntime leaves the two alone.
+
+    It fuses Add and LayerNormalization to one op that takes several times as long as both: that one goes through the
+    numbers one by one. A Sum of two is an Add that its optimizer does not know.
+    """
+    total = required(node, 0)
+    added = total.producer()
+    if added is not None and (added.domain, added.op_type) == ("", "Add"):
+        w.anchor = added
+        replace_value(total, w.op("Sum", *added.inputs))
+
+
 def _one_scale(given: Input) -> bool:
     return given.scale is None or (given.scale.size == 1 and is_whole(given.zero))
 
@@ -150,30 +178,31 @@ def _note_slow(w: Writer, given: Input) -> None:
 
 
 def _emit_static(w: Writer, node: ir.Node, integers: Whole, given: Input) -> Planned:
-    """u8 input under the calibrated scale; linears that read the same input share one pair."""
-    assert given.scale is not None
-    x = _static_pair(w, given)
-    matrix, zero = _integer_matrix(w, integers)
-    # the axis of a scalar scale is ignored
-    stored = w.op("DequantizeLinear", matrix, _row_scale(w, integers), *([] if zero is None else [zero]), axis=1)
-    product = w.op("MatMul", x, stored, makes=_D.FLOAT)
-    return finish_linear(w, node, product, kernel="MatMulIntegerToFloat", flat=False)
-
-
-def _static_pair(w: Writer, given: Input) -> ir.Value:
-    # symmetric codes move by 128: x86 multiplies unsigned by signed bytes, and signed inputs fuse only one by one
+    """u8 input under the calibrated scale; linears that read the same input share its codes."""
     assert given.scale is not None
     spec, scale, zero = given.spec, given.scale, given.zero
+    # symmetric codes move by 128: x86 multiplies unsigned by signed bytes
     offset = 128 if spec.symmetric else 0
 
-    def make() -> ir.Value:
+    def make() -> Sequence[ir.Value]:
         x = w.cast(given.x, _D.FLOAT)
         # 8 bits saturate by themselves; that a symmetric input may reach -128 only loses less
         x = x if spec.format.bits == 8 else clip_to_codes(w, x, spec, scale, zero)
         pair = (one_number(w, scale), zero_point(w, center_of(zero) + offset, _D.UINT8))
-        return w.op("DequantizeLinear", w.op("QuantizeLinear", x, *pair), *pair)
+        return [w.op("QuantizeLinear", x, *pair), *pair]
 
-    return w.once(("pair", given.x, str(spec), scale.tobytes(), center_of(zero)), make)
+    codes = w.many(("static", given.x, str(spec), scale.tobytes(), center_of(zero)), make)
+    product = _integer_product(w, integers, codes, optional(node, 2))
+    return finish_linear(w, node, product, kernel=_INTEGER, biased=True)
+
+
+def _integer_product(w: Writer, integers: Whole, codes: Sequence[ir.Value], bias: ir.Value | None) -> ir.Value:
+    """The product in float32.  codes: of the input, with their scale and zero point."""
+    values, scale, zero = codes
+    matrix, weight_zero = _integer_matrix(w, integers)
+    addend = None if bias is None else w.cast(bias, _D.FLOAT)
+    inputs = [values, matrix, scale, _row_scale(w, integers), zero, weight_zero, addend]
+    return w.op(_INTEGER, *inputs, domain=_CONTRIB, makes=_D.FLOAT)
 
 
 def _emit_dynamic(w: Writer, node: ir.Node, integers: Whole, given: Input) -> Planned:
@@ -194,13 +223,13 @@ def _emit_dynamic(w: Writer, node: ir.Node, integers: Whole, given: Input) -> Pl
         peak = w.op("Max", peak, w.number(SMALLEST_SCALE))
         return [*w.ops("DynamicQuantizeLinear", [w.op("Div", x, peak)], 3), peak]
 
-    codes, scale, zero, *peaks = w.many(("dynamic", given.x, by_token), make)
-    matrix, weight_zero = _integer_matrix(w, integers)
-    product = w.op("MatMulInteger", codes, matrix, zero, *([] if weight_zero is None else [weight_zero]))
-    scales = w.op("Mul", scale, _row_scale(w, integers))
-    inner = w.op("Mul", w.cast(product, _D.FLOAT), scales, makes=_D.FLOAT)
-    product = w.op("Mul", inner, peaks[0], makes=_D.FLOAT) if peaks else inner
-    return finish_linear(w, node, product, inner=inner, kernel="DynamicQuantizeMatMul")
+    found = w.many(("dynamic", given.x, by_token), make)
+    if not by_token:
+        product = _integer_product(w, integers, found, optional(node, 2))
+        return finish_linear(w, node, product, kernel=_DYNAMIC, biased=True)
+    *codes, peak = found
+    inner = _integer_product(w, integers, codes, None)
+    return finish_linear(w, node, w.op("Mul", inner, peak, makes=_D.FLOAT), inner=inner, kernel=_DYNAMIC)
 
 
 def _row_scale(w: Writer, integers: Whole) -> ir.Value:

@@ -35,26 +35,18 @@ def finish_linear(
     inner: ir.Value | None = None,
     kernel: str | None = None,
     reason: str = "",
-    flat: bool = True,
+    biased: bool = False,
 ) -> Planned:
     """Add the bias, cast to the linear's dtype, replace the linear, and say what was planned.
 
-    product: its dtype, where known, is the one that the bias is added in.
+    product: its dtype, where known, is the one that the bias is added in.  biased: it holds the bias already.
     inner: what the kernel makes, where product is more than that.
-    flat: whether a runtime may make one Gemm of MatMul and Add.  If not, the bias of a linear of rank 2 gets three
-    dimensions, for the sum's rank keeps onnxruntime from making a Gemm, which it then could not fuse with Q/DQ.
     """
     bias, made = optional(node, 2), [product]
-    x = required(node, 0)
-    raised = bias is not None and not flat and x.shape is not None and len(x.shape) == 2
-    if bias is not None:
+    if bias is not None and not biased:
         addend = bias if product.dtype is None else w.cast(bias, product.dtype)
-        if raised:
-            addend = w.once(("raised", addend), lambda: w.op("Unsqueeze", addend, w.number([0, 1], _D.INT64)))
         made.append(w.op("Add", made[-1], addend, makes=product.dtype))
-    if raised:
-        made.append(w.op("Squeeze", made[-1], w.number([0], _D.INT64), makes=product.dtype))
-    dtype = node.outputs[0].dtype or float_type(x)
+    dtype = node.outputs[0].dtype or float_type(required(node, 0))
     if product.dtype is not None and dtype is not None and product.dtype != dtype:
         made.append(w.cast(made[-1], dtype))
     kernels = made if inner is None else [inner, *made]

@@ -7,6 +7,8 @@ import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm
+from torch.testing import assert_close
 
 from qcompile.backends.onnx.emit import emit
 from qcompile.backends.onnx.fusion import check_fusion, fused
@@ -15,6 +17,7 @@ from qcompile.errors import UnsupportedError
 from qcompile.numerics import QParams, fake_quantize, find_qparams
 from qcompile.spec import parse_spec
 from tests.onnx.canonical import Canonical, linear_model, run_onnxruntime
+from tests.onnx.models import K, by_onnxruntime, model
 
 Numbers = list[tuple[Tensor, Tensor | None]]
 
@@ -288,13 +291,30 @@ def test_a_kernel_that_does_not_appear_is_an_error_that_names_the_sites() -> Non
     model, _ = linear_model(weight="int8/channel", given="int8/tensor/asym", linears=3)
     emitted = emit(model, "ort-cpu")
     proto = ir.to_proto(emitted.model)
-    # a second reader of the product keeps onnxruntime from fusing the first linear
-    first = next(n for n in proto.graph.node if n.op_type == "MatMulInteger")
-    proto.graph.output.append(onnx.helper.make_tensor_value_info(first.output[0], onnx.TensorProto.INT32, None))
+    # the first linear as a file would have it that computes in float
+    at, first = next((i, n) for i, n in enumerate(proto.graph.node) if n.op_type == "MatMulIntegerToFloat")
+    casts = [onnx.helper.make_node("Cast", [v], [f"{v}_float"], to=onnx.TensorProto.FLOAT) for v in first.input[:2]]
+    product = onnx.helper.make_node("MatMul", [cast.output[0] for cast in casts], list(first.output))
+    proto.graph.node.remove(first)
+    for node in (product, *casts):
+        proto.graph.node.insert(at, node)
     with pytest.raises(
-        UnsupportedError, match=r"did not fuse 1 of 3 sites for target 'ort-cpu': 'block.q' \(planned Dyn"
+        UnsupportedError,
+        match=r"did not fuse 1 of 3 sites for target 'ort-cpu': 'block.q' \(planned Dyn.*, got MatMul\)",
     ):
         check_fusion(emitted, proto)
+
+
+@pytest.mark.parametrize(("target", "fuses"), [("ort-cpu", False), ("portable", True)])
+def test_a_sum_before_a_norm_stays_out_of_onnxruntimes_slow_op(target: str, fuses: bool) -> None:
+    numbers = {"gamma": torch.rand(K) + 0.5, "beta": torch.randn(K)}
+    body = "s = Add(x, z) y = LayerNormalization<axis = -1>(s, gamma, beta)"
+    source = model(body, returns=f"float[B, T, {K}] y", inputs=f"float[B, T, {K}] x, float[B, T, {K}] z", **numbers)
+    x, z = torch.randn(2, 2, 3, K)
+    written = emit(source, target)
+    kernels = check_fusion(written)
+    assert kernels == ({"SkipLayerNormalization": 1} if fuses else {"Sum": 1, "LayerNormalization": 1})
+    assert_close(by_onnxruntime(written.model, x, z)[0], layer_norm(x + z, [K], *numbers.values()))
 
 
 def test_kernels_are_counted_of_files_too(tmp_path: Path) -> None:
