@@ -1,6 +1,6 @@
 """The report of a plan before anything is compiled: bytes as the specs store them, no kernels."""
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,37 +16,58 @@ from qcompile.solvers import SOLVERS
 
 
 def expected_report(
-    plan: Plan, sites: Iterable[Site], left: Iterable[LeftOver], *, device: str = "paper (not compiled)"
+    plan: Plan,
+    sites: Iterable[Site],
+    left: Iterable[LeftOver],
+    *,
+    device: str = "paper (not compiled)",
+    noise: Mapping[str, float] | None = None,
 ) -> Report:
-    """What a plan will make of these sites.  sites, left: with weights as the float model has them."""
+    """What a plan will make of these sites.
+
+    sites, left: with weights as the float model has them.  noise: the signal-to-noise ratios of quantized weights by
+    site, in dB, where they are known; without it, weights are solved to find them.
+    """
     weights = {site.name: site.weight.detach() for site in sites}
     weights |= {one.name: one.weight.detach() for one in left}
-    owners: dict[int, str] = {}
+    owners: dict[Hashable, Decision] = {}
     # a weight that several sites read counts where it is quantized
     for decision in sorted(plan.decisions.values(), key=lambda d: d.weight is None):
-        owners.setdefault(weights[decision.name].data_ptr(), decision.name)
+        owners.setdefault(_memory(decision.name, weights[decision.name]), decision)
     reports = tuple(
         _site(
             d,
             weights[d.name],
-            scale_before(d.name, plan.folds),
-            owns=owners[weights[d.name].data_ptr()] == d.name,
+            owners[_memory(d.name, weights[d.name])],
+            _snr_db(d, weights[d.name], plan) if noise is None else noise.get(d.name),
         )
         for d in plan.decisions.values()
     )
     return Report(recipe=plan.recipe.name, device=device, sites=reports, notes=(*plan.notes, *fold_notes(plan)))
 
 
-def _site(decision: Decision, weight: Tensor, scale: Tensor | None, *, owns: bool) -> SiteReport:
-    before = weight.nbytes if owns else 0
-    after, snr = before, None
+def _memory(name: str, weight: Tensor) -> Hashable:
+    """Equal for sites that read the same tensor; one that has no memory is its own."""
+    return (weight.data_ptr(), weight.numel()) if weight.numel() and not weight.is_meta else name
+
+
+def _snr_db(decision: Decision, weight: Tensor, plan: Plan) -> float | None:
+    if decision.weight is None:
+        return None
+    scale = scale_before(decision.name, plan.folds)
+    coded = weight if scale is None else weight.float() * scale.to(weight.device)
+    coded = coded.index_fill(1, torch.tensor(decision.outliers, dtype=torch.int64, device=coded.device), 0.0)
+    qparams = SOLVERS[decision.solver](coded, decision.weight)
+    return snr_db(coded, dequantize(quantize(coded, qparams), qparams))
+
+
+def _site(decision: Decision, weight: Tensor, owner: Decision, snr: float | None) -> SiteReport:
+    before = weight.nbytes if decision is owner else 0
+    # who reads it as float beside one who does not needs it, too
+    after = weight.nbytes if decision is owner or owner.weight is not None else 0
     if decision.weight is not None:
-        coded = weight if scale is None else weight.float() * scale.to(weight.device)
-        coded = coded.index_fill(1, torch.tensor(decision.outliers, dtype=torch.int64, device=coded.device), 0.0)
-        qparams = SOLVERS[decision.solver](coded, decision.weight)
-        snr = snr_db(coded, dequantize(quantize(coded, qparams), qparams))
         tail = weight.element_size() * weight.shape[0] * len(decision.outliers)
-        after = stored_bytes(decision.weight, *decision.shape) + tail if owns else 0
+        after = stored_bytes(decision.weight, *decision.shape) + tail if decision is owner else 0
     return SiteReport(
         name=decision.name,
         op=decision.op.value,

@@ -1,7 +1,6 @@
 """ONNX in, quantized ONNX out: the same passes, plans and recipes as for torch.compile, on files."""
 
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -16,12 +15,12 @@ from qcompile import pipeline
 from qcompile.backends.onnx.calibrate import watch_onnx
 from qcompile.backends.onnx.door import open_onnx
 from qcompile.backends.onnx.emit import TARGETS, emit
-from qcompile.backends.onnx.feeds import to_feed
+from qcompile.backends.onnx.feeds import inputs_of, to_feed
 from qcompile.backends.onnx.files import read_model, require_place, write_model
 from qcompile.backends.onnx.fusion import check_fusion
 from qcompile.backends.onnx.graph import OnnxGraph
 from qcompile.backends.onnx.opsets import raised
-from qcompile.backends.onnx.planned import Emitted
+from qcompile.backends.onnx.planned import Emitted, Kernels, as_written
 from qcompile.backends.onnx.runtime import session
 from qcompile.calibrate import parts_for
 from qcompile.errors import CalibrationError, CoverageError, OptionsError, UnsupportedError, nearest
@@ -68,7 +67,7 @@ def quantize_onnx(
     source: a float model; it is never changed. target_path: the file to write, whole or not at all.
     recipe: see `parse_recipe`, or a Plan, for example one made on the PyTorch model that the file was exported from.
     batches: of inputs, tensors or arrays by the names of the model's inputs, for recipes that need data; rows that an
-        attention_mask [B, T] calls padding are not counted.
+        attention_mask [B, T] calls padding are not counted.  Beside a Plan they are not run, and a note says so.
     target: who runs the file: "ort-cpu", "ort-cuda", "tensorrt", or "portable" (standard operators alone).
     min_coverage: share of the weight bytes that has to be quantized, 0 to 1.  failures: see `qcompile.calibrate`.
     For ort-cpu a session is built, and each kernel that was planned has to be in it.
@@ -85,20 +84,24 @@ def quantize_onnx(
     model = read_model(source)
     # before data is run for a file that cannot be written
     require_place(Path(target_path), model, Path(source))
+    said = list(_with_defaults(model))
+    if isinstance(recipe, Plan) and batches is not None:
+        said.append("the plan was made before, and is taken as it is: the batches were not run")
     model = raised(model)
     graph = open_onnx(model)
     plan = recipe if isinstance(recipe, Plan) else _planned(model, graph, parse_recipe(recipe), batches, failures)
     sites, left = [found.site for found in find_sites(graph)], list(left_over(graph))
     multiplications = list(pipeline.multiplications(graph, plan))
-    applied = pipeline.quantize(graph, plan)
+    noise: dict[str, float] = {}
+    applied = pipeline.quantize(graph, plan, noise=noise)
     emitted = emit(graph.model, target)
-    kernels = _checked(emitted) if target == "ort-cpu" else Counter()
-    report = _with_kernels(expected_report(applied, sites, left, device=target), emitted)
+    kernels = _checked(emitted) if target == "ort-cpu" else Kernels()
+    report = as_written(expected_report(applied, sites, left, device=target, noise=noise), emitted, kernels)
     found = () if applied.outliers is None else outlier_notes(applied.outliers)
-    planned = sorted({one.kernel for one in emitted.planned if one.kernel})
-    counted = ", ".join(f"{kernels[kernel]} {kernel}" for kernel in planned if kernels[kernel])
+    ran = sorted({kernel for several in kernels.by_site.values() for kernel in several})
+    counted = ", ".join(f"{kernels.counts[kernel]} {kernel}" for kernel in ran if kernels.counts[kernel])
     fused = [f"kernels in onnxruntime's session: {counted}"] if counted else []
-    report = replace(report, notes=(*report.notes, *multiplications, *found, *_joined(emitted.notes), *fused))
+    report = replace(report, notes=(*report.notes, *said, *multiplications, *found, *_joined(emitted.notes), *fused))
     if report.coverage < min_coverage:
         raise CoverageError(
             f"{report.coverage:.1%} of the weight bytes of {str(source)!r} are quantized, {min_coverage:.1%} were "
@@ -106,6 +109,14 @@ def quantize_onnx(
         )
     write_model(emitted.model, target_path, source=source)
     return report
+
+
+def _with_defaults(model: ir.Model) -> Iterator[str]:
+    """A note on inputs with a default, which are constants in the file that is written."""
+    names = [repr(name) for name, value in inputs_of(model).items() if value.is_initializer()]
+    if names:
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        yield f"inputs with a default keep it as a constant, and cannot be fed: {', '.join(names[:NAMED])}{more}"
 
 
 def _planned(
@@ -158,8 +169,8 @@ def _stats(graph: OnnxGraph, batches: Iterable[Batch], parts: Part) -> dict[str,
     return by_site
 
 
-def _checked(emitted: Emitted) -> Counter[str]:
-    """The kernels of onnxruntime, all planned ones among them, found from a file as it will be written."""
+def _checked(emitted: Emitted) -> Kernels:
+    """The kernels of onnxruntime, those that were planned, found from a file as it will be written."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         write_model(emitted.model, path)
@@ -193,23 +204,13 @@ class _First:
             yield batch
 
 
-def _with_kernels(report: Report, emitted: Emitted) -> Report:
-    """The report with what runs each site, or why no fused kernel does."""
-    planned = {one.site: one for one in emitted.planned}
-    sites = [
-        replace(site, kernel=one.kernel or one.reason) if (one := planned.get(site.name)) is not None else site
-        for site in report.sites
-    ]
-    return replace(report, sites=tuple(sites))
-
-
 def run_onnx(path: str | Path, batches: Iterable[Batch]) -> Iterator[dict[str, Tensor]]:
     """What onnxruntime's CPU makes of each batch, by name of output.  path: a float or quantized model.
 
     Raises ModelError for a broken file, CalibrationError for batches that do not fit it.
     """
     model = read_model(path, quantized=True)
-    inputs = {str(value.name): value for value in model.graph.inputs}
+    inputs = inputs_of(model)
     with session(model, repr(str(path))) as running:
         names = [output.name for output in running.get_outputs()]
         for index, batch in enumerate(batches):

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from qcompile.edges import Edge, find_edges
 from qcompile.errors import PlanError, QcompileError, nearest
-from qcompile.graph import Graph, V, graph_text
+from qcompile.graph import Graph, Op, V, graph_text
+from qcompile.numerics import QParams, dequantize, snr_db
+from qcompile.numerics import quantize as quantize_codes
 from qcompile.passes.fold_smooth import count_multiplications, fold_smooth
 from qcompile.passes.freeze_weights import freeze_weights
 from qcompile.passes.insert_qdq import insert_qdq
@@ -17,7 +19,7 @@ from qcompile.passes.merge_qdq import merge_qdq
 from qcompile.passes.split_outliers import split_outliers
 from qcompile.plan import Decision, Plan, make_plan, unreached
 from qcompile.recipe import Recipe
-from qcompile.sites import constant_name, find_sites, left_over
+from qcompile.sites import SITE_OPS, constant_name, find_sites, left_over
 
 # reasons that a note gives
 NAMED = 3
@@ -61,6 +63,7 @@ def quantize(
     whole: bool = True,
     dump: str | Path | None = None,
     prepared: dict[tuple[str, str], Tensor] | None = None,
+    noise: dict[str, float] | None = None,
 ) -> Plan:
     """Quantize a graph in place; returns the plan that was applied. The result is right on any machine, and slow.
 
@@ -68,6 +71,7 @@ def quantize(
     whole: the graph is the whole model, so that a rule which matches nothing in it is an error.
     dump: a folder that gets the graph's text before the first and after every pass.
     prepared: gets the weights as they are when they are quantized, by names of site and constant.
+    noise: gets the signal-to-noise ratio of each quantized weight, in dB, by name of site.
     Raises RecipeError, PlanError, WeightError or SpecError, before anything is changed.
     """
     plan = plan_for(graph, decide, whole=whole)
@@ -77,6 +81,8 @@ def quantize(
         if prepared is not None and name == "insert_qdq":
             prepared.update(_weights(graph))
         run(graph)
+        if noise is not None and name == "insert_qdq":
+            noise.update(_noise(graph))
         graph.prune()
         _write(graph, dump, number, name)
     return plan
@@ -119,6 +125,28 @@ def _weights(graph: Graph[V]) -> Iterator[tuple[tuple[str, str], Tensor]]:
         weight = graph.inputs(found.value)[1]
         assert weight is not None
         yield (found.site.name, constant_name(graph, weight)), found.site.weight
+
+
+def _noise(graph: Graph[V]) -> Iterator[tuple[str, float]]:
+    """Of the weights that sites read through a pair, before codes take their place."""
+    ratios: dict[V, float] = {}
+    for value in graph.values():
+        weight = graph.inputs(value)[1] if graph.op(value) in SITE_OPS else None
+        if weight is None or graph.op(weight) is not Op.DEQUANTIZE:
+            continue
+        if weight not in ratios:
+            ratios[weight] = _ratio(graph, weight)
+        yield graph.name(value), ratios[weight]
+
+
+def _ratio(graph: Graph[V], dequantized: V) -> float:
+    codes = graph.inputs(dequantized)[0]
+    source = None if codes is None else graph.inputs(codes)[0]
+    weight = None if source is None else graph.constant(source)
+    qparams = graph.qparams(dequantized)
+    assert weight is not None
+    assert isinstance(qparams, QParams)
+    return snr_db(weight, dequantize(quantize_codes(weight, qparams), qparams))
 
 
 def _write(graph: Graph[V], folder: str | Path | None, number: int, name: str) -> None:

@@ -14,7 +14,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from qcompile.backends.onnx.feeds import sizes_of, to_feed
+from qcompile.backends.onnx.feeds import inputs_of, sizes_of, to_feed
 from qcompile.backends.onnx.runtime import RUNTIME_ERRORS, session
 from qcompile.errors import CalibrationError, nearest
 from qcompile.observers import Part, Stats, merge, observe
@@ -78,7 +78,7 @@ def _rows(
     if isinstance(batches, Mapping | Tensor | np.ndarray | str):
         raise CalibrationError(f"batches is one {type(batches).__name__}, not a collection of batches: write [batch]")
     watched = _watched(model, values)
-    inputs = {str(value.name): value for value in model.graph.inputs if value.name not in model.graph.initializers}
+    inputs = inputs_of(model)
     index, said = -1, False
     with session(_showing(model, watched), "the model") as running:
         for index, batch in enumerate(batches):

@@ -6,6 +6,7 @@ paths, and what does nothing is gone.
 """
 
 from copy import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,18 @@ def _copy(source: ir.Model) -> ir.Model:
 
 
 def _renamable(held: Any) -> Any:
-    """The same tensor under a name of its own: a value that is renamed renames the tensor that it holds."""
+    """The same tensor under a name of its own: a value that is renamed renames the tensor that it holds.
+
+    A protobuf would hand out another copy of its bytes each time: the first one is kept, and so memory says which
+    weights are one.
+    """
     if isinstance(held, ir.TensorProtoTensor) and held.dtype is not ir.DataType.STRING:
-        return ir.LazyTensor(lambda: held, dtype=held.dtype, shape=held.shape, name=held.name)
+
+        @cache
+        def made() -> ir.TensorProtocol:
+            return ir.Tensor(held.numpy(), dtype=held.dtype, shape=held.shape, name=held.name)
+
+        return ir.LazyTensor(made, dtype=held.dtype, shape=held.shape, name=held.name)
     return copy(held)
 
 
@@ -101,5 +111,7 @@ def _name(model: ir.Model) -> None:
             for constant_, name in names.name_node(node, graph.op(value), graph.inputs(value)).items():
                 called.setdefault(constant_, name)
     for value, name in called.items():
-        edit.rename(value, name)
+        # what is returned is known by its name outside
+        if not value.is_graph_output():
+            edit.rename(value, name)
         set_qualified_name(value, name)

@@ -4,7 +4,7 @@ First the sites, which know their operands and may swallow the Q/DQ around them;
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx
 import onnx_ir as ir
@@ -102,9 +102,9 @@ def _rewrite(writer: Writer, table: Mapping[_Kind, _Emit]) -> list[Planned]:
         write = table.get((node.domain, node.op_type))
         if write is None:
             continue
-        writer.anchor = node
+        writer.anchor, writer.held = node, {}
         if (site := write(writer, node)) is not None:
-            planned.append(site)
+            planned.append(replace(site, stored=tuple(str(value.name) for value in writer.held)))
     RemoveUnusedNodesPass()(writer.model)
     return planned
 

@@ -117,9 +117,9 @@ def emit_cpu_linear(w: Writer, node: ir.Node) -> Planned:
         return form(w, node, integers, given)
     if given is None and integers.by_row and _serves_integers(node):
         return _emit_beside(w, node, integers)
-    if integer_input:
-        w.note(f"inputs become int8 in blocks of {integers.block} inside MatMulNBits (planned: {_text(given)})")
-    elif given is not None:
+    planned = "float" if given is None else given.spec
+    w.note(f"inputs become int8 in blocks of {integers.block} inside MatMulNBits (planned: {planned})")
+    if given is not None and not integer_input:
         _note_slow(w, given)
     return emit_narrow(w, node, integers, given if integer_input else None, _D.FLOAT, _INT8_ACCURACY)
 
@@ -139,10 +139,6 @@ def keep_norm_alone(w: Writer, node: ir.Node) -> None:
 
 def _one_scale(given: Input) -> bool:
     return given.scale is None or (given.scale.size == 1 and is_whole(given.zero))
-
-
-def _text(given: Input | None) -> str:
-    return "no input" if given is None else str(given.spec)
 
 
 def _emit_restored(w: Writer, node: ir.Node, weight: Weight, given: Input | None) -> Planned:

@@ -71,7 +71,7 @@ def emit_embedding(w: Writer, node: ir.Node) -> Planned | None:
     rows = gathered_rows(w, weight, required(node, 1))
     if rows is None:
         w.note(f"rows of {weight.spec} cannot be looked up one by one: the whole table is dequantized in each run")
-        return None
+        rows = w.op("Gather", dequantized_weight(w, weight, transposed=False), required(node, 1), axis=0)
     name = node.outputs[0].name or ""
     replace(node.outputs[0], rows)
     return Planned(site=w.site, node=name, outputs=(name,), reason="a lookup has no kernel to fuse")

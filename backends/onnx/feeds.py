@@ -7,13 +7,25 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
+from qcompile.backends.onnx.values import is_constant
 from qcompile.errors import CalibrationError, nearest
 
 Array = np.ndarray[Any, Any]
 
+# before, every initializer had to be an input too, and none of those can be fed (ONNX, IR.md, "Graphs")
+_FIRST_IR_WITH_DEFAULTS = 4
+
+
+def inputs_of(model: ir.Model) -> dict[str, ir.Value]:
+    """The inputs that can be fed, by name; one that is an initializer too has a default."""
+    has_defaults = model.ir_version >= _FIRST_IR_WITH_DEFAULTS
+    return {str(value.name): value for value in model.graph.inputs if has_defaults or not value.is_initializer()}
+
 
 def to_feed(batch: Mapping[str, Any], inputs: Mapping[str, ir.Value], index: int) -> dict[str, Array]:
     """The arrays of a batch.  inputs: of the model, by name. index: of the batch, for messages.
+
+    An input with a default need not be given.
 
     Raises CalibrationError for an input that is missing or unknown, of another type or rank, or of sizes that
     contradict the model or each other.
@@ -25,7 +37,7 @@ def to_feed(batch: Mapping[str, Any], inputs: Mapping[str, ir.Value], index: int
             f"batch {index} has {unknown!r}, which is no input of the model; nearest names: "
             f"{nearest(str(unknown), inputs)}: leave it out or rename it"
         )
-    if missing := next((name for name in inputs if name not in batch), None):
+    if missing := next((name for name, value in inputs.items() if name not in batch and not is_constant(value)), None):
         value = inputs[missing]
         raise CalibrationError(
             f"batch {index} lacks the input {missing!r} ({_kind(value)} {_shape(value)}): add it; it has {list(batch)}"

@@ -138,6 +138,12 @@ def require_place(path: Path, model: ir.Model, source: Path | None) -> None:
             )
 
 
+def size_on_disk(path: str | Path) -> int:
+    """Bytes of an .onnx file and of the files that hold its data."""
+    path = Path(path)
+    return sum(file.stat().st_size for file in (path, *_data_of(path)) if file.exists())
+
+
 def _size(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in _tensors(model) if tensor.dtype != ir.DataType.STRING)
 

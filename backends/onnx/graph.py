@@ -37,7 +37,7 @@ from qcompile.errors import GraphError
 from qcompile.formats import Integer
 from qcompile.graph import Op, Shape
 from qcompile.numerics import QParams, tiles
-from qcompile.spec import Spec, parse_spec
+from qcompile.spec import ALL, Spec, parse_spec
 
 # domain and op type of what can be added, and the attributes it gets
 _NEW: dict[Op, tuple[str, str, dict[str, Any]]] = {
@@ -164,9 +164,14 @@ class OnnxGraph:
         if dtype(value) is None:
             raise GraphError(f"cannot quantize {value.name} ({self.label(value)}): its dtype is not known")
         spec = qparams if isinstance(qparams, Spec) else qparams.spec
-        known = shape(value)
-        # raises if the tiles do not fit; a dynamic size may be anything
-        tiles(torch.empty([1 if d is None else d for d in known], device="meta"), spec.granularity)
+        if value.shape is not None:
+            # raises if the tiles do not fit; a dynamic size may be anything
+            tiles(torch.empty([1 if d is None else d for d in shape(value)], device="meta"), spec.granularity)
+        elif spec.granularity.columns != ALL:
+            raise GraphError(
+                f"cannot quantize {value.name} ({self.label(value)}) under {spec}: its rank is not known, which groups "
+                "need; infer the model's shapes, or take one scale a token"
+            )
         codes_type = ir.TensorType(ir.DataType.INT8 if _is_signed(spec) else ir.DataType.UINT8)
         name, made = qualified_name(value), value.shape
         if isinstance(qparams, Spec):

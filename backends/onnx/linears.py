@@ -4,39 +4,46 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from qcompile.backends.onnx.edit import Editor, sole_user
 from qcompile.backends.onnx.ops import LINEAR, attribute, is_op
-from qcompile.backends.onnx.values import is_constant, lazy_tensor, qualified_name, set_qualified_name
+from qcompile.backends.onnx.values import constant, is_constant, lazy_tensor, qualified_name, set_qualified_name
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Linear:
-    """x and weight as a node reads them; turned: the weight is [K, N]. rest: what a Gemm adds."""
+    """What a node reads.
+
+    turned: the weight is [K, N].  rest: what a Gemm adds.  alpha, beta: factors of a Gemm's product and of its rest.
+    columns: x is [K, M].
+    """
 
     x: ir.Value
     weight: ir.Value
     turned: bool
     rest: ir.Value | None = None
+    alpha: float = 1.0
+    beta: float = 1.0
+    columns: bool = False
 
 
 def make_linears(edit: Editor) -> int:
     """Rewrite MatMul and Gemm with a constant weight, and the bias that is added to them, in place; returns how many.
 
-    A weight [K, N] becomes a new constant, which is turned when somebody reads it. No constant changes.
+    A weight [K, N], or one with a factor, becomes a new constant, which is made when somebody reads it. No constant
+    changes.
     """
-    turned: dict[ir.Value, ir.Value] = {}
+    made: dict[tuple[ir.Value, bool, float], ir.Value] = {}
     count = 0
     for node in list(edit.graph):
         found = _linear(node)
         if found is None:
             continue
-        weight = found.weight
-        if found.turned:
-            if weight not in turned:
-                turned[weight] = transposed(edit, weight)
-            weight = turned[weight]
-        _rewrite(edit, node, found, weight)
+        key = (found.weight, found.turned, found.alpha)
+        if key not in made:
+            made[key] = _prepared(edit, *key)
+        _rewrite(edit, node, found, made[key])
         count += 1
     return count
 
@@ -46,13 +53,33 @@ def _linear(node: ir.Node) -> _Linear | None:
         x, weight = node.inputs
         found = _plain(weight)
         return None if x is None or found is None or is_constant(x) else _Linear(x=x, weight=found[0], turned=found[1])
-    if not is_op(node, "Gemm") or attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1:
+    if not is_op(node, "Gemm"):
         return None
     x, weight, rest = (*node.inputs, None)[:3]
     found = _plain(weight)
-    if x is None or found is None or is_constant(x) or (rest is not None and attribute(node, "beta", 1.0) != 1):
+    alpha, beta = (float(attribute(node, name, 1.0)) for name in ("alpha", "beta"))
+    rest = None if beta == 0 else rest
+    if x is None or found is None or is_constant(x) or not _stays_finite(found[0], alpha):
         return None
-    return _Linear(x=x, weight=found[0], turned=found[1] != bool(attribute(node, "transB", 0)), rest=rest)
+    if rest is not None and beta != 1 and rest.dtype is None:
+        return None
+    turned, columns = found[1] != bool(attribute(node, "transB", 0)), bool(attribute(node, "transA", 0))
+    return _Linear(x=x, weight=found[0], turned=turned, rest=rest, alpha=alpha, beta=beta, columns=columns)
+
+
+def _stays_finite(weight: ir.Value, alpha: float) -> bool:
+    """Whether the weight has room for the factor; it is read only where it may have none."""
+    if abs(alpha) <= 1:
+        return True
+    held = constant(weight)
+    return held is not None and bool((_times(held, alpha).isfinite() == held.isfinite()).all())
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    """The product, rounded once."""
+    if tensor.dtype in (torch.float32, torch.float64):
+        return tensor * factor
+    return (tensor.double() * factor).to(tensor.dtype)
 
 
 def _plain(weight: ir.Value | None) -> tuple[ir.Value, bool] | None:
@@ -70,27 +97,64 @@ def _plain(weight: ir.Value | None) -> tuple[ir.Value, bool] | None:
     return (weight, turned) if weight.const_value.dtype.is_floating_point() else None
 
 
-def transposed(edit: Editor, weight: ir.Value) -> ir.Value:
-    """A new constant [N, K] of a weight [K, N]."""
+def _prepared(edit: Editor, weight: ir.Value, turned: bool, alpha: float) -> ir.Value:
+    """The weight as [N, K] and times alpha: itself, or a new constant."""
     held = weight.const_value
     assert held is not None
+    if not turned and alpha == 1:
+        return weight
     sizes = [int(d) for d in held.shape]
-    value = edit.constant(f"{weight.name}_t", lazy_tensor(held, torch.t, sizes[::-1]), weight.metadata_props)
+
+    def change(tensor: Tensor) -> Tensor:
+        scaled = tensor if alpha == 1 else _times(tensor, alpha)
+        return scaled.t() if turned else scaled
+
+    name = f"{weight.name}_t" if turned else f"{weight.name}_scaled"
+    value = edit.constant(name, lazy_tensor(held, change, sizes[::-1] if turned else sizes), weight.metadata_props)
     set_qualified_name(value, qualified_name(weight))
     return value
+
+
+def _scaled_rest(edit: Editor, node: ir.Node, rest: ir.Value, beta: float) -> ir.Value:
+    """What a Gemm adds, times beta: a new constant of a constant, else a product before the node."""
+    if beta == 1:
+        return rest
+    held = rest.const_value if is_constant(rest) else None
+    if held is not None:
+        sizes = [int(d) for d in held.shape]
+        scaled = lazy_tensor(held, lambda tensor: _times(tensor, beta), sizes)
+        value = edit.constant(f"{rest.name}_scaled", scaled, rest.metadata_props)
+        set_qualified_name(value, qualified_name(rest))
+        return value
+    assert rest.dtype is not None
+    factor = edit.constant(f"{rest.name}_factor", ir.tensor(beta, dtype=rest.dtype))
+    product = edit.node("Mul", [rest, factor], name=f"{rest.name}_scaled", domain="")
+    product.outputs[0].shape, product.outputs[0].type = rest.shape, rest.type
+    edit.graph.insert_before(node, product)
+    return product.outputs[0]
+
+
+def _rows(edit: Editor, node: ir.Node, x: ir.Value) -> ir.Value:
+    """x [M, K] of an x [K, M], which a node before this one turns."""
+    turn = edit.node("Transpose", [x], {"perm": [1, 0]}, name=f"{x.name}_rows", domain="")
+    rows = turn.outputs[0]
+    rows.type, rows.shape = x.type, None if x.shape is None else ir.Shape(list(x.shape)[::-1])
+    edit.graph.insert_before(node, turn)
+    return rows
 
 
 def _rewrite(edit: Editor, node: ir.Node, found: _Linear, weight: ir.Value) -> None:
     assert weight.const_value is not None
     size = int(weight.const_value.shape[0])
     last = node.outputs[0]
-    rest, bias = found.rest, None
+    rest = None if found.rest is None else _scaled_rest(edit, node, found.rest, found.beta)
+    x, bias = _rows(edit, node, found.x) if found.columns else found.x, None
     if rest is not None and (vector := _bias(edit, rest, size)) is not None:
         rest, bias = None, vector
     if found.rest is None and (total := _sum_of(last)) is not None:
         bias = _bias(edit, total[1], size, rank=None if last.shape is None else len(last.shape))
         last = last if bias is None else total[0]
-    new = edit.node(LINEAR, [found.x, weight, *([] if bias is None else [bias])], name=str(last.name))
+    new = edit.node(LINEAR, [x, weight, *([] if bias is None else [bias])], name=str(last.name))
     scopes, name = dict(node.metadata_props), node.name
     if rest is None:
         edit.replace(last, new)

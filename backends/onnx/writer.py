@@ -26,7 +26,8 @@ class Writer:
     """Adds to one model. New nodes stand right before `anchor` and carry its module path.
 
     opset: the lowest that what was written needs.  lacks: types that the target cannot hold.
-    notes: where what was written deviates from the plan.
+    notes: where what was written deviates from the plan.  held: constants that the anchor stores, by itself or beside
+    earlier ones, save plain numbers; whoever sets the anchor empties it.
     """
 
     def __init__(self, model: ir.Model, target: str, lacks: frozenset[ir.DataType] = frozenset()) -> None:
@@ -36,8 +37,8 @@ class Writer:
         self.opset = BASE_OPSET
         self.notes: list[str] = []
         self.anchor: ir.Node | None = None
-        self._made: dict[Hashable, ir.Value] = {}
-        self._several: dict[Hashable, Sequence[ir.Value]] = {}
+        self.held: dict[ir.Value, None] = {}
+        self._made: dict[Hashable, tuple[Sequence[ir.Value], dict[ir.Value, None]]] = {}
         self._names: Counter[str] = Counter()
         self._taken = {value.name for node in model.graph.all_nodes() for value in node.outputs}
         self._taken |= {
@@ -92,11 +93,8 @@ class Writer:
 
     def constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         """A new initializer; the name gets a number if it is taken."""
-        self.require(tensor.dtype)
-        name = self.fresh(name)
-        tensor.name = name
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self.model.graph.register_initializer(value)
+        value = self._initializer(name, tensor)
+        self.held[value] = None
         return value
 
     def number(self, value: float | Sequence[int], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
@@ -105,20 +103,30 @@ class Writer:
         text = "_".join(str(v) for v in array.ravel()[:4])
         return self.once(
             ("number", array.tobytes(), array.shape, dtype),
-            lambda: self.constant(f"{dtype.name.lower()}_{text}", ir.Tensor(array, dtype)),
+            lambda: self._initializer(f"{dtype.name.lower()}_{text}", ir.Tensor(array, dtype)),
         )
+
+    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        self.require(tensor.dtype)
+        name = self.fresh(name)
+        tensor.name = name
+        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.model.graph.register_initializer(value)
+        return value
 
     def once(self, key: Hashable, make: Callable[[], ir.Value]) -> ir.Value:
         """What `make` returns, made once for all equal keys."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        return self.many(key, lambda: [make()])[0]
 
     def many(self, key: Hashable, make: Callable[[], Sequence[ir.Value]]) -> Sequence[ir.Value]:
         """As `once`, for several values."""
-        if key not in self._several:
-            self._several[key] = make()
-        return self._several[key]
+        if key not in self._made:
+            before, self.held = self.held, {}
+            self._made[key] = (make(), self.held)
+            self.held = before
+        values, held = self._made[key]
+        self.held |= held
+        return values
 
     def require(self, dtype: ir.DataType) -> None:
         """Make the file's opset one that knows dtype."""

@@ -25,6 +25,8 @@ def compare(
 ) -> None:
     """How far the outputs of two ONNX files are from each other, in onnxruntime on the CPU."""
     files = files_module()
+    from qcompile.backends.onnx.files import size_on_disk
+
     console = Console()
     outputs: list[dict[str, list[Tensor]]] = []
     with console.status("running ..."):
@@ -51,5 +53,5 @@ def compare(
             f"{float((a - b).abs().max()):.3g}",
         )
     console.print(table)
-    sizes = ", ".join(f"{path.name} {path.stat().st_size / 1e6:.1f} MB" for path in (first, second))
+    sizes = ", ".join(f"{path.name} {size_on_disk(path) / 1e6:.1f} MB" for path in (first, second))
     console.print(sizes, markup=False)

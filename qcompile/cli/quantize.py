@@ -50,8 +50,10 @@ def files_module() -> ModuleType:
 
 def finish(console: Console, report: Report, source: Path, output: Path, html: Path | None, json: Path | None) -> None:
     """Show what was written, and keep the report."""
+    from qcompile.backends.onnx.files import size_on_disk
+
     console.print(report)
-    before, after = (path.stat().st_size / 1e6 for path in (source, output))
+    before, after = (size_on_disk(path) / 1e6 for path in (source, output))
     console.print(f"wrote {output}: {after:.1f} MB, the float file is {before:.1f} MB", markup=False)
     if html is not None:
         report.to_html(html, title=output.name)

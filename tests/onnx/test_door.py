@@ -11,6 +11,7 @@ from torch import Tensor
 from qcompile.backends.onnx.door import open_onnx
 from qcompile.backends.onnx.ops import DOMAIN
 from qcompile.graph import Op
+from qcompile.sites import left_over
 from tests.hosts import ordered_text
 from tests.onnx.models import K, N, all_results, by_onnxruntime, model, ops_of
 
@@ -91,8 +92,9 @@ def test_linears_of_gemm(name: str) -> None:
     [
         ("y = Gemm(x, w, c)", {"c": torch.tensor([2.0])}, "add"),
         ("y = Gemm(x, w, c)", {"c": torch.randn(5, N)}, "add"),
-        ("y = Gemm<alpha = 0.5>(x, w)", {}, "Gemm"),
-        ("y = Gemm<beta = 0.5>(x, w, c)", {"c": B}, "Gemm"),
+        ("y = Gemm<beta = 0.5>(x, w, c)", {"c": torch.randn(5, N)}, "add"),
+        ("y = Gemm<beta = 0.5>(x, w, c)", {"c": torch.tensor(2.0)}, "add"),
+        ("d = MatMul(x, w) e = Relu(d) y = Gemm<beta = -0.5, alpha = 3.0>(x, w, e)", {}, "add"),
         ("p = MatMul(x, w) y = Add(p, c)", {"c": torch.tensor(2.0)}, "add"),
         ("p = MatMul(x, w) q = Add(p, c) y = Mul(q, p)", {"c": B}, "add"),
         ("p = MatMul(x, w) y = Add(p, p)", {}, "add"),
@@ -101,6 +103,52 @@ def test_linears_of_gemm(name: str) -> None:
 def test_what_is_added_stays_an_addition_unless_it_is_a_bias(body: str, more: dict[str, Tensor], kept: str) -> None:
     text = check(model(body, inputs=f"float[5, {K}] x", returns="float[5, N] y", w=W, **more), FLAT)
     assert f" = {kept} " in text
+
+
+@pytest.mark.parametrize("bias", [None, B, B[None]])
+@pytest.mark.parametrize("name", ["alpha", "beta", "both", "columns", "no bias"])
+@pytest.mark.parametrize("turned", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_factors_of_a_gemm_go_into_weight_and_bias(
+    name: str, bias: Tensor | None, turned: int, dtype: torch.dtype
+) -> None:
+    factors = {"alpha": "alpha = 0.3", "beta": "beta = -1.7", "both": "alpha = 2.5, beta = 0.1"}
+    factors |= {"columns": "transA = 1, alpha = 0.3", "no bias": "beta = 0.0"}
+    kind = "float" if dtype is torch.float32 else "float16"
+    weight = (W.t().contiguous() if turned else W).to(dtype)
+    body = f"y = Gemm<transB = {turned}, {factors[name]}>(x, fc__weight{'' if bias is None else ', fc__bias'})"
+    constants = {"fc__weight": weight} | ({} if bias is None else {"fc__bias": bias.to(dtype)})
+    columns = name == "columns"
+    read = f"{kind}[{K}, B] x" if columns else f"{kind}[B, {K}] x"
+    source = model(body, inputs=read, returns=f"{kind}[B, N] y", **constants)
+    x = (FLAT.t().contiguous() if columns else FLAT).to(dtype)
+    # a weight that is rounded with its factor differs by half a unit in the last place, and so do K products of it
+    text = check(source, x, within=1e-5 if dtype is torch.float32 else 1e-2)
+    has_bias = bias is not None and name != "no bias"
+    assert 'const[4, 6] "fc.weight", ' + ('const[4] "fc.bias"' if has_bias else "none") in text
+    assert [line.split()[2] for line in text.splitlines()[1:-1]] == ["transpose"] * columns + ["linear"]
+
+
+def test_a_weight_with_several_factors_is_copied_for_each() -> None:
+    body = "a = Gemm(x, w) b = Gemm<alpha = 2.0>(x, w) c = Gemm<alpha = 2.0>(x, w) d = Add(a, b) y = Add(d, c)"
+    source = model(body, inputs=f"float[B, {K}] x", returns="float[B, N] y", w=W)
+    check(source, FLAT)
+    graph = open_onnx(source)
+    first, second, third = (graph.inputs(v)[1] for v in ops_of(graph, Op.LINEAR))
+    assert second is third
+    assert torch.equal(graph.constant(second), 2 * graph.constant(first))
+
+
+def test_a_factor_that_a_weight_has_no_room_for_stays() -> None:
+    source = model(
+        "y = Gemm<alpha = 100.0>(x, w)",
+        inputs=f"float16[B, {K}] x",
+        returns="float16[B, N] y",
+        w=torch.full((K, N), 1000.0).half(),
+    )
+    assert " = Gemm " in check(source, (FLAT / 1000).half(), within=1e-2)
+    (left,) = left_over(open_onnx(source))
+    assert left.reader == "Gemm"
 
 
 def test_two_activations_stay_a_matmul() -> None:
@@ -266,6 +314,18 @@ def test_an_initializer_that_is_listed_among_the_inputs_is_a_constant() -> None:
     graph = open_onnx(source)
     assert [v.name for v in graph.model.graph.inputs] == ["x"]
     torch.testing.assert_close(all_results(graph, X)[0], X @ W)
+
+
+@pytest.mark.parametrize("body", ["y = Gemm<transB = 1>(x, w)", "y = MatMul(x, w)"])
+def test_a_weight_that_is_returned_keeps_its_name(body: str) -> None:
+    square = torch.randn(K, K)
+    source = model(body, inputs=f"float[B, {K}] x", returns=f"float[B, {K}] y", w=square)
+    source.graph[0].metadata_props["pkg.torch.onnx.name_scopes"] = "['', 'fc', 'linear']"
+    source.graph.outputs.append(source.graph.initializers["w"])
+    check(source, FLAT)
+    graph = open_onnx(source)
+    assert [v.name for v in graph.outputs()] == ["y", "w"]
+    assert [graph.name(v) for v in ops_of(graph, Op.LINEAR)] == ["fc"]
 
 
 def test_a_function_is_seen_through() -> None:

@@ -132,7 +132,7 @@ def test_a_quantized_embedding_looks_up_codes(spec: str, target: str, dtype: tor
     # codes are looked up first, and only then become numbers
     assert (next(iter(emitted.model.graph)).op_type == "Gather") is by_row
     assert bool(emitted.notes) is not by_row
-    assert [site.site for site in emitted.planned] == (["embedding"] if by_row else [])
+    assert [site.site for site in emitted.planned] == ["embedding"]
 
 
 def test_a_tied_float_weight_is_stored_once() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -18,8 +19,13 @@ from typer.testing import CliRunner
 import qcompile
 from qcompile.backends.onnx.export import export_model
 from qcompile.cli import app
-from qcompile.errors import CalibrationError, CoverageError, ModelError, RecipeError, UnsupportedError
+from qcompile.errors import CalibrationError, CoverageError, GraphError, ModelError, RecipeError, UnsupportedError
+from qcompile.files import run_onnx
+from qcompile.numerics import QParams
 from qcompile.plan import Plan
+from qcompile.solvers import SOLVERS
+from qcompile.solvers.round import solve_round
+from qcompile.spec import Spec
 from tests.onnx.models import K, N, by_onnxruntime, model
 
 WIDTH, HIDDEN, LOUD = 64, 96, 7
@@ -142,6 +148,10 @@ def test_a_plan_of_the_torch_model_serves_its_export(source: Path, tmp_path: Pat
     assert isinstance(plan, Plan)
     report = qcompile.quantize_onnx(source, tmp_path / "out.onnx", plan)
     assert len(report.quantized) == 6
+    said = "the plan was made before, and is taken as it is: the batches were not run"
+    again = qcompile.quantize_onnx(source, tmp_path / "again.onnx", plan, batches=[batch(3)])
+    assert [note for note in again.notes if note not in report.notes] == [said]
+    assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
     torch._dynamo.reset()
     inputs = batch(9)
     with torch.no_grad():
@@ -150,6 +160,23 @@ def test_a_plan_of_the_torch_model_serves_its_export(source: Path, tmp_path: Pat
     real = inputs["attention_mask"].bool()
     # one code apart where a value lies between two
     assert float((found - fast)[real].norm() / fast[real].norm()) < 2e-3
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-smooth-split"])
+def test_each_weight_is_solved_once(recipe: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = qcompile.calibrate(net(), [batch(1)], recipe, progress=False)
+    assert isinstance(plan, Plan)
+    solved = []
+
+    def solve(weight: Tensor, spec: Spec) -> QParams:
+        solved.append(tuple(weight.shape))
+        return solve_round(weight, spec)
+
+    monkeypatch.setitem(SOLVERS, "round", solve)
+    report = qcompile.quantize_onnx(source, tmp_path / "out.onnx", plan)
+    assert sorted(solved) == sorted(site.shape for site in report.quantized)
+    # 8 bits of a row whose numbers are spread evenly are good for 45 dB and more
+    assert all(site.snr_db is not None and 35 < site.snr_db < 60 for site in report.quantized)
 
 
 @pytest.mark.parametrize("target", ["portable", "tensorrt", "ort-cuda"])
@@ -269,6 +296,50 @@ def test_external_data_and_fixed_batches(tmp_path: Path) -> None:
     report = qcompile.quantize_onnx(source, tmp_path / "out.onnx", "int8-smooth-split", batches=[batch(1)])
     assert report.coverage == 1.0
     assert error(tmp_path / "out.onnx") < BARS["int8-smooth-split"]
+
+
+@pytest.mark.parametrize("ir_version", [3, 10])
+@pytest.mark.parametrize("static", [False, True])
+def test_inputs_with_a_default_need_not_be_fed(ir_version: int, static: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    w, x = torch.randn(K, N), torch.randn(2, 3, K)
+    proto = ir.to_proto(model("y = MatMul(x, w)", w=w))
+    proto.graph.input.append(onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [K, N]))
+    proto.ir_version = ir_version
+    source, out = tmp_path / "float.onnx", tmp_path / "out.onnx"
+    onnx.save(proto, source)
+    recipe, data = ("int8-static", [{"x": x}]) if static else ("int8", None)
+    report = qcompile.quantize_onnx(source, out, recipe, batches=data)
+    # the old form had no initializers that are no inputs, so there is nothing to say of it
+    said = "inputs with a default keep it as a constant, and cannot be fed: 'w'"
+    assert (said in report.notes) is (ir_version > 3)
+    for path in (source, out):
+        (found,) = run_onnx(path, [{"x": x}])
+        assert float((found["y"] - x @ w).norm() / (x @ w).norm()) < 0.03
+    if ir_version > 3:
+        (twice,) = run_onnx(source, [{"x": x, "w": 2 * w}])
+        torch.testing.assert_close(twice["y"], 2 * x @ w)
+    else:
+        with pytest.raises(CalibrationError, match="'w', which is no input"):
+            next(run_onnx(source, [{"x": x, "w": w}]))
+    with pytest.raises(CalibrationError, match="batch 0 lacks the input 'x'"):
+        next(run_onnx(source, [{}]))
+
+
+def test_an_input_of_unknown_rank(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    w, x = torch.randn(K, N), torch.randn(2, 3, K)
+    body = "h = Reshape(x, sizes) z = Relu(h) y = MatMul(z, w)"
+    source, out = tmp_path / "float.onnx", tmp_path / "out.onnx"
+    ir.save(model(body, inputs=f"float[B, T, {K}] x, int64[R] sizes", returns="float y", w=w), source)
+    for recipe, target in (("int8", "ort-cpu"), ("int8", "portable"), ("int8-weight", "ort-cpu")):
+        assert qcompile.quantize_onnx(source, out, recipe, target=target).coverage == 1.0
+        for sizes in ([6, K], [2, 3, K], [1, 2, 3, K]):
+            (found,) = run_onnx(out, [{"x": x, "sizes": torch.tensor(sizes)}])
+            expected = x.relu().reshape(sizes) @ w
+            assert float((found["y"] - expected).norm() / expected.norm()) < 0.03
+    recipe = {"rules": [{"weight": "int8/channel", "input": "int8/g2"}]}  # type: ignore[assignment]
+    refused(source, out, GraphError, ["z (Relu)", "int8/g2", "its rank is not known"], recipe=recipe)
 
 
 @pytest.mark.parametrize("batches", [{"x": 1}, torch.ones(1), "text"])
