@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Sequence
+from itertools import chain, count
 
 import onnx_ir as ir
 
@@ -56,7 +57,7 @@ def _literal(text: str) -> object:
 
 
 class Names:
-    """Gives nodes their paths, and constants their names. Different nameless weights get different paths."""
+    """Gives nodes their paths, and constants their names. Different weights get different paths."""
 
     def __init__(self) -> None:
         self._owners: dict[str, ir.Value] = {}
@@ -84,13 +85,14 @@ class Names:
             # the exporter names a convolution after the batch norm that it folded into it
             path = op_path("" if op is Op.CONV else running or "", known)
             borrowed = op is Op.LINEAR and path == known.removesuffix(".weight") != (running or "")
-            return known if borrowed and _is_table(weight) else path
-        path = _owner_of(bias, running) or running or node.name or node.op_type
-        candidate, count = path, 1
-        while self._owners.setdefault(candidate, weight) is not weight:
-            count += 1
-            candidate = f"{path}_{count}"
-        return candidate
+            # a module that borrows several weights runs each of them under its own name
+            return self._own((known if borrowed and _is_table(weight) else path, op_path("", known)), weight)
+        return self._own((_owner_of(bias, running) or running or node.name or node.op_type,), weight)
+
+    def _own(self, paths: Sequence[str], weight: ir.Value) -> str:
+        """The first of these paths that is no other weight's, or the first of all with a number."""
+        numbered = (f"{paths[0]}_{number}" for number in count(2))
+        return next(path for path in chain(paths, numbered) if self._owners.setdefault(path, weight) is weight)
 
 
 def _runs_embedding(node: ir.Node) -> bool:

@@ -75,6 +75,13 @@ def test_nameless_weights_get_names_of_their_own() -> None:
     assert sites(graph) == [("a", "a.weight"), ("a_2", "a_2.weight"), ("a", "a.weight")]
 
 
+def test_borrowed_weights_of_one_module_get_names_of_their_own() -> None:
+    scope = ["", "a", "linear"]
+    weights = {"w": "bank.0.weight", "v": "bank.1.weight"}
+    graph = named("p = MatMul(x, w) q = MatMul(p, v) y = MatMul(q, w)", dict.fromkeys("pqy", scope), weights)
+    assert sites(graph) == [("a", "bank.0.weight"), ("bank.1", "bank.1.weight"), ("a", "bank.0.weight")]
+
+
 @pytest.mark.parametrize(
     "scopes", ["not a list", "[]", "[''", "['', '_empty_nn_module_stack_from_metadata_hook', 'x']"]
 )

@@ -370,11 +370,14 @@ class Borrowing(nn.Module):
         return self.block(x)
 
 
-def test_weights_under_one_name_stay_float_with_a_reason(tmp_path: Path) -> None:
+def test_borrowed_weights_of_one_module_are_quantized_each_for_itself(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, x = Borrowing().eval(), torch.randn(4, 16, WIDTH)
     export_model(net, x, tmp_path / "float.onnx")
     report = qcompile.quantize_onnx(tmp_path / "float.onnx", tmp_path / "out.onnx", "int8-static", batches=[{"x": x}])
     expected = run(tmp_path / "float.onnx", {"x": x})
-    assert all(site.reason or site.weight for site in report.sites)
+    assert [(site.name, site.weight) for site in report.sites] == [
+        ("block", "int8/channel"),
+        ("bank.1", "int8/channel"),
+    ]
     assert float((run(tmp_path / "out.onnx", {"x": x}) - expected).norm() / expected.norm()) < 0.03
