@@ -55,7 +55,8 @@ def count_multiplications(graph: Graph[V], folds: Sequence[Fold]) -> int:
 
 def _work(graph: Graph[V], folds: Sequence[Fold]) -> _Work[V]:
     work: _Work[V] = _Work()
-    edges = find_edges(graph)
+    # edges are looked for along whole residual streams
+    edges = find_edges(graph) if folds else []
     for fold in folds:
         for edge in edges:
             mine = tuple(found.value for found in edge.consumers if found.site.name in fold.sites)

@@ -126,15 +126,35 @@ def constant(value: ir.Value) -> Tensor | None:
         assert value.const_value is not None
         return _read(value)
     node = value.producer()
-    if node is None or not is_op(node, *VIEWS, *VECTOR_OPS):
+    if node is None or not _reads_constants(value):
         return None
     read = [None if v is None else constant(v) for v in node.inputs]
-    if not read or any(tensor is None for tensor in read):
-        return None
     held = [tensor for tensor in read if tensor is not None]
+    if len(held) < len(read):
+        return None
     if is_op(node, *VIEWS):
         return _viewed(node, held)
     return _computed(node, held) if all(tensor.dim() <= 1 for tensor in held) else None
+
+
+def _reads_constants(value: ir.Value) -> bool:
+    """Whether views and vector ops make a value of nothing but constants.
+
+    Residual sums of a whole model are such ops, too, and end soon at something that is none.
+    """
+    waiting: list[ir.Value | None] = [value]
+    seen: set[ir.Value] = set()
+    while waiting:
+        current = waiting.pop()
+        if current is None or (not is_constant(current) and not is_op(current.producer(), *VIEWS, *VECTOR_OPS)):
+            return False
+        if current in seen or is_constant(current):
+            continue
+        seen.add(current)
+        producer = current.producer()
+        assert producer is not None
+        waiting += producer.inputs
+    return True
 
 
 def _read(value: ir.Value) -> Tensor | None:

@@ -112,3 +112,11 @@ def test_a_type_that_torch_does_not_have_is_no_constant(kind: str) -> None:
     graph.model.graph.register_initializer(value)
     assert graph.op(value) is Op.CONSTANT
     assert graph.constant(value) is None
+
+
+def test_a_sum_over_a_deep_model_is_no_constant_and_soon_known_to_be_none() -> None:
+    depth = 1200
+    body = " ".join(f"r{i} = Relu(x{i}) x{i + 1} = Add(x{i}, r{i})" for i in range(depth))
+    graph = open_onnx(model(f"x0 = Neg(x) {body} y = MatMul(x{depth}, w)", w=torch.randn(K, N)))
+    (linear,) = ops_of(graph, Op.LINEAR)
+    assert graph.constant(graph.inputs(linear)[0]) is None
