@@ -11,6 +11,7 @@ from qcompile.errors import QcompileError
 from qcompile.plan import Plan
 from qcompile.recipe import Recipe, Rule
 from qcompile.report import Report
+from qcompile.report.comparison import Agreement
 from qcompile.spec import Spec, parse_spec
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Report",
     "Rule",
     "Spec",
+    "agreement",
     "calibrate",
     "load",
     "parse_spec",
@@ -46,3 +48,10 @@ def quantize_onnx(*args: Any, **kwargs: Any) -> Report:
     from qcompile import files
 
     return files.quantize_onnx(*args, **kwargs)
+
+
+def agreement(*args: Any, **kwargs: Any) -> Agreement:
+    """Whether an ONNX file computes what its plan does in PyTorch; see `qcompile.certify.agreement`."""
+    from qcompile import certify
+
+    return certify.agreement(*args, **kwargs)

@@ -1,7 +1,9 @@
 """`torch.compile(model, backend="qcompile")`: the backend, and the report of what it compiled."""
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +14,10 @@ from qcompile.backends.fx.dynamo import refuse_training
 from qcompile.errors import UnsupportedError
 from qcompile.frame import Frame
 from qcompile.options import Options
+from qcompile.plan import Plan
 from qcompile.report import Report, merge
 
+_MANY = 2**16
 _FRAMES: "weakref.WeakSet[Frame]" = weakref.WeakSet()
 
 
@@ -66,6 +70,16 @@ def report(compiled: Any) -> Report:
             "torch.compile(model, backend='qcompile'), call it once, and ask for the report of what torch.compile gave"
         )
     return merge(found)
+
+
+@contextmanager
+def reference(model: nn.Module, plan: Plan) -> Iterator[Callable[..., Any]]:
+    """The model quantized by a plan that is bound to it, in plain PyTorch: slow, and what the plan means."""
+    options: Any = {"plan": plan, "lower": False}
+    # torch runs the float model once a model was compiled often, which would pass for what the plan means
+    with torch._dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY):
+        # a new function each time: torch takes what it compiled for an equal plan, which may be bound to another model
+        yield torch.compile(model, backend=partial(backend), options=options)
 
 
 def _options_of(compiled: Any) -> tuple[Options, str | None] | None:

@@ -1,15 +1,17 @@
 """ONNX in, quantized ONNX out: the same passes, plans and recipes as for torch.compile, on files."""
 
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from qcompile import pipeline
 from qcompile.backends.onnx.calibrate import watch_onnx
@@ -17,13 +19,13 @@ from qcompile.backends.onnx.door import open_onnx
 from qcompile.backends.onnx.emit import TARGETS, emit
 from qcompile.backends.onnx.feeds import inputs_of, to_feed
 from qcompile.backends.onnx.files import read_model, require_place, write_model
-from qcompile.backends.onnx.fusion import check_fusion
 from qcompile.backends.onnx.graph import OnnxGraph
 from qcompile.backends.onnx.opsets import raised
-from qcompile.backends.onnx.planned import Emitted, Kernels, as_written
+from qcompile.backends.onnx.planned import Kernels, as_written
+from qcompile.backends.onnx.prove import HeldOut, Proof, prove
 from qcompile.backends.onnx.runtime import session
 from qcompile.calibrate import parts_for
-from qcompile.errors import CalibrationError, CoverageError, OptionsError, UnsupportedError, nearest
+from qcompile.errors import CalibrationError, CoverageError, OptionsError, PlanError, UnsupportedError, nearest
 from qcompile.expected import expected_report
 from qcompile.graph import Op
 from qcompile.observers import Part, Stats, merge
@@ -33,12 +35,15 @@ from qcompile.prepare import prepare_graphs
 from qcompile.presets import parse_recipe
 from qcompile.recipe import Recipe
 from qcompile.report import Report
+from qcompile.report.comparison import Agreement
 from qcompile.sites import find_sites, left_over
-from qcompile.watch import Seen, first_rows
+from qcompile.watch import Seen, first_rows, shown
 
 Batch = Mapping[str, Any]
 # sites that a note names
 NAMED = 3
+# batches that a certificate is made on: plain PyTorch is slow, and a wrong file shows on the first
+CERTIFIED = 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,57 +63,125 @@ def quantize_onnx(
     recipe: str | Path | Mapping[str, Any] | Recipe | Plan = "int8",
     *,
     batches: Iterable[Batch] | None = None,
+    held_out: Iterable[Batch] | None = None,
+    model: nn.Module | ExportedProgram | None = None,
+    example: Batch | None = None,
     target: str = "ort-cpu",
     min_coverage: float = 0.0,
     failures: str | Path | None = None,
+    progress: bool = True,
 ) -> Report:
     """Quantize an ONNX file into another one, and tell what became of every weight.
 
     source: a float model; it is never changed. target_path: the file to write, whole or not at all.
     recipe: see `parse_recipe`, or a Plan, for example one made on the PyTorch model that the file was exported from.
     batches: of inputs, tensors or arrays by the names of the model's inputs, for recipes that need data; rows that an
-        attention_mask [B, T] calls padding are not counted.  Beside a Plan they are not run, and a note says so.
+        attention_mask [B, T] calls padding are not counted. Beside a Plan calibration does not run them, and a note
+        says so.
+    held_out: batches that calibration does not see, on which the file's outputs are compared with the float model's;
+        without them that is done on the last of `batches`, and the report says so.
+    model: the PyTorch model that the source was exported from. The report then holds a certificate, made on the first
+        of the same batches, or on `example` where there are none (see `qcompile.certify.agreement`).
     target: who runs the file: "ort-cpu", "ort-cuda", "tensorrt", or "portable" (standard operators alone).
-    min_coverage: share of the weight bytes that has to be quantized, 0 to 1.  failures: see `qcompile.calibrate`.
-    For ort-cpu a session is built, and each kernel that was planned has to be in it.
+    min_coverage: share of the weight bytes that has to be quantized, 0 to 1.
+    failures, progress: see `qcompile.calibrate`.
+    Before the file gets its name it is read back and checked. For ort-cpu a session is built, and each kernel that was
+    planned has to be in it; outputs may not be NaN or Inf where the float model's are numbers, nor differ from the
+    model's under the same plan by more than the certificate allows.
     Raises ModelError for a broken or quantized source and a path that cannot be written, UnsupportedError for what the
-    target cannot run, CalibrationError without data that is needed, CoverageError, and what `make_plan` raises; nothing
-    is written then.
+    target cannot run and for outputs that are not as said, CalibrationError without data that is needed, CoverageError,
+    and what `make_plan` raises; nothing is written then.
     """
     if target not in TARGETS:
         raise UnsupportedError(f"unknown target {target!r}; nearest: {nearest(target, TARGETS)}")
     if not 0 <= min_coverage <= 1:
         raise OptionsError(f"min_coverage is a share from 0 to 1, got {min_coverage}")
-    if isinstance(batches, Mapping | Tensor | str):
-        raise CalibrationError(f"batches is one {type(batches).__name__}, not a collection of batches: write [batch]")
-    model = read_model(source)
+    for name, given in (("batches", batches), ("held_out", held_out)):
+        if isinstance(given, Mapping | Tensor | str):
+            raise CalibrationError(f"{name} is one {type(given).__name__}, not a collection of batches: write [batch]")
+    float_model = read_model(source)
     # before data is run for a file that cannot be written
-    require_place(Path(target_path), model, Path(source))
-    said = list(_with_defaults(model))
+    require_place(Path(target_path), float_model, Path(source))
+    said = list(_with_defaults(float_model))
     if isinstance(recipe, Plan) and batches is not None:
-        said.append("the plan was made before, and is taken as it is: the batches were not run")
-    model = raised(model)
-    graph = open_onnx(model)
-    plan = recipe if isinstance(recipe, Plan) else _planned(model, graph, parse_recipe(recipe), batches, failures)
+        said.append("the plan was made before, and is taken as it is: the batches did not change it")
+    float_model = raised(float_model)
+    graph = open_onnx(float_model)
+    ends = None if batches is None else _Ends(shown(batches, progress=progress))
+    plan = recipe if isinstance(recipe, Plan) else _planned(float_model, graph, parse_recipe(recipe), ends, failures)
     sites, left = [found.site for found in find_sites(graph)], list(left_over(graph))
     multiplications = list(pipeline.multiplications(graph, plan))
     noise: dict[str, float] = {}
     applied = pipeline.quantize(graph, plan, noise=noise)
     emitted = emit(graph.model, target)
-    kernels = _checked(emitted) if target == "ort-cpu" else Kernels()
-    report = as_written(expected_report(applied, sites, left, device=target, noise=noise), emitted, kernels)
-    found = () if applied.outliers is None else outlier_notes(applied.outliers)
-    ran = sorted({kernel for several in kernels.by_site.values() for kernel in several})
-    counted = ", ".join(f"{kernels.counts[kernel]} {kernel}" for kernel in ran if kernels.counts[kernel])
-    fused = [f"kernels in onnxruntime's session: {counted}"] if counted else []
-    report = replace(report, notes=(*report.notes, *said, *multiplications, *found, *_joined(emitted.notes), *fused))
+    expected = expected_report(applied, sites, left, device=target, noise=noise)
+    report = as_written(expected, emitted, Kernels())
     if report.coverage < min_coverage:
         raise CoverageError(
             f"{report.coverage:.1%} of the weight bytes of {str(source)!r} are quantized, {min_coverage:.1%} were "
             "demanded: the report says why each of the others is left alone"
         )
-    write_model(emitted.model, target_path, source=source)
-    return report
+    held = _held_out(held_out, ends)
+    certify = None if model is None else _certifier(model, applied, held, example)
+    found: list[tuple[Proof, Agreement | str | None]] = []
+
+    def look(new: Path) -> None:
+        seen = None if held is None else replace(held, batches=shown(held.batches, progress=progress, what="compare"))
+        proof = prove(new, emitted, Path(source), seen)
+        found.append((proof, None if certify is None else certify(new)))
+
+    write_model(emitted.model, target_path, source=source, prove=look)
+    proof, certificate = found[0]
+    outliers = () if applied.outliers is None else outlier_notes(applied.outliers)
+    report = as_written(expected, emitted, proof.kernels)
+    notes = (*report.notes, *said, *multiplications, *outliers, *_joined(emitted.notes), *_counted(proof.kernels))
+    if isinstance(certificate, str):
+        return replace(report, notes=(*notes, certificate), comparison=proof.comparison)
+    return replace(report, notes=notes, comparison=proof.comparison, agreement=certificate)
+
+
+def _held_out(given: Iterable[Batch] | None, ends: "_Ends | None") -> HeldOut | None:
+    """The batches to compare outputs on: those that calibration did not see, or the last that it was given."""
+    if given is not None:
+        return HeldOut(batches=list(given))
+    if ends is None:
+        return None
+    ends.drain()
+    return HeldOut(batches=[ends.last], seen=True) if ends.count else None
+
+
+def _certifier(
+    model: nn.Module | ExportedProgram, plan: Plan, held: HeldOut | None, example: Batch | None
+) -> Callable[[Path], Agreement | str]:
+    """What makes the certificate of a written file, or says why there is none.
+
+    Raises UnsupportedError if the two disagree.
+    """
+    # the compiler takes a second to import, and a file without a model beside it does without
+    from qcompile.certify import agreement
+
+    batches = list(islice(held.batches, CERTIFIED)) if held is not None else [] if example is None else [example]
+
+    def certify(path: Path) -> Agreement | str:
+        if not batches:
+            return "no agreement certificate: no inputs were at hand; give held_out batches, or an example"
+        try:
+            certificate = agreement(model, plan, path, batches)
+        except (PlanError, UnsupportedError) as e:
+            return f"no agreement certificate: {e}"
+        if not certificate.agrees:
+            raise UnsupportedError(f"{certificate}; the file was not kept: report the model and the recipe")
+        return certificate
+
+    return certify
+
+
+def _counted(kernels: Kernels) -> Iterator[str]:
+    """A note on the kernels that run the sites."""
+    ran = sorted({kernel for several in kernels.by_site.values() for kernel in several})
+    counted = ", ".join(f"{kernels.counts[kernel]} {kernel}" for kernel in ran if kernels.counts[kernel])
+    if counted:
+        yield f"kernels in onnxruntime's session: {counted}"
 
 
 def _with_defaults(model: ir.Model) -> Iterator[str]:
@@ -120,7 +193,7 @@ def _with_defaults(model: ir.Model) -> Iterator[str]:
 
 
 def _planned(
-    model: ir.Model, graph: OnnxGraph, recipe: Recipe, batches: Iterable[Batch] | None, failures: str | Path | None
+    model: ir.Model, graph: OnnxGraph, recipe: Recipe, batches: "_Ends | None", failures: str | Path | None
 ) -> Plan:
     """A plan for the graph, with what the batches show if there are any."""
     check_methods(recipe)
@@ -133,14 +206,13 @@ def _planned(
                 f"({', '.join(repr(v.name) for v in graph.model.graph.inputs)}), or take a recipe that needs none"
             )
         return make_plan(sites, recipe, left=left)
-    first = _First(batches)
-    stats = _stats(graph, first, parts_for(recipe))
+    stats = _stats(graph, batches, parts_for(recipe))
     seen = Seen(
-        sites={site.name: site for site in sites}, stats=stats, left=left, batches=first.count, example=first.batch
+        sites={site.name: site for site in sites}, stats=stats, left=left, batches=batches.count, example=batches.first
     )
     if not recipe.prepares:
         return make_plan(sites, recipe, stats, left)
-    example = {name: torch.as_tensor(x) for name, x in first.batch.items()}
+    example = {name: torch.as_tensor(x) for name, x in batches.first.items()}
     if not any(isinstance(value.shape[0], int) for value in graph.model.graph.inputs if value.shape):
         example = first_rows(example)
     args = [example[str(value.name)] for value in graph.model.graph.inputs]
@@ -169,14 +241,6 @@ def _stats(graph: OnnxGraph, batches: Iterable[Batch], parts: Part) -> dict[str,
     return by_site
 
 
-def _checked(emitted: Emitted) -> Kernels:
-    """The kernels of onnxruntime, those that were planned, found from a file as it will be written."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        write_model(emitted.model, path)
-        return check_fusion(emitted, path)
-
-
 def _joined(notes: Iterable[str]) -> Iterator[str]:
     """Notes that begin with a site's name, those that say the same of several sites as one."""
     sites: dict[str, list[str]] = {}
@@ -188,20 +252,26 @@ def _joined(notes: Iterable[str]) -> Iterator[str]:
         yield f"{', '.join(named[:NAMED])}{more}: {text}"
 
 
-class _First:
-    """Batches that are looked at once, of which the first is kept."""
+class _Ends:
+    """Batches that are looked at once, of which the first and the last are kept."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
-        self._batches = batches
+        self._batches = iter(batches)
         self.count = 0
-        self.batch: Batch = {}
+        self.first: Batch = {}
+        self.last: Batch = {}
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Batch]:
         for batch in self._batches:
             if self.count == 0:
-                self.batch = batch
+                self.first = batch
+            self.last = batch
             self.count += 1
             yield batch
+
+    def drain(self) -> None:
+        """Look at what nobody asked for yet."""
+        deque(self, maxlen=0)
 
 
 def run_onnx(path: str | Path, batches: Iterable[Batch]) -> Iterator[dict[str, Tensor]]:

@@ -58,7 +58,7 @@ def watch(model: nn.Module, batches: Iterable[Any], parts: Part, *, progress: bo
     watching = _Watch(Binding(model), parts)
     example, count = None, 0
     with evaluating(model), torch.no_grad():
-        for count, batch in enumerate(_shown(batches) if progress else batches, start=1):
+        for count, batch in enumerate(shown(batches, progress=progress), start=1):
             example = batch if count == 1 else example
             watching.start(count - 1, mask_of(batch))
             with watching:
@@ -308,13 +308,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _shown(batches: Iterable[Any]) -> Iterable[Any]:
-    """The batches, behind a progress bar if someone watches and `rich` is at hand."""
-    if not sys.stderr.isatty():
+def shown(batches: Iterable[Any], *, progress: bool = True, what: str = "calibrate") -> Iterable[Any]:
+    """The batches, behind a progress bar if that is wanted, standard error is a terminal, and `rich` is at hand."""
+    if not progress or not sys.stderr.isatty():
         return batches
     try:
         from rich.console import Console
         from rich.progress import track
     except ImportError:
         return batches
-    return track(batches, description="calibrate", console=Console(stderr=True), transient=True)
+    return track(batches, description=what, console=Console(stderr=True), transient=True)

@@ -53,13 +53,14 @@ CORE = (
     "options",
 )
 # they see everything, and only they and the package's __init__ see them
-ROOTS = ("pipeline", "frame", "compile", "prepare", "calibrate", "files", "cli")
+ROOTS = ("pipeline", "frame", "compile", "prepare", "calibrate", "certify", "files", "cli")
 # backends that may import others; the others import the core alone
 BACKEND_SEES = {"fx": {"devices", "triton"}, "onnx": {"devices"}, "triton": {"devices"}, "devices": set()}
 # what a part of the house may import beside the standard library and torch
 LIBRARIES = {
     "watch": {"rich"},
     "files": {"onnx_ir"},
+    "certify": {"onnx_ir", "onnxruntime"},
     "report": {"rich", "matplotlib"},
     "artifact": {"safetensors"},
     "backends.onnx": {"google", "numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime"},

@@ -98,8 +98,8 @@ def _traced(model: nn.Module, example: Any, dynamic: bool) -> _Traced:
 
     def run(*inputs: Tensor) -> dict[str, Tensor]:
         if by_position:
-            return _results(model(*inputs), name)
-        return _results(model(**dict(zip(tensors, inputs, strict=True)), **fixed), name)
+            return named_results(model(*inputs), name)
+        return named_results(model(**dict(zip(tensors, inputs, strict=True)), **fixed), name)
 
     free = _free_axes(tensors) if dynamic else {}
     inputs = _grown(tensors, free)
@@ -150,7 +150,7 @@ def _given(program: ExportedProgram, example: Any) -> _Traced:
     def run(*inputs: Tensor) -> dict[str, Tensor]:
         by_name = dict(zip(names, inputs, strict=True))
         with torch.no_grad():
-            return _results(module(*inputs) if not kwargs else module(**by_name), "the program")
+            return named_results(module(*inputs) if not kwargs else module(**by_name), "the program")
 
     results = list(run(*inputs.values()))
     found = Example(
@@ -188,8 +188,11 @@ def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(model.forward).parameters
 
 
-def _results(result: Any, name: str) -> dict[str, Tensor]:
-    """What a model gave, by name: of a Hugging Face result the field that counts, else every tensor."""
+def named_results(result: Any, name: str) -> dict[str, Tensor]:
+    """What a model gave, by name: of a Hugging Face result the field that counts, else every tensor.
+
+    Raises UnsupportedError if there is none.
+    """
     if isinstance(result, Tensor):
         return {"output": result}
     if isinstance(result, Mapping):

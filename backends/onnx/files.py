@@ -5,7 +5,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +44,27 @@ def read_model(path: str | Path, *, quantized: bool = False) -> ir.Model:
     folder = path.parent.absolute()
     for tensor in _external(model):
         tensor.base_dir = folder
-    check_qparams(model)
-    if not quantized:
+    if quantized:
+        check_qparams(model)
+    else:
         require_float(model, str(path))
     return model
 
 
 def write_model(
-    model: ir.Model, path: str | Path, *, source: str | Path | None = None, external: bool | None = None
+    model: ir.Model,
+    path: str | Path,
+    *,
+    source: str | Path | None = None,
+    external: bool | None = None,
+    prove: Callable[[Path], object] | None = None,
 ) -> None:
     """Write a model to an .onnx file: at every moment the path holds the old model or the new one, whole.
 
     source: the file that the model was made from, which is never overwritten, nor is its data. external: whether
     tensors go to a file of their own beside it, `<name>.data`, or `<name>.1.data` and so on while that is taken;
-    None: only if the model is larger than the 2 GB that one file can hold.
+    None: only if the model is larger than the 2 GB that one file can hold. prove: looks at the whole file before it
+    gets its name; what it raises is raised, and nothing is written.
     The model is not changed. What its exporter noted of local files (see `strip_sources`) is left out.
     Raises ModelError if the path cannot be written, or is the source; nothing is written then.
     """
@@ -74,15 +82,13 @@ def write_model(
     before = _own_data(path)
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        new.mkdir()
-        _write(copy, new / path.name, data)
-        _put(new, path, data)
-    except OSError as e:
-        raise ModelError(
-            f"cannot write {str(path)!r}: {e.strerror or e}; check the folder's permissions and free space"
-        ) from e
-    except (EncodeError, ir.serde.SerdeError, ValueError) as e:
-        raise ModelError(f"cannot write {str(path)!r}: {e}; report the model that shows this") from e
+        with _told(path):
+            new.mkdir()
+            _write(copy, new / path.name, data)
+        if prove is not None:
+            prove(new / path.name)
+        with _told(path):
+            _put(new, path, data)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     for old in before:
@@ -142,6 +148,19 @@ def size_on_disk(path: str | Path) -> int:
     """Bytes of an .onnx file and of the files that hold its data."""
     path = Path(path)
     return sum(file.stat().st_size for file in (path, *_data_of(path)) if file.exists())
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What goes wrong while writing, as ModelError."""
+    try:
+        yield
+    except OSError as e:
+        raise ModelError(
+            f"cannot write {str(path)!r}: {e.strerror or e}; check the folder's permissions and free space"
+        ) from e
+    except (EncodeError, ir.serde.SerdeError, ValueError) as e:
+        raise ModelError(f"cannot write {str(path)!r}: {e}; report the model that shows this") from e
 
 
 def _size(model: ir.Model) -> int:

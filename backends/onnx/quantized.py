@@ -4,16 +4,15 @@ No checker looks at their values: a scale of zero gives zeros, of NaN gives NaN,
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-import numpy as np
 import onnx_ir as ir
 
+from qcompile.backends.onnx.scales import check_integer, check_narrow, check_scale
 from qcompile.errors import ModelError
 
 # QuantizeLinear, MatMulInteger, QLinearMatMul; of onnxruntime QGemm, QAttention, MatMulNBits, GatherBlockQuantized
 _QUANTIZED = re.compile(r"Q[A-Z]\w*|\w*[Qq]uantize\w*|MatMul(Integer|NBits|Bnb4|FpQ4)\w*|ConvInteger|GemmFloat8")
-_PAIR = ("QuantizeLinear", "DequantizeLinear")
 
 
 def require_float(model: ir.Model, name: str) -> None:
@@ -30,11 +29,11 @@ def check_qparams(model: ir.Model) -> None:
     """Raise ModelError for a constant scale or zero-point that cannot be.
 
     Scales are finite and positive, a number, one for each slice of the axis, or one a block; zero-points have their
-    scale's shape and the type of the codes.
+    scale's shape and the type of the codes; the parts of a MatMulNBits fit its attributes.
     """
     for node in _nodes(model):
-        if node.op_type in _PAIR and len(node.inputs) >= 2:
-            _check_pair(node)
+        if node.op_type in _CHECKS:
+            _CHECKS[node.op_type](node, place(node))
 
 
 def place(node: ir.Node) -> str:
@@ -51,25 +50,30 @@ def _nodes(model: ir.Model) -> Iterator[ir.Node]:
         yield from ir.traversal.RecursiveGraphIterator(graph)
 
 
-def _check_pair(node: ir.Node) -> None:
+def _check_pair(node: ir.Node, where: str) -> None:
+    if len(node.inputs) < 2:
+        return
     x, scale = node.inputs[:2]
     zero = node.inputs[2] if len(node.inputs) > 2 else None
-    scales = None if scale is None else ir.convenience.get_const_tensor(scale)
-    if scales is None or x is None:
+    if scale is None or x is None:
         return
-    where = f"scale {scale.name!r} {list(scales.shape)} of {place(node)}"
-    values = np.asarray(scales.numpy()).astype(np.float64)
-    wrong = ~(np.isfinite(values) & (values > 0))
-    if wrong.any():
-        first = np.argwhere(wrong)[0].tolist()
-        raise ModelError(
-            f"{where} is {values[tuple(first)]} at {first}: scales are finite and greater than zero; "
-            "quantize the model again"
-        )
-    if problem := _shape_problem(node, x, tuple(scales.shape.numpy())):
-        raise ModelError(f"{where} {problem}; quantize the model again")
-    if zero is not None and (problem := _zero_problem(node, x, zero, tuple(scales.shape.numpy()))):
-        raise ModelError(f"zero-point {zero.name!r} of {place(node)} {problem}; quantize the model again")
+    check_scale(scale, where)
+    scales = ir.convenience.get_const_tensor(scale)
+    if scales is None:
+        return
+    shape = tuple(scales.shape.numpy())
+    if problem := _shape_problem(node, x, shape):
+        raise ModelError(f"scale {scale.name!r} {list(shape)} of {where} {problem}; quantize the model again")
+    if zero is not None and (problem := _zero_problem(node, x, zero, shape)):
+        raise ModelError(f"zero-point {zero.name!r} of {where} {problem}; quantize the model again")
+
+
+_CHECKS: Mapping[str, Callable[[ir.Node, str], None]] = {
+    "QuantizeLinear": _check_pair,
+    "DequantizeLinear": _check_pair,
+    "MatMulNBits": check_narrow,
+    "MatMulIntegerToFloat": check_integer,
+}
 
 
 def _shape_problem(node: ir.Node, x: ir.Value, shape: tuple[int, ...]) -> str | None:

@@ -1,7 +1,7 @@
 """Running ONNX models with onnxruntime on the CPU."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as states
 from qcompile.backends.onnx.files import write_model
 from qcompile.errors import UnsupportedError
 
-# of onnxruntime's log: warnings of its optimizer are not the user's business
-_ERRORS_ONLY = 3
+# of onnxruntime's log: warnings of its optimizer are not the user's business, nor is what an exception says anyway
+_ERRORS_ONLY, _FATAL_ONLY = 3, 4
 # what it raises: each class stands alone, beneath Exception
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     states.Fail,
@@ -27,23 +27,34 @@ RUNTIME_ERRORS: tuple[type[Exception], ...] = (
 
 
 @contextmanager
-def session(model: ir.Model, name: str) -> Iterator[ort.InferenceSession]:
+def session(model: ir.Model, name: str, *, settings: Mapping[str, str] | None = None) -> Iterator[ort.InferenceSession]:
     """A session that runs the model, as it is, with as many threads as torch uses.  name: of it, for messages.
 
-    The model goes through a temporary file, so that it may be of any size, and its data may lie anywhere.
-    Raises UnsupportedError if onnxruntime cannot run it.
+    settings: see `start`.  The model goes through a temporary file, so that it may be of any size, and its data may
+    lie anywhere.  Raises UnsupportedError if onnxruntime cannot run it.
     """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = _ERRORS_ONLY
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         write_model(model, path)
-        try:
-            running = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except RUNTIME_ERRORS as e:
-            raise UnsupportedError(
-                f"onnxruntime {ort.__version__} cannot run {name}: {str(e).strip()}; export it at another opset, or "
-                "in float32"
-            ) from e
-        yield running
+        yield start(path, name, settings=settings)
+
+
+def start(
+    path: Path, name: str, *, quiet: bool = False, settings: Mapping[str, str] | None = None
+) -> ort.InferenceSession:
+    """A session that runs a file.  name: see `session`.  quiet: nothing is logged of what it cannot run.
+
+    settings: of onnxruntime's session, by their keys.  Raises UnsupportedError if onnxruntime cannot run it.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = _FATAL_ONLY if quiet else _ERRORS_ONLY
+    for key, value in (settings or {}).items():
+        options.add_session_config_entry(key, value)
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except RUNTIME_ERRORS as e:
+        raise UnsupportedError(
+            f"onnxruntime {ort.__version__} cannot run {name}: {str(e).strip()}; export it at another opset, or "
+            "in float32"
+        ) from e

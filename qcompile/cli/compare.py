@@ -4,18 +4,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
 from qcompile.cli.batches import read_batches
 from qcompile.cli.quantize import files_module
 from qcompile.errors import CalibrationError, ModelError
-from qcompile.numerics import snr_db
-from qcompile.report.quality import cosines
+from qcompile.report.comparison import Differences
+from qcompile.report.table import errors
+from qcompile.watch import mask_of
 
 
 def compare(
@@ -28,30 +25,16 @@ def compare(
     from qcompile.backends.onnx.files import size_on_disk
 
     console = Console()
-    outputs: list[dict[str, list[Tensor]]] = []
+    sums: dict[str, Differences] = defaultdict(Differences)
     with console.status("running ..."):
-        for path in (first, second):
-            found: dict[str, list[Tensor]] = defaultdict(list)
-            for result in files.run_onnx(path, read_batches(data)):
-                for name, tensor in result.items():
-                    found[name].append(tensor)
-            outputs.append(found)
-    if not outputs[0]:
+        results = (files.run_onnx(path, read_batches(data)) for path in (first, second))
+        for batch, wanted, found in zip(read_batches(data), *results, strict=True):
+            if wanted.keys() != found.keys():
+                raise ModelError(f"{first} gives {', '.join(wanted)}, and {second} gives {', '.join(found)}")
+            for name, x in wanted.items():
+                sums[name].add(x, found[name], mask_of(batch))
+    if not sums:
         raise CalibrationError(f"{data} holds no batch")
-    if outputs[0].keys() != outputs[1].keys():
-        raise ModelError(f"{first} gives {', '.join(outputs[0])}, and {second} gives {', '.join(outputs[1])}")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("output", "signal to noise, dB", "relative error", "lowest cosine", "largest difference"):
-        table.add_column(column, justify="left" if column == "output" else "right")
-    for name, tensors in outputs[0].items():
-        a, b = (torch.cat([x.flatten(0, -2).float() for x in found]) for found in (tensors, outputs[1][name]))
-        table.add_row(
-            name,
-            f"{snr_db(a, b):.1f}",
-            f"{float((a - b).norm() / a.norm()):.3g}",
-            f"{float(cosines(a, b).min()):.5f}",
-            f"{float((a - b).abs().max()):.3g}",
-        )
-    console.print(table)
+    console.print(errors([one.error(name) for name, one in sums.items()], f"{second.name} beside {first.name}"))
     sizes = ", ".join(f"{path.name} {size_on_disk(path) / 1e6:.1f} MB" for path in (first, second))
     console.print(sizes, markup=False)

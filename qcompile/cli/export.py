@@ -2,15 +2,17 @@
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from torch.export import ExportedProgram
 
 from qcompile.cli.models import load_model
-from qcompile.cli.quantize import CoverageOption, HtmlOption, JsonOption, TargetOption, files_module, finish
+from qcompile.cli.quantize import CoverageOption, HtmlOption, JsonOption, TargetOption, files_module, finish, waiting
 from qcompile.cli.subjects import Batch, is_causal, open_subject
 from qcompile.errors import UnsupportedError
 
@@ -34,37 +36,71 @@ def export(
     html: HtmlOption = None,
     json: JsonOption = None,
 ) -> None:
-    """Export a PyTorch model to a quantized ONNX file; the float export is checked against the model first."""
+    """Export a PyTorch model to a quantized ONNX file.
+
+    The float export is checked against the model first, and the quantized file against the same plan in PyTorch.
+    """
     quantize_onnx = files_module().quantize_onnx
     from qcompile.backends.onnx.export import export_model
 
     console = Console()
-    opened, example, batches = _opened(model, data, windows)
+    opened = _opened(model, data, windows)
     with tempfile.TemporaryDirectory() as folder:
         source = output if recipe == "float" else Path(folder) / "float.onnx"
         with console.status(f"exporting {model} ..."):
-            export_model(opened, example, source, opset=opset)
+            # a program knows by itself what it was exported with
+            known = isinstance(opened.model, ExportedProgram)
+            export_model(opened.model, None if known else opened.example, source, opset=opset)
         if recipe == "float":
             console.print(f"wrote {output}", markup=False)
             return
-        with console.status("quantizing ..."):
-            report = quantize_onnx(source, output, recipe, batches=batches, target=target, min_coverage=min_coverage)
+        with waiting(console, "quantizing ...", bar=data is not None):
+            report = quantize_onnx(
+                source,
+                output,
+                recipe,
+                batches=opened.calibrate,
+                held_out=opened.held_out,
+                model=opened.model,
+                example=opened.example,
+                target=target,
+                min_coverage=min_coverage,
+            )
         finish(console, report, source, output, html, json)
 
 
-def _opened(path: Path, data: Path | None, windows: int) -> tuple[Any, Any, Sequence[Batch] | None]:
-    """The model, an example of its inputs, and batches to calibrate on if there is data."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Opened:
+    """A model with an example of its inputs; with data, batches to calibrate on, and others to compare outputs on."""
+
+    model: Any
+    example: Batch
+    calibrate: Sequence[Batch] | None = None
+    held_out: Sequence[Batch] | None = None
+
+
+def _opened(path: Path, data: Path | None, windows: int) -> _Opened:
     if path.suffix == ".pt2":
         if data is not None:
             raise UnsupportedError(
                 "--data of a .pt2 file is not known to be tokens: export with --recipe float, then give batches of its "
                 "inputs to `qcompile quantize`"
             )
-        return torch.export.load(path), None, None
+        program = torch.export.load(path)
+        return _Opened(model=program, example=_example(program))
     if data is None:
         model = load_model(path)
         tokens = torch.arange(2 * TOKENS).view(2, TOKENS) % int(model.config.vocab_size)
         masked = {} if is_causal(model) else {"attention_mask": torch.ones_like(tokens)}
-        return model, {"input_ids": tokens, **masked}, None
+        return _Opened(model=model, example={"input_ids": tokens, **masked})
     subject = open_subject(str(path), data, windows)
-    return subject.model, subject.calibrate[0], subject.calibrate
+    return _Opened(
+        model=subject.model, example=subject.calibrate[0], calibrate=subject.calibrate, held_out=subject.measure
+    )
+
+
+def _example(program: ExportedProgram) -> Batch:
+    """The inputs that a program was exported with, by name."""
+    args, kwargs = program.example_inputs or ((), {})
+    names = [str(name) for name in program.graph_signature.user_inputs]
+    return dict(zip(kwargs or names, (*args, *kwargs.values()), strict=True))

@@ -1,5 +1,6 @@
 """`qcompile quantize`: an ONNX file in, a quantized ONNX file out, with the report."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
@@ -13,6 +14,10 @@ from qcompile.report import Report
 
 # what commands that write a quantized file have in common
 TargetOption = Annotated[str, typer.Option(help="ort-cpu, ort-cuda, tensorrt or portable.")]
+HeldOutOption = Annotated[
+    Path | None,
+    typer.Option(help="Batches that calibration does not see, as --data: outputs are compared with the float model's."),
+]
 CoverageOption = Annotated[float, typer.Option(min=0.0, max=1.0, help="Fail if less of the weight bytes is quantized.")]
 HtmlOption = Annotated[Path | None, typer.Option(help="Write the report as a page here.")]
 JsonOption = Annotated[Path | None, typer.Option(help="Write the report as JSON here.")]
@@ -25,6 +30,7 @@ def quantize(
     data: Annotated[
         Path | None, typer.Option(help="Batches of inputs: .npz, a folder of .npz, or .jsonl (a batch a line).")
     ] = None,
+    held_out: HeldOutOption = None,
     target: TargetOption = "ort-cpu",
     min_coverage: CoverageOption = 0.0,
     html: HtmlOption = None,
@@ -33,10 +39,20 @@ def quantize(
     """Quantize an ONNX file into another one."""
     quantize_onnx = files_module().quantize_onnx
     console = Console()
-    batches = None if data is None else read_batches(data)
-    with console.status(f"quantizing {source} ..."):
-        report = quantize_onnx(source, output, recipe, batches=batches, target=target, min_coverage=min_coverage)
+    batches, held = (None if path is None else read_batches(path) for path in (data, held_out))
+    with waiting(console, f"quantizing {source} ...", bar=data is not None):
+        report = quantize_onnx(
+            source, output, recipe, batches=batches, held_out=held, target=target, min_coverage=min_coverage
+        )
     finish(console, report, source, output, html, json)
+
+
+def waiting(console: Console, text: str, *, bar: bool) -> AbstractContextManager[object]:
+    """A sign that something is done; a line of text where a progress bar will move: two signs disturb each other."""
+    if not bar:
+        return console.status(text)
+    console.print(text, markup=False)
+    return nullcontext()
 
 
 def files_module() -> ModuleType:

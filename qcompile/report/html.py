@@ -6,7 +6,7 @@ from html import escape
 from qcompile.analysis import Analysis
 from qcompile.report import findings
 from qcompile.report.report import Report, megabytes
-from qcompile.report.table import rows, shape
+from qcompile.report.table import AGREEMENTS, ERRORS, agreement_cells, error_cells, rows, shape
 
 _STYLE = """
 :root { --ink:#1c1c1c; --soft:#5a5a5a; --paper:#ffffff; --card:#f5f5f3; --line:#d9d9d4; --good:#00694c; --bad:#a33c00;
@@ -58,6 +58,8 @@ def _sections(report: Report, analysis: Analysis | None) -> Iterator[tuple[str, 
             yield name, make(analysis)
     yield "Quantized", _quantized(report)
     yield "Left alone", _left_alone(report)
+    yield "Outputs beside the float model's", _compared(report)
+    yield "The same plan in PyTorch and in the file", _certified(report)
     yield "Notes", "".join(f"<p>{escape(note)}</p>" for note in report.notes)
 
 
@@ -118,3 +120,18 @@ def _left_alone(report: Report) -> str:
         for row in rows(report.left_alone)
     ]
     return findings.table(("site", "op", "shape", "reason", "MB"), table, numbers=1)
+
+
+def _compared(report: Report) -> str:
+    if report.comparison is None:
+        return ""
+    table = findings.table(ERRORS, error_cells(report.comparison.outputs), numbers=4)
+    return f"<p>{escape(str(report.comparison))}</p>" + (table if report.comparison.outputs else "")
+
+
+def _certified(report: Report) -> str:
+    if report.agreement is None:
+        return ""
+    kind = "good" if report.agreement.agrees else "bad"
+    verdict = f'<p class="{kind}">{escape(str(report.agreement))}</p>'
+    return verdict + findings.table(AGREEMENTS, agreement_cells(report.agreement), numbers=5)

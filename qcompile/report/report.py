@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompile.errors import PlanError, QcompileError
+from qcompile.report.comparison import Agreement, Comparison
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -50,13 +51,16 @@ class SiteReport:
 class Report:
     """What a recipe did on a device.  Print it, or keep it with `to_json`.
 
-    notes: what concerns no single site, a line each.
+    notes: what concerns no single site, a line each.  comparison: with the float model, and agreement: with the same
+    plan in PyTorch, both of files alone.
     """
 
     recipe: str
     device: str
     sites: tuple[SiteReport, ...]
     notes: tuple[str, ...] = ()
+    comparison: Comparison | None = None
+    agreement: Agreement | None = None
 
     @property
     def quantized(self) -> tuple[SiteReport, ...]:
@@ -140,7 +144,15 @@ class Report:
         text = source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text()
         data = _parsed(text)
         sites = tuple(_site(site) for site in data["sites"])
-        return cls(recipe=data["recipe"], device=data["device"], sites=sites, notes=tuple(data["notes"]))
+        compared, certified = data.get("comparison"), data.get("agreement")
+        return cls(
+            recipe=data["recipe"],
+            device=data["device"],
+            sites=sites,
+            notes=tuple(data["notes"]),
+            comparison=None if compared is None else Comparison.from_table(compared),
+            agreement=None if certified is None else Agreement.from_table(certified),
+        )
 
     def __str__(self) -> str:
         return self.to_text()

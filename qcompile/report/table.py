@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qcompile.report.comparison import Agreement, Comparison, OutputError
 from qcompile.report.report import Report, SiteReport
 
 # columns from which op and shape are shown too
@@ -74,7 +75,12 @@ def tables(report: Report, *, full: bool = False, width: int = WIDE) -> Iterator
         yield _left_alone(report, full=full)
     if full and any(s.refused for s in report.sites):
         yield _refused(report)
+    if report.comparison is not None and report.comparison.outputs:
+        yield errors(report.comparison.outputs, "Outputs beside the float model's")
+    if report.agreement is not None:
+        yield _agreements(report.agreement)
     yield Text(report.summary(), style="bold")
+    yield from (Text(text, style=style) for text, style in verdicts(report.comparison, report.agreement))
     for note in report.notes:
         yield Text(f"note: {note}", style="yellow")
 
@@ -115,6 +121,60 @@ def _left_alone(report: Report, *, full: bool) -> Table:
     for row in rows(report.left_alone, full=full):
         site = row.sites[0]
         table.add_row(row.title, site.op, shape(site.shape), site.reason, f"{row.bytes_before / 1e6:.2f}")
+    return table
+
+
+def errors(outputs: Sequence[OutputError], title: str) -> Table:
+    """How far outputs are from their references, a row each."""
+    table = _table(title)
+    for header in ERRORS:
+        table.add_column(header, overflow="fold", justify="left" if header == ERRORS[0] else "right")
+    for row in error_cells(outputs):
+        table.add_row(*row)
+    return table
+
+
+# columns of outputs beside their references, and of those of a file beside PyTorch's
+ERRORS = ("output", "signal to noise, dB", "relative error", "lowest cosine", "largest difference")
+AGREEMENTS = ("output", "apart, dB", "largest difference", "PyTorch to float, dB", "file to float, dB", "")
+
+
+def error_cells(outputs: Sequence[OutputError]) -> list[tuple[str, ...]]:
+    """Outputs as text, under ERRORS."""
+    return [
+        (o.name, f"{o.snr_db:.1f}", f"{o.relative:.3g}", f"{o.lowest_cosine:.5f}", f"{o.largest:.3g}") for o in outputs
+    ]
+
+
+def agreement_cells(agreement: Agreement) -> list[tuple[str, ...]]:
+    """Outputs as text, under AGREEMENTS; the largest difference is relative to the largest magnitude."""
+    return [
+        (
+            o.name,
+            f"{o.between_db:.1f}",
+            f"{o.largest:.2g}",
+            f"{o.torch_db:.1f}",
+            f"{o.file_db:.1f}",
+            "agrees" if o.agrees else "DISAGREES",
+        )
+        for o in agreement.outputs
+    ]
+
+
+def verdicts(comparison: Comparison | None, agreement: Agreement | None) -> Iterator[tuple[str, str]]:
+    """What was compared, as sentences, each with its style."""
+    if comparison is not None:
+        yield str(comparison), "" if comparison.outputs else "yellow"
+    if agreement is not None:
+        yield str(agreement), "green" if agreement.agrees else "bold red"
+
+
+def _agreements(agreement: Agreement) -> Table:
+    table = _table("The same plan in PyTorch and in the file")
+    for header in AGREEMENTS:
+        table.add_column(header, overflow="fold", justify="left" if header == AGREEMENTS[0] else "right")
+    for row in agreement_cells(agreement):
+        table.add_row(*row)
     return table
 
 

@@ -24,7 +24,12 @@ def test_a_language_model_becomes_a_quantized_file(tiny_llama: Path, tokens: Pat
     )
     assert result.exit_code == 0, result.output
     assert small.stat().st_size < 0.6 * plain.stat().st_size
-    sites = {site["name"]: site for site in json.loads(report.read_text())["sites"]}
+    written = json.loads(report.read_text())
+    # the second half of the data, which calibration did not see
+    assert (written["comparison"]["batches"], written["comparison"]["seen"]) == (4, False)
+    assert written["agreement"]["batches"] == 4
+    assert "agree on 4 batches" in result.output
+    sites = {site["name"]: site for site in written["sites"]}
     assert sites["model.layers.0.self_attn.q_proj"]["kernel"] == "MatMulIntegerToFloat"
     shown = run("show", plain).output
     assert '"model.layers.1.mlp.down_proj"' in shown
@@ -48,6 +53,9 @@ def test_an_exported_program_becomes_a_quantized_file(tmp_path: Path) -> None:
     result = run("export", program, output, "--recipe", "int8")
     assert result.exit_code == 0, result.output
     assert "2 of 2 sites" in result.output
+    # on the inputs that it was exported with
+    assert "agree on 1 batch" in result.output
+    assert "not compared" in result.output
 
 
 @pytest.mark.parametrize(

@@ -228,10 +228,17 @@ def test_the_command_line_reads_batches_and_writes_reports(source: Path, tmp_pat
     written = []
     for data in (folder, lines):
         output, report = tmp_path / f"{data.name}.onnx", tmp_path / f"{data.name}.json"
-        result = cli("quantize", source, output, "--recipe", "int8-static", "--data", data, "--json", report)
+        held = folder / "2.npz"
+        result = cli(
+            *("quantize", source, output, "--recipe", "int8-static", "--data", data, "--held-out", held),
+            *("--json", report),
+        )
         assert result.exit_code == 0, result.output
         assert "6 of 6 sites" in result.output
-        assert len(qcompile.Report.from_json(report).quantized) == 6
+        read = qcompile.Report.from_json(report)
+        assert len(read.quantized) == 6
+        assert read.comparison is not None
+        assert (read.comparison.batches, read.comparison.seen) == (1, False)
         written.append(output.read_bytes())
     assert written[0] == written[1]
 
