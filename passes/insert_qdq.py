@@ -1,11 +1,16 @@
-"""Quantize what the plan says: a quantize and a dequantize on the weight and on the input of each of its sites."""
+"""Quantize what the plan says: a quantize and a dequantize on the weight and on the input of each of its sites.
 
+Where the plan quantizes the result of a convolution too, all that read it read it so, and so is what is added to it:
+the sum of a residual block then has codes on both sides, as kernels of integers take it.
+"""
+
+from collections.abc import Sequence
 from dataclasses import replace
 
-from qcompile.graph import Graph, V
-from qcompile.numerics import QParams
+from qcompile.graph import Graph, Op, V
+from qcompile.numerics import QParams, over_dimensions
 from qcompile.plan import Decision, Plan, equal_qparams
-from qcompile.sites import Found, find_sites, tail_owner
+from qcompile.sites import SITE_OPS, Found, find_sites, result_of, tail_owner
 from qcompile.solvers import SOLVERS
 from qcompile.spec import Spec
 
@@ -18,7 +23,9 @@ def insert_qdq(graph: Graph[V], plan: Plan) -> int:
     """
     pairs: dict[V, list[tuple[QParams | Spec, V]]] = {}
     solved: dict[tuple[V, Spec, str], QParams] = {}
-    for found in find_sites(graph):
+    found_sites = find_sites(graph, SITE_OPS)
+    addends = _addends(graph, found_sites, plan)
+    for found in found_sites:
         x, weight = graph.inputs(found.value)[:2]
         decision = _decision(plan, found.site.name)
         if decision is None or x is None or weight is None:
@@ -26,10 +33,15 @@ def insert_qdq(graph: Graph[V], plan: Plan) -> int:
         if decision.weight is not None:
             key = (weight, decision.weight, decision.solver)
             if key not in solved:
-                solved[key] = SOLVERS[decision.solver](found.site.weight, decision.weight)
+                qparams = SOLVERS[decision.solver](found.site.weight, decision.weight)
+                solved[key] = over_dimensions(qparams, len(graph.shape(weight)))
             _quantize_input(graph, found, 1, solved[key], pairs)
         if decision.input is not None:
             _quantize_input(graph, found, 0, decision.input_qparams or decision.input, pairs)
+            _share(graph, x, graph.inputs(found.value)[0], addends.get(x, ()))
+        if decision.output is not None:
+            result = result_of(graph, found.value)
+            graph.replace_uses(result, _pair(graph, result, decision.output, pairs))
     return sum(len(made) for made in pairs.values())
 
 
@@ -41,6 +53,29 @@ def _decision(plan: Plan, name: str) -> Decision | None:
     return None if owner.threshold is None else replace(owner, input=None)
 
 
+def _addends(graph: Graph[V], sites: Sequence[Found[V]], plan: Plan) -> dict[V, list[tuple[V, int]]]:
+    """Activations that are added to quantized results: the sums, and which of their inputs each is."""
+    found: dict[V, list[tuple[V, int]]] = {}
+    for site in sites:
+        decision = _decision(plan, site.site.name)
+        if decision is None or decision.output is None:
+            continue
+        result = result_of(graph, site.value)
+        for total in graph.users(result):
+            read = list(graph.inputs(total)) if graph.op(total) is Op.ADD else []
+            for index, other in enumerate(read):
+                if other is not None and other is not result:
+                    found.setdefault(other, []).append((total, index))
+    return found
+
+
+def _share(graph: Graph[V], x: V, dequantized: V | None, sums: Sequence[tuple[V, int]]) -> None:
+    """Make sums that add the activation x read it as a convolution does."""
+    for total, index in sums:
+        if dequantized is not None and graph.inputs(total)[index] is x:
+            graph.set_input(total, index, dequantized)
+
+
 def _quantize_input(
     graph: Graph[V],
     found: Found[V],
@@ -48,12 +83,17 @@ def _quantize_input(
     qparams: QParams | Spec,
     pairs: dict[V, list[tuple[QParams | Spec, V]]],
 ) -> None:
-    """Make the site read its input number `index` through a pair with these qparams, an earlier one if it is equal."""
+    """Make the site read its input number `index` through a pair with these qparams."""
     source = graph.inputs(found.value)[index]
     assert source is not None
+    graph.set_input(found.value, index, _pair(graph, source, qparams, pairs))
+
+
+def _pair(graph: Graph[V], source: V, qparams: QParams | Spec, pairs: dict[V, list[tuple[QParams | Spec, V]]]) -> V:
+    """The value through a pair with these qparams, an earlier one if it is equal."""
     made = pairs.setdefault(source, [])
     dequantized = next((value for known, value in made if equal_qparams(known, qparams)), None)
     if dequantized is None:
         dequantized = graph.add_qdq(source, qparams)
         made.append((qparams, dequantized))
-    graph.set_input(found.value, index, dequantized)
+    return dequantized

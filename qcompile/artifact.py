@@ -155,6 +155,10 @@ def _decision_table(decision: Decision, tensors: dict[str, Tensor]) -> dict[str,
         held = _tensors_of(decision.input_qparams)
         table["input_qparams"] = sorted(held)
         tensors |= {f"{decision.name}.input.{part}": tensor for part, tensor in held.items()}
+    if decision.output is not None:
+        held = _tensors_of(decision.output)
+        table |= {"output": str(decision.output.spec), "output_qparams": sorted(held)}
+        tensors |= {f"{decision.name}.output.{part}": tensor for part, tensor in held.items()}
     if decision.outliers:
         table["outliers"] = list(decision.outliers)
     if decision.threshold is not None:
@@ -218,10 +222,18 @@ def _decision(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Decisi
         outliers=tuple(table.get("outliers", ())),
         threshold=table.get("threshold"),
     )
-    if "input_qparams" not in table:
-        return decision
-    held = {part: tensors[f"{decision.name}.input.{part}"] for part in table["input_qparams"]}
-    return replace(decision, input_qparams=_qparams(parse_spec(table["input"]), held))
+    return replace(
+        decision,
+        input_qparams=_stored_qparams(decision.name, "input", table, tensors),
+        output=_stored_qparams(decision.name, "output", table, tensors),
+    )
+
+
+def _stored_qparams(site: str, side: str, table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QParams | None:
+    if f"{side}_qparams" not in table:
+        return None
+    held = {part: tensors[f"{site}.{side}.{part}"] for part in table[f"{side}_qparams"]}
+    return _qparams(parse_spec(table[side]), held)
 
 
 def _qparams(spec: Spec, held: Mapping[str, Tensor]) -> QParams:

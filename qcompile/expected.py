@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from qcompile.folds import scale_before
-from qcompile.graph import Op
 from qcompile.numerics import dequantize, quantize, snr_db
 from qcompile.packing import stored_bytes
 from qcompile.plan import Decision, Plan, fold_notes
 from qcompile.report import Report, SiteReport
-from qcompile.sites import LeftOver, Site
+from qcompile.sites import CHANNEL_AXIS, LeftOver, Site
 from qcompile.solvers import SOLVERS
 
 
@@ -28,6 +27,8 @@ def expected_report(
     sites, left: with weights as the float model has them.  noise: the signal-to-noise ratios of quantized weights by
     site, in dB, where they are known; without it, weights are solved to find them.
     """
+    sites = list(sites)
+    positions = {site.name: site.positions for site in sites if site.op in CHANNEL_AXIS}
     weights = {site.name: site.weight.detach() for site in sites}
     weights |= {one.name: one.weight.detach() for one in left}
     owners: dict[Hashable, Decision] = {}
@@ -40,6 +41,7 @@ def expected_report(
             weights[d.name],
             owners[_memory(d.name, weights[d.name])],
             _snr_db(d, weights[d.name], plan) if noise is None else noise.get(d.name),
+            positions.get(d.name, 0),
         )
         for d in plan.decisions.values()
     )
@@ -61,7 +63,7 @@ def _snr_db(decision: Decision, weight: Tensor, plan: Plan) -> float | None:
     return snr_db(coded, dequantize(quantize(coded, qparams), qparams))
 
 
-def _site(decision: Decision, weight: Tensor, owner: Decision, snr: float | None) -> SiteReport:
+def _site(decision: Decision, weight: Tensor, owner: Decision, snr: float | None, positions: int) -> SiteReport:
     before = weight.nbytes if decision is owner else 0
     # who reads it as float beside one who does not needs it, too
     after = weight.nbytes if decision is owner or owner.weight is not None else 0
@@ -77,7 +79,7 @@ def _site(decision: Decision, weight: Tensor, owner: Decision, snr: float | None
         snr_db=snr,
         bytes_before=before,
         bytes_after=after,
-        macs=weight.numel() if decision.op is Op.LINEAR else 0,
+        macs=weight.numel() * positions,
         reason=decision.reason,
         outliers=0 if decision.weight is None else len(decision.outliers),
     )

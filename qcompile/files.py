@@ -30,13 +30,14 @@ from qcompile.expected import expected_report
 from qcompile.graph import Op
 from qcompile.observers import Part, Stats, merge
 from qcompile.outliers import outlier_notes
+from qcompile.passes.fold_batch_norm import fold_batch_norm
 from qcompile.plan import Plan, check_methods, make_plan
 from qcompile.prepare import prepare_graphs
 from qcompile.presets import parse_recipe
 from qcompile.recipe import Recipe
 from qcompile.report import Report
 from qcompile.report.comparison import Agreement
-from qcompile.sites import find_sites, left_over
+from qcompile.sites import CHANNEL_AXIS, SITE_OPS, find_sites, left_over, result_of
 from qcompile.watch import Seen, first_rows, shown
 
 Batch = Mapping[str, Any]
@@ -44,6 +45,8 @@ Batch = Mapping[str, Any]
 NAMED = 3
 # batches that a certificate is made on: plain PyTorch is slow, and a wrong file shows on the first
 CERTIFIED = 4
+# sides of a site
+_INPUT, _RESULT = "input", "result"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,7 +57,11 @@ class _Opened:
     args: Sequence[Any] = ()
 
     def open(self) -> OnnxGraph:
-        return open_onnx(self.model)
+        """A plan is about the weights that batch norms were folded into."""
+        graph = open_onnx(self.model)
+        fold_batch_norm(graph)
+        graph.prune()
+        return graph
 
 
 def quantize_onnx(
@@ -106,13 +113,13 @@ def quantize_onnx(
     if isinstance(recipe, Plan) and batches is not None:
         said.append("the plan was made before, and is taken as it is: the batches did not change it")
     float_model = raised(float_model)
-    graph = open_onnx(float_model)
+    graph = _Opened(model=float_model).open()
     ends = None if batches is None else _Ends(shown(batches, progress=progress))
     plan = recipe if isinstance(recipe, Plan) else _planned(float_model, graph, parse_recipe(recipe), ends, failures)
-    sites, left = [found.site for found in find_sites(graph)], list(left_over(graph))
+    sites, left = [found.site for found in find_sites(graph, SITE_OPS)], list(left_over(graph, SITE_OPS))
     multiplications = list(pipeline.multiplications(graph, plan))
     noise: dict[str, float] = {}
-    applied = pipeline.quantize(graph, plan, noise=noise)
+    applied = pipeline.quantize(graph, plan, noise=noise, ops=SITE_OPS)
     emitted = emit(graph.model, target)
     expected = expected_report(applied, sites, left, device=target, noise=noise)
     report = as_written(expected, emitted, Kernels())
@@ -197,8 +204,8 @@ def _planned(
 ) -> Plan:
     """A plan for the graph, with what the batches show if there are any."""
     check_methods(recipe)
-    sites = [found.site for found in find_sites(graph)]
-    left = list(left_over(graph))
+    sites = [found.site for found in find_sites(graph, SITE_OPS)]
+    left = list(left_over(graph, SITE_OPS))
     if batches is None:
         if recipe.needs_data:
             raise CalibrationError(
@@ -206,39 +213,50 @@ def _planned(
                 f"({', '.join(repr(v.name) for v in graph.model.graph.inputs)}), or take a recipe that needs none"
             )
         return make_plan(sites, recipe, left=left)
-    stats = _stats(graph, batches, parts_for(recipe))
+    stats, results = _stats(graph, batches, parts_for(recipe))
     seen = Seen(
         sites={site.name: site for site in sites}, stats=stats, left=left, batches=batches.count, example=batches.first
     )
     if not recipe.prepares:
-        return make_plan(sites, recipe, stats, left)
+        return make_plan(sites, recipe, stats, left, results=results)
     example = {name: torch.as_tensor(x) for name, x in batches.first.items()}
     if not any(isinstance(value.shape[0], int) for value in graph.model.graph.inputs if value.shape):
         example = first_rows(example)
     args = [example[str(value.name)] for value in graph.model.graph.inputs]
     prepared = prepare_graphs([_Opened(model=model, args=args)], seen, recipe, failures=failures)
-    plan = make_plan(sites, recipe, prepared.stats, left, prepared=prepared.decided)
+    plan = make_plan(sites, recipe, prepared.stats, left, prepared=prepared.decided, results=results)
     return replace(plan, outliers=prepared.outliers)
 
 
-def _stats(graph: OnnxGraph, batches: Iterable[Batch], parts: Part) -> dict[str, Stats]:
-    """Stats of the inputs of linears, by site; sites that always read the same share one object."""
-    read: dict[str, dict[str, ir.Value]] = {}
-    for found in find_sites(graph):
-        x = graph.inputs(found.value)[0]
-        if found.site.op is Op.LINEAR and x is not None:
+def _stats(graph: OnnxGraph, batches: Iterable[Batch], parts: Part) -> tuple[dict[str, Stats], dict[str, Stats]]:
+    """Stats of the inputs of sites, and of the results of convolutions, by site.
+
+    Sites that always read the same share one object; a result that the model returns has none.
+    """
+    read: dict[tuple[str, str], dict[str, ir.Value]] = {}
+    axes: dict[str, int] = {}
+    returned = graph.outputs()
+    for found in find_sites(graph, SITE_OPS):
+        x, result = graph.inputs(found.value)[0], result_of(graph, found.value)
+        axis = CHANNEL_AXIS.get(found.site.op)
+        watched = [] if axis is None or x is None else [(_INPUT, x)]
+        if found.site.op is Op.CONV and result not in returned:
+            watched.append((_RESULT, result))
+        for side, value in watched:
+            key = f"{value.name} {axis}"
             # a module that is called several times reads several activations
-            read.setdefault(found.site.name, {})[str(x.name)] = x
-    watched = {name: x for values in read.values() for name, x in values.items()}
+            read.setdefault((side, found.site.name), {})[key] = value
+            axes[key] = axis or -1
+    values = {key: value for one in read.values() for key, value in one.items()}
     # what is watched is the graph that will be quantized, in operators that onnxruntime knows
-    stats = watch_onnx(emit(graph.model, "portable").model, watched, batches, parts)
+    stats = watch_onnx(emit(graph.model, "portable").model, values, batches, parts, axes)
     merged: dict[tuple[str, ...], Stats] = {}
-    by_site = {}
-    for site, values in read.items():
-        names = tuple(name for name in values if name in stats)
+    by_site: dict[str, dict[str, Stats]] = {_INPUT: {}, _RESULT: {}}
+    for (side, site), named in read.items():
+        names = tuple(name for name in named if name in stats)
         if names:
-            by_site[site] = merged.setdefault(names, reduce(merge, (stats[name] for name in names)))
-    return by_site
+            by_site[side][site] = merged.setdefault(names, reduce(merge, (stats[name] for name in names)))
+    return by_site[_INPUT], by_site[_RESULT]
 
 
 def _joined(notes: Iterable[str]) -> Iterator[str]:

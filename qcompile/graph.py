@@ -92,6 +92,9 @@ class Graph(Protocol[V]):
         Raises GraphError for any other op.
         """
 
+    def epsilon(self, value: V) -> float:
+        """Of a BATCH_NORM: what is added to the variance before the root.  Raises GraphError for any other op."""
+
     def add_constant(self, name: str, tensor: Tensor, like: V | None = None) -> V:
         """A new constant of that qualified name.
 

@@ -30,7 +30,8 @@ class QParams:
     """What one spec got on one tensor: `x ~ (q - zero) * scale`, tile by tile.
 
     scale: float32, as its storage rounds it. For x: [..., K] it is [] for tensor, [..., 1] for channel and
-        token, [..., K / g] for groups; [N / r, K / c] for blocks of several rows of [N, K].
+        token, [..., K / g] for groups; [N / r, K / c] for blocks of several rows of [N, K]. A weight [N, C, H, W]
+        of a convolution has one a row of [N, C * H * W], as [N, 1, 1, 1].
     zero: the code of 0, float32, shaped like scale; None if symmetric.
     levels: float32 [2**bits], for code books learned from the tensor.
     stored: what is stored in place of scale (see `qcompile.scales`).
@@ -104,6 +105,18 @@ def qparams_of_range(low: Tensor, high: Tensor, spec: Spec, *, clip: Tensor | fl
     scale, stored = keep_scale(scale, spec.scale, amax, element_max, clip)
     zero = None if spec.symmetric else (-clip * low / scale).round().clamp(*spec.code_range)
     return QParams(spec=spec, scale=scale, zero=zero, stored=stored)
+
+
+def over_dimensions(qparams: QParams, dims: int) -> QParams:
+    """The qparams of a weight [N, K] for the same weight when K is spread over dims - 1 dimensions.
+
+    qparams: of one scale a tensor, or one a row, [N, 1], which becomes [N, 1, ..., 1].
+    """
+    if dims == 2 or qparams.spec.granularity.rows == ALL:
+        return qparams
+    shape = (-1, *[1] * (dims - 1))
+    zero = None if qparams.zero is None else qparams.zero.reshape(shape)
+    return replace(qparams, scale=qparams.scale.reshape(shape), zero=zero)
 
 
 def quantize(x: Tensor, qparams: QParams) -> Tensor:

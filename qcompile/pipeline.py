@@ -19,7 +19,7 @@ from qcompile.passes.merge_qdq import merge_qdq
 from qcompile.passes.split_outliers import split_outliers
 from qcompile.plan import Decision, Plan, make_plan, unreached
 from qcompile.recipe import Recipe
-from qcompile.sites import SITE_OPS, constant_name, find_sites, left_over
+from qcompile.sites import COMMON_OPS, SITE_OPS, constant_name, find_sites, left_over
 
 # reasons that a note gives
 NAMED = 3
@@ -64,6 +64,7 @@ def quantize(
     dump: str | Path | None = None,
     prepared: dict[tuple[str, str], Tensor] | None = None,
     noise: dict[str, float] | None = None,
+    ops: Collection[Op] = COMMON_OPS,
 ) -> Plan:
     """Quantize a graph in place; returns the plan that was applied. The result is right on any machine, and slow.
 
@@ -72,9 +73,10 @@ def quantize(
     dump: a folder that gets the graph's text before the first and after every pass.
     prepared: gets the weights as they are when they are quantized, by names of site and constant.
     noise: gets the signal-to-noise ratio of each quantized weight, in dB, by name of site.
+    ops: the kinds of sites that the host can run quantized.
     Raises RecipeError, PlanError, WeightError or SpecError, before anything is changed.
     """
-    plan = plan_for(graph, decide, whole=whole)
+    plan = plan_for(graph, decide, whole=whole, ops=ops)
     _write(graph, dump, 0, "opened")
     steps: dict[str, Pass[V]] = passes(plan)
     for number, (name, run) in enumerate(steps.items(), start=1):
@@ -88,17 +90,18 @@ def quantize(
     return plan
 
 
-def plan_for(graph: Graph[V], decide: Recipe | Plan, *, whole: bool = True) -> Plan:
+def plan_for(graph: Graph[V], decide: Recipe | Plan, *, whole: bool = True, ops: Collection[Op] = COMMON_OPS) -> Plan:
     """Decisions for the sites of this graph.
 
     Raises PlanError if a given plan knows none of them, or other shapes, and RecipeError if a rule of a given recipe
     matches nothing.
     """
-    sites = [found.site for found in find_sites(graph)]
-    left = list(left_over(graph))
+    sites = [found.site for found in find_sites(graph, ops)]
+    left = list(left_over(graph, ops))
     if isinstance(decide, Recipe):
         return make_plan(sites, decide, left=left, whole=whole)
-    known = decide.decisions
+    # what another host left over goes by the name of a weight, which may be that of a site
+    known = {name: decision for name, decision in decide.decisions.items() if decision.op in ops}
     if sites and not any(site.name in known for site in sites):
         raise PlanError(
             f"the plan knows none of this graph's sites, such as {sites[0].name!r}; nearest in the plan: "

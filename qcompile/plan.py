@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from math import gcd
 
 import torch
 from torch import Tensor, nn
 
 from qcompile.binding import Binding
-from qcompile.errors import CalibrationError, PlanError, RecipeError, SpecError, WeightError, nearest
+from qcompile.errors import CalibrationError, PlanError, RecipeError, SpecError, nearest
+from qcompile.fitting import check_tiles, check_weight
 from qcompile.folds import Fold
 from qcompile.graph import Op
 from qcompile.numerics import QParams
@@ -16,14 +16,21 @@ from qcompile.observers import Stats
 from qcompile.outliers import Outliers
 from qcompile.ranges import parse_observer
 from qcompile.recipe import Recipe, Rule
-from qcompile.sites import LeftOver, Site
+from qcompile.sites import CHANNEL_AXIS, LeftOver, Site
 from qcompile.solvers import SOLVERS
-from qcompile.spec import ALL, Spec, parse_granularity
+from qcompile.spec import ALL, Spec
 
-# in smaller groups, the scales of 4-bit codes take half as much as the codes or more
-SMALLEST_GROUP = 16
 # what was found from stats (by identity), by an observer, for a spec: sites that read one activation share it
 _Ranges = dict[tuple[int, str, Spec], QParams]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """Stats by site name, and the ranges that were found from them so far."""
+
+    inputs: Mapping[str, Stats]
+    results: Mapping[str, Stats]
+    ranges: _Ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +38,7 @@ class Decision:
     """What one site gets. A weight or input without spec stays float, and `reason` says why.
 
     input_qparams: of a static input; None with an input spec means found from each input while running.
+    output: of a convolution's result, and of what is added to it; None leaves them float.
     outliers: channels of the input that stay in the model's dtype, with their columns of the weight.
     threshold: instead, the channels are found in each input: those in which any magnitude reaches it (LLM.int8).
     Raises PlanError if outliers are not distinct channels of the input.
@@ -46,6 +54,7 @@ class Decision:
     reason: str = ""
     outliers: tuple[int, ...] = ()
     threshold: float | None = None
+    output: QParams | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if self.outliers and not (
@@ -59,9 +68,10 @@ class Decision:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Decision):
             return NotImplemented
-        names = (f.name for f in fields(self) if f.name != "input_qparams")
-        return all(getattr(self, name) == getattr(other, name) for name in names) and equal_qparams(
-            self.input_qparams, other.input_qparams
+        found = ("input_qparams", "output")
+        names = (f.name for f in fields(self) if f.name not in found)
+        return all(getattr(self, name) == getattr(other, name) for name in names) and all(
+            equal_qparams(getattr(self, name), getattr(other, name)) for name in found
         )
 
 
@@ -122,10 +132,12 @@ def make_plan(
     *,
     prepared: Preparation | None = None,
     whole: bool = True,
+    results: Mapping[str, Stats] | None = None,
 ) -> Plan:
     """What each site gets by the first rule that matches it. Pure: nothing is changed, weights are only looked at.
 
-    stats: by site name, for static inputs, after what `prepared` says. prepared: what data decided.
+    stats: by site name, for static inputs, after what `prepared` says. prepared: what data decided. results: by site
+        name, of what convolutions give, for rules with an output spec; a result that is not among them stays float.
     left: weights that no site reads; they get a reason.
     whole: the sites are all there are. A part of a model need not have a site for every rule.
     Sites of one name and weight (a module called twice) share the decision; of one name and several weights, they
@@ -149,7 +161,8 @@ def make_plan(
             used.add(number)
         if site.name not in decisions:
             first[site.name] = site
-            decisions[site.name] = _decide(site, number, recipe, stats or {}, prepared, ranges)
+            seen = _Seen(inputs=stats or {}, results=results or {}, ranges=ranges)
+            decisions[site.name] = _decide(site, number, recipe, seen, prepared)
         elif not _same_weight(first[site.name], site):
             reason = "ops with different weights have this name, and a plan goes by names"
             decisions[site.name] = replace(_left_alone(first[site.name]), reason=reason)
@@ -211,14 +224,7 @@ def _same_weight(a: Site, b: Site) -> bool:
     return a.weight.is_meta or a.weight.data_ptr() == b.weight.data_ptr()
 
 
-def _decide(
-    site: Site,
-    number: int | None,
-    recipe: Recipe,
-    stats: Mapping[str, Stats],
-    prepared: Preparation,
-    ranges: _Ranges,
-) -> Decision:
+def _decide(site: Site, number: int | None, recipe: Recipe, seen: _Seen, prepared: Preparation) -> Decision:
     left_alone = _left_alone(site)
     if number is None:
         return replace(left_alone, reason=f"no rule of recipe {recipe.name!r} matches this {site.op.value}")
@@ -226,90 +232,63 @@ def _decide(
     if site.name in prepared.inputs:
         rule = replace(rule, input=prepared.inputs[site.name])
     # the input of an embedding is indices
-    input_spec = rule.input if site.op is Op.LINEAR else None
+    input_spec = rule.input if site.op in CHANNEL_AXIS else None
     if rule.weight is None and input_spec is None:
         return replace(left_alone, reason=f"rule {number} leaves it alone")
+    if site.op is Op.CONV and input_spec is not None and input_spec.granularity.rows != ALL:
+        reason = f"rule {number} gives inputs {input_spec}, and those of a convolution have one scale each"
+        return replace(left_alone, reason=reason)
     if rule.weight is not None:
-        _check_weight(site)
-        _check_tiles(site, rule.weight, "weight")
+        check_weight(site)
+        check_tiles(site, rule.weight, "weight")
     if input_spec is not None:
-        _check_tiles(site, input_spec, "input")
+        check_tiles(site, input_spec, "input")
     return replace(
         left_alone,
         weight=rule.weight,
         input=input_spec,
-        input_qparams=_static_qparams(site, rule, stats, ranges)
-        if input_spec is not None and rule.static_input
-        else None,
+        input_qparams=_static_qparams(site, rule, seen) if input_spec is not None and rule.static_input else None,
+        output=_output_qparams(site, rule, seen),
         solver=rule.solver,
         outliers=prepared.outliers.get(site.name, ()),
-        threshold=rule.threshold if input_spec is not None else None,
+        threshold=rule.threshold if input_spec is not None and site.op is Op.LINEAR else None,
         reason="" if rule.weight is not None else f"rule {number} quantizes its input only",
     )
 
 
-def _static_qparams(site: Site, rule: Rule, stats: Mapping[str, Stats], ranges: _Ranges) -> QParams:
+def _static_qparams(site: Site, rule: Rule, seen: _Seen) -> QParams:
     assert rule.input is not None
-    seen = stats.get(site.name)
-    if seen is None:
+    stats = seen.inputs.get(site.name)
+    if stats is None:
         raise CalibrationError(
             f"{site.name!r} gets the static input {rule.input}, and no data was seen there: call "
             "qcompile.calibrate(model, batches, recipe) with batches that reach it, or take a spec that finds its "
             f"scale while running, {rule.input.format.name}/token"
         )
-    if not seen.is_finite:
+    return _range(stats, rule.observer, rule.input, f"the input of {site.name!r}", seen.ranges)
+
+
+def _output_qparams(site: Site, rule: Rule, seen: _Seen) -> QParams | None:
+    stats = seen.results.get(site.name)
+    if site.op is not Op.CONV or rule.output is None or stats is None:
+        return None
+    return _range(stats, rule.observer, rule.output, f"the result of {site.name!r}", seen.ranges)
+
+
+def _range(stats: Stats, observer: str, spec: Spec, what: str, ranges: _Ranges) -> QParams:
+    if not stats.is_finite:
         raise CalibrationError(
-            f"the input of {site.name!r} held NaN or Inf (range {float(seen.low.amin())} to "
-            f"{float(seen.high.amax())}): calibrate with batches for which the float model gives finite values"
+            f"{what} held NaN or Inf (range {float(stats.low.amin())} to {float(stats.high.amax())}): calibrate with "
+            "batches for which the float model gives finite values"
         )
-    key = (id(seen), rule.observer, rule.input)
+    key = (id(stats), observer, spec)
     try:
         if key not in ranges:
-            ranges[key] = parse_observer(rule.observer)(seen, rule.input)
+            ranges[key] = parse_observer(observer)(stats, spec)
         return ranges[key]
     except (CalibrationError, SpecError) as e:
-        e.add_note(f"while finding the range of the input of {site.name!r}")
+        e.add_note(f"while finding the range of {what}")
         raise
-
-
-def _check_weight(site: Site) -> None:
-    weight = site.weight
-    where = f"the weight of {site.name!r} {list(weight.shape)}"
-    if not weight.is_floating_point():
-        raise WeightError(
-            f"{where} has dtype {str(weight.dtype).removeprefix('torch.')}, not a floating one: it is quantized "
-            "already; exclude it with a rule without specs, or load the float model"
-        )
-    if weight.is_meta:
-        return
-    bad = weight.numel() - int(torch.isfinite(weight).sum())
-    if bad:
-        raise WeightError(
-            f"{where} holds {bad} NaN or Inf among {weight.numel()} values: load the checkpoint again, "
-            "or exclude the site with a rule without specs"
-        )
-
-
-def _check_tiles(site: Site, spec: Spec, what: str) -> None:
-    n, k = site.weight.shape
-    rows, columns = spec.granularity.rows, spec.granularity.columns
-    if (columns == ALL or k % columns == 0) and (rows in (ALL, 1) or n % rows == 0):
-        return
-    needs = f"K to divide by {columns}" if rows == 1 else f"N and K to divide by {rows} and {columns}"
-    raise SpecError(
-        f"{spec} needs {needs}, got [N, K] = {[n, k]} at the {what} of {site.name!r}; "
-        f"{_fitting(spec, n, k)} fits: write a rule with it, or exclude the site with a rule without specs"
-    )
-
-
-def _fitting(spec: Spec, n: int, k: int) -> Spec:
-    """The spec with the largest tile that divides [n, k] and the spec's own tile."""
-    tile = spec.granularity
-    rows, columns = gcd(n, tile.rows), gcd(k, tile.columns)
-    if columns < SMALLEST_GROUP:
-        return replace(spec, granularity=parse_granularity("channel"))
-    name = f"{tile.name[0]}{columns}" if tile.rows == 1 else f"b{rows}x{columns}"
-    return replace(spec, granularity=parse_granularity(name))
 
 
 def check_methods(recipe: Recipe) -> None:
@@ -331,6 +310,8 @@ def check_methods(recipe: Recipe) -> None:
             )
         if problem := _input_problem(rule):
             raise RecipeError(f"{where} gives inputs the spec {rule.input}, but {problem}")
+        if problem := _output_problem(rule):
+            raise RecipeError(f"{where} gives results the spec {rule.output}, but {problem}")
 
 
 def _input_problem(rule: Rule) -> str:
@@ -340,6 +321,17 @@ def _input_problem(rule: Rule) -> str:
     fmt, tile = rule.input.format, rule.input.granularity
     if tile.rows > 1:
         return f"blocks of several rows are for weights; take groups along K: {fmt.name}/g{tile.columns}"
+    return ""
+
+
+def _output_problem(rule: Rule) -> str:
+    """What speaks against the output spec of a rule, and what to take; empty if nothing does."""
+    if rule.output is None:
+        return ""
+    if rule.output.granularity.rows != ALL:
+        return f"they have one calibrated scale: take {rule.output.format.name}/tensor"
+    if Op.CONV not in rule.ops or not rule.static_input:
+        return "only convolutions with a static input give codes: add ops = ['conv'] and an input spec"
     return ""
 
 
@@ -370,15 +362,18 @@ def _bound(decision: Decision, parameters: Mapping[str, Tensor]) -> Decision | s
     if weight is None:
         names = (name.removesuffix(".weight") for name, p in parameters.items() if p.dim() > 1)
         return f"the model has no {decision.name!r} (nearest: {nearest(decision.name, names)})"
-    if sorted(weight.shape) != sorted(decision.shape):
+    shape = weight.flatten(1).shape if decision.op is Op.CONV else weight.shape
+    if sorted(shape) != sorted(decision.shape):
         return f"{decision.name!r} is {list(weight.shape)} in the model and {list(decision.shape)} in the plan"
-    if decision.input_qparams is None:
-        return decision
-    return replace(decision, input_qparams=_on_device(decision.input_qparams, weight.device))
+    return replace(
+        decision,
+        input_qparams=_on_device(decision.input_qparams, weight.device),
+        output=_on_device(decision.output, weight.device),
+    )
 
 
-def _on_device(qparams: QParams, device: torch.device) -> QParams:
-    if qparams.scale.device == device or device.type == "meta":
+def _on_device(qparams: QParams | None, device: torch.device) -> QParams | None:
+    if qparams is None or qparams.scale.device == device or device.type == "meta":
         return qparams
     return replace(
         qparams,

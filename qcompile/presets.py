@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.errors import RecipeError, nearest
+from qcompile.graph import Op
 from qcompile.recipe import Recipe, Rule, read_recipe, recipe_from_table
 from qcompile.smooth import Smooth
 from qcompile.spec import parse_spec
@@ -22,16 +23,18 @@ def _linears(
     solver: str = "round",
     *,
     head: str | None = None,
+    convolutions: bool = False,
     **more: Any,
 ) -> Recipe:
     """All linears with these specs; of fewer bits than 8, logits layers keep 8, and `head` as input spec.
 
-    more: further fields of the rule.
+    convolutions: they get the specs too, and their results that of inputs.  more: further fields of the rule.
     """
     spec = None if given is None else parse_spec(given)
     rule = Rule(weight=parse_spec(weight), input=spec, solver=solver, **more)
     if parse_spec(weight).format.bits >= parse_spec(_HEAD_SPEC).format.bits:
-        return Recipe(name=name, summary=summary, rules=(rule,))
+        conv = Rule(ops=(Op.CONV,), optional=True, weight=rule.weight, input=spec, output=spec)
+        return Recipe(name=name, summary=summary, rules=(conv, rule) if convolutions else (rule,))
     head_input = None if head is None else parse_spec(head)
     head_rule = Rule(match=_HEAD, optional=True, weight=parse_spec(_HEAD_SPEC), input=head_input)
     return Recipe(name=name, summary=summary, rules=(head_rule, rule))
@@ -47,13 +50,15 @@ _NVFP4 = "fp4_e2m1/b16/fp8_e4m3"
 _SMOOTH: dict[str, Any] = {"smooth": Smooth()}
 # one channel in a hundred: the thin float matmul then costs little beside the integer one
 _SPLIT: dict[str, Any] = {"split": 0.01}
+# of ONNX models: no kernel scales a convolution's inputs pixel by pixel, and none of a CPU has 8-bit floats for it
+_CONV: dict[str, Any] = {"convolutions": True}
 
 # "mse" for 4 bits without zero point under float32 scales: a clipped range gains most there
 PRESETS: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         _linears("int8", "int8/channel", _INT8, "8-bit integers, inputs scaled token by token"),
-        _linears("int8-weight", "int8/channel", None, "8-bit integer weights, inputs as they are"),
+        _linears("int8-weight", "int8/channel", None, "8-bit integer weights, inputs as they are", **_CONV),
         _linears("int4-weight", "int4/g128/asym/bf16", None, "4-bit integer weights in groups of 128"),
         _linears("fp8", "fp8_e4m3/channel", _FP8, "8-bit floats, inputs scaled token by token"),
         _linears("nf4", "nf4/g64", None, "4-bit NormalFloat weights in groups of 64 (QLoRA)", solver="mse"),
@@ -67,8 +72,8 @@ PRESETS: dict[str, Recipe] = {
         _linears("int8-smooth", "int8/channel", _INT8, "int8, outliers smoothed into the weights", **_SMOOTH),
         _linears("int8-split", "int8/channel", _INT8, "int8, outlier channels in 16 bit", **_SPLIT),
         _linears("int8-smooth-split", "int8/channel", _INT8, "int8, smoothed and split", **_SMOOTH, **_SPLIT),
-        _linears("int8-static", "int8/channel", _STATIC, "8-bit integers, one calibrated scale an input"),
-        _linears("int8-smooth-static", "int8/channel", _STATIC, "int8-static, outliers smoothed", **_SMOOTH),
+        _linears("int8-static", "int8/channel", _STATIC, "8-bit integers, one calibrated scale an input", **_CONV),
+        _linears("int8-smooth-static", "int8/channel", _STATIC, "int8-static, outliers smoothed", **_SMOOTH, **_CONV),
         _linears(
             "int8-smooth-split-static",
             "int8/channel",
@@ -76,6 +81,7 @@ PRESETS: dict[str, Recipe] = {
             "int8-static, smoothed and split, and where one scale stays poor one for each token",
             **_SMOOTH,
             **_SPLIT,
+            **_CONV,
             rescue=parse_spec(_INT8),
         ),
         _linears("fp8-static", "fp8_e4m3/channel", "fp8_e4m3/tensor", "8-bit floats, one calibrated scale an input"),

@@ -41,6 +41,8 @@ class Rule:
     threshold: float | None = None
     # the input spec of sites where the static one loses too much
     rescue: Spec | None = None
+    # of a convolution's result, and of what is added to it: where one kernel reads the codes that another made
+    output: Spec | None = None
 
     def matches(self, site: Site) -> bool:
         """Whether the rule is about this site; an earlier rule may still decide it."""
@@ -117,6 +119,7 @@ def recipe_to_table(recipe: Recipe) -> dict[str, Any]:
             **({} if rule.split is None else {"split": rule.split}),
             **({} if rule.threshold is None else {"threshold": rule.threshold}),
             **({} if rule.rescue is None else {"rescue": str(rule.rescue)}),
+            **({} if rule.output is None else {"output": str(rule.output)}),
         }
         for rule in recipe.rules
     ]
@@ -187,4 +190,5 @@ _RULE: dict[str, Callable[[Any], Any]] = {
     "split": _share,
     "threshold": _positive,
     "rescue": lambda value: parse_spec(_text(value)),
+    "output": lambda value: parse_spec(_text(value)),
 }

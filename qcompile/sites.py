@@ -1,16 +1,21 @@
 """Sites: the ops of a graph whose weight and input may be quantized, and the weights that no site reaches."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Generic
 
 from torch import Tensor
 
 from qcompile.graph import Graph, Op, V
 
-# ops with a weight as their input number 1; K runs along its last dimension
-SITE_OPS = (Op.LINEAR, Op.EMBEDDING)
+# ops with a weight as their input number 1; K runs along its last dimension, of a convolution along all but the first
+SITE_OPS = (Op.LINEAR, Op.EMBEDDING, Op.CONV)
+# those that every host has kernels for
+COMMON_OPS = (Op.LINEAR, Op.EMBEDDING)
+# of those whose input may be quantized, the dimension of its channels
+CHANNEL_AXIS = {Op.LINEAR: -1, Op.CONV: 1}
 _TAIL = ".outliers"
 
 
@@ -20,12 +25,15 @@ class Site:
 
     name: module path. weight: [N, K] ([V, D] of an embedding), on the meta device if its values are gone.
     group: equal for sites that read the same activation.
+    positions: how many rows of one sample the weight multiplies, as far as its graph says: the pixels that a
+        convolution makes, 1 for a token.
     """
 
     name: str
     op: Op
     weight: Tensor
     group: int = 0
+    positions: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,22 +53,38 @@ class Found(Generic[V]):
     value: V
 
 
-def find_sites(graph: Graph[V]) -> list[Found[V]]:
-    """The sites of a graph, in its order."""
+def find_sites(graph: Graph[V], ops: Collection[Op] = COMMON_OPS) -> list[Found[V]]:
+    """The sites of a graph that are of these kinds, in its order.  The weight [N, ...] of a convolution is [N, K]."""
     groups: dict[V | None, int] = {}
     found = []
     for value in graph.values():
-        if graph.op(value) not in SITE_OPS:
+        op = graph.op(value)
+        if op not in ops:
             continue
         x, weight = graph.inputs(value)[:2]
         tensor = None if weight is None else graph.constant(weight)
         if tensor is None:
             continue
-        group = groups.setdefault(x, len(groups))
-        found.append(
-            Found(site=Site(name=graph.name(value), op=graph.op(value), weight=tensor, group=group), value=value)
+        site = Site(
+            name=graph.name(value),
+            op=op,
+            weight=tensor.flatten(1) if op is Op.CONV else tensor,
+            group=groups.setdefault(x, len(groups)),
+            positions=_positions(graph, value) if op is Op.CONV else 1,
         )
+        found.append(Found(site=site, value=value))
     return found
+
+
+def _positions(graph: Graph[V], value: V) -> int:
+    return prod(size or 1 for size in graph.shape(value)[2:])
+
+
+def result_of(graph: Graph[V], value: V) -> V:
+    """What others read of a site's op: its result, after the ReLU that alone reads it."""
+    users = graph.users(value)
+    alone = len(users) == 1 and graph.op(users[0]) is Op.RELU and value not in graph.outputs()
+    return users[0] if alone else value
 
 
 def op_path(running: str, weight: str | None) -> str:
@@ -102,14 +126,14 @@ def tail_owner(name: str) -> str | None:
     return dotted.removesuffix(_TAIL).removeprefix(".") if dotted.endswith(_TAIL) else None
 
 
-def left_over(graph: Graph[V]) -> Iterator[LeftOver]:
-    """Float constants of two and more dimensions that no site reads: what a recipe cannot reach."""
+def left_over(graph: Graph[V], ops: Collection[Op] = COMMON_OPS) -> Iterator[LeftOver]:
+    """Float constants of two and more dimensions that no site of these kinds reads: what a recipe cannot reach."""
     for value in graph.values():
         tensor = graph.constant(value) if graph.op(value) is Op.CONSTANT else None
         if tensor is None or tensor.dim() < 2 or not tensor.is_floating_point():
             continue
         readers = list(_readers(graph, value))
-        if readers and not any(graph.op(r) in SITE_OPS for r in readers):
+        if readers and not any(graph.op(r) in ops for r in readers):
             yield LeftOver(name=graph.name(value), weight=tensor, reader=graph.label(readers[0]))
 
 

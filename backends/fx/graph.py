@@ -13,6 +13,7 @@ from qcompile.backends.fx.moves import moved
 from qcompile.backends.fx.targets import (
     CASTS,
     NEW_CALLS,
+    epsilon_of,
     is_call,
     label,
     operands,
@@ -126,6 +127,13 @@ class FxGraph:
 
     def moved(self, value: fx.Node, channels: Channels) -> Channels | None:
         return moved(value, channels)
+
+    def epsilon(self, value: fx.Node) -> float:
+        found = spelling(value)
+        number = None if found is None else epsilon_of(value, found)
+        if number is None:
+            raise GraphError(f"{value.name} ({label(value)}) has no epsilon that is a number: it is no batch norm")
+        return number
 
     def add_constant(self, name: str, tensor: Tensor, like: fx.Node | None = None) -> fx.Node:
         if like is not None:

@@ -78,6 +78,16 @@ def set_operand(node: fx.Node, index: int, new: fx.Node, spelled: Spelling) -> N
         node.update_kwarg(spelled.parameters[position], new)
 
 
+def epsilon_of(node: fx.Node, spelled: Spelling) -> float | None:
+    """The number `eps` of the call; None if it is computed, or the callee has no such parameter."""
+    if "eps" not in spelled.parameters:
+        return None
+    given = argument(node, spelled.parameters.index("eps"), spelled)
+    # source: torch.nn.functional.batch_norm
+    given = 1e-5 if given is None else given
+    return float(given) if isinstance(given, float | int) else None
+
+
 def is_call(node: object, *targets: Any) -> bool:
     """True if `node` calls one of these functions, or one of these methods, given by name."""
     return isinstance(node, fx.Node) and _target(node) in targets
@@ -182,14 +192,14 @@ SPELLINGS: dict[Any, Spelling] = {
     ),
     **_spell(
         Op.BATCH_NORM,
-        "input running_mean running_var weight bias training",
+        "input running_mean running_var weight bias training momentum eps",
         F.batch_norm,
         operands="input weight bias running_mean running_var",
         training=False,
     ),
     **_spell(
         Op.BATCH_NORM,
-        "input weight bias running_mean running_var training",
+        "input weight bias running_mean running_var training momentum eps",
         *(torch.batch_norm, aten.batch_norm.default),
         operands="input weight bias running_mean running_var",
         training=False,

@@ -6,6 +6,7 @@ kept but its statistics, so memory does not depend on how many there are.
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,25 +27,39 @@ _LOG = logging.getLogger(__name__)
 _BYTES = 2**30
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Watched:
+    """An activation of the model, and the dimension that its channels lie in: rows are all others."""
+
+    name: str
+    axis: int = -1
+
+
 def watch_onnx(
-    model: ir.Model, values: Mapping[str, ir.Value], batches: Iterable[Mapping[str, Any]], parts: Part
+    model: ir.Model,
+    values: Mapping[str, ir.Value],
+    batches: Iterable[Mapping[str, Any]],
+    parts: Part,
+    axes: Mapping[str, int] | None = None,
 ) -> dict[str, Stats]:
     """Stats of the activations, by the names of the sites that read them; sites of one value share one object.
 
     model: one that onnxruntime can run; it is not changed. values: what each site reads, found in the model by name.
     batches: dicts of all inputs of the model, torch tensors or numpy arrays; rows that a two-dimensional
-    attention_mask hides are left out. parts: the histograms to keep of each activation.
+    attention_mask hides are left out. parts: the histograms to keep of each activation. axes: by site, the dimension
+    of channels where it is not the last.
     A site whose every row was hidden or missing is left out.
     Raises CalibrationError for no batches, batches that do not fit the model's inputs, values that it does not
     compute, or an activation with NaN or Inf; UnsupportedError if onnxruntime cannot run the model.
     """
-    seen: dict[str, Stats] = {}
-    for index, name, rows in _rows(model, values, batches):
+    seen: dict[_Watched, Stats] = {}
+    watched = {site: _Watched(name=str(v.name), axis=(axes or {}).get(site, -1)) for site, v in values.items()}
+    for index, one, rows in _rows(model, values, watched, batches):
         stats = observe(rows, batch=index, parts=parts)
         if not stats.is_finite:
-            raise _not_finite(index, name, rows)
-        seen[name] = merge(seen[name], stats) if name in seen else stats
-    return {site: seen[str(value.name)] for site, value in values.items() if value.name in seen}
+            raise _not_finite(index, one.name, rows)
+        seen[one] = merge(seen[one], stats) if one in seen else stats
+    return {site: seen[one] for site, one in watched.items() if one in seen}
 
 
 def watch_products(
@@ -54,14 +69,15 @@ def watch_products(
 
     Arguments, rows and errors: as of `watch_onnx`. Sites of one value share one tensor.
     """
-    seen: dict[str, Tensor] = {}
-    for index, name, rows in _rows(model, values, batches):
+    seen: dict[_Watched, Tensor] = {}
+    watched = {site: _Watched(name=str(value.name)) for site, value in values.items()}
+    for index, one, rows in _rows(model, values, watched, batches):
         wide = rows.double()
         product = wide.T @ wide
         if not bool(torch.isfinite(product).all()):
-            raise _not_finite(index, name, rows)
-        seen[name] = seen[name].add_(product) if name in seen else product
-    return {site: seen[str(value.name)] for site, value in values.items() if value.name in seen}
+            raise _not_finite(index, one.name, rows)
+        seen[one] = seen[one].add_(product) if one in seen else product
+    return {site: seen[one] for site, one in watched.items() if one in seen}
 
 
 def _not_finite(index: int, name: str, rows: Tensor) -> CalibrationError:
@@ -72,27 +88,36 @@ def _not_finite(index: int, name: str, rows: Tensor) -> CalibrationError:
 
 
 def _rows(
-    model: ir.Model, values: Mapping[str, ir.Value], batches: Iterable[Mapping[str, Any]]
-) -> Iterator[tuple[int, str, Tensor]]:
-    """The number of a batch, the name of an activation, and its real rows there [rows, K], at least one."""
+    model: ir.Model,
+    values: Mapping[str, ir.Value],
+    watched: Mapping[str, _Watched],
+    batches: Iterable[Mapping[str, Any]],
+) -> Iterator[tuple[int, _Watched, Tensor]]:
+    """The number of a batch, an activation, and its real rows there [rows, K], at least one."""
     if isinstance(batches, Mapping | Tensor | np.ndarray | str):
         raise CalibrationError(f"batches is one {type(batches).__name__}, not a collection of batches: write [batch]")
-    watched = _watched(model, values)
+    found_values = _watched(model, values)
+    wanted: dict[str, dict[_Watched, None]] = {}
+    for one in watched.values():
+        wanted.setdefault(one.name, {})[one] = None
     inputs = inputs_of(model)
     index, said = -1, False
-    with session(_showing(model, watched), "the model") as running:
+    with session(_showing(model, found_values), "the model") as running:
         for index, batch in enumerate(batches):
             feed = to_feed(batch, inputs, index)
             mask = mask_of(batch)
-            for name, found in _activations(running, watched, inputs, feed, index):
-                rows, fits = real_rows(found, mask)
-                if not fits and not said:
-                    said = True
-                    _LOG.warning(
-                        "%r %s has not the attention_mask's shape: padding is counted there", name, list(found.shape)
-                    )
-                if rows.numel():
-                    yield index, name, rows
+            for name, found in _activations(running, found_values, inputs, feed, index):
+                for one in wanted[name]:
+                    rows, fits = real_rows(found.movedim(one.axis, -1), mask)
+                    if not fits and not said:
+                        said = True
+                        _LOG.warning(
+                            "%r %s has not the attention_mask's shape: padding is counted there",
+                            name,
+                            list(found.shape),
+                        )
+                    if rows.numel():
+                        yield index, one, rows
     if index < 0:
         raise CalibrationError("there are no batches to calibrate with: give at least one")
 

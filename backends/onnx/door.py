@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompile.backends.onnx.activations import make_activations
+from qcompile.backends.onnx.convolutions import drop_zero_biases
 from qcompile.backends.onnx.edit import Editor
 from qcompile.backends.onnx.graph import OnnxGraph
 from qcompile.backends.onnx.linears import make_linears
@@ -39,6 +40,7 @@ def open_onnx(source: ir.Model | str | Path) -> OnnxGraph:
     make_rms_norms(edit)
     make_activations(edit)
     make_linears(edit)
+    drop_zero_biases(edit)
     OnnxGraph(model).prune()
     _name(model)
     return OnnxGraph(model)

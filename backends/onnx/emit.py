@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import version_converter
 
-from qcompile.backends.onnx import emit_ort, emit_portable, emit_tensorrt
+from qcompile.backends.onnx import emit_conv, emit_ort, emit_portable, emit_tensorrt, pairs
 from qcompile.backends.onnx.planned import Emitted, Planned
 from qcompile.backends.onnx.writer import BASE_OPSET, DOMAIN, Writer, site_name
 from qcompile.errors import GraphError, UnsupportedError, nearest
@@ -26,31 +26,52 @@ _Kind = tuple[str, str]
 class Target:
     """How one kind of runtime wants its files.
 
-    linear: writes a linear.  lacks: types that it cannot hold.  newest: the last opset that it reads.
-    own: what it wants written in another way than all others.
+    linear, conv: write a linear and a convolution.  newest: the last opset that it reads.  lacks: types that it cannot
+    hold.  prepare: changes the pairs around convolutions first.  rest: writes what it wants otherwise than standard.
     """
 
     name: str
     linear: _Emit
+    conv: _Emit
     newest: int
     lacks: frozenset[ir.DataType] = field(default_factory=frozenset)
-    own: dict[_Kind, _Emit] = field(default_factory=dict)
+    prepare: Callable[[ir.Model], None] | None = None
+    rest: Mapping[_Kind, _Emit] = field(default_factory=dict)
 
 
 # onnxruntime 1.32 has no kernel that casts or dequantizes fp4; TensorRT 11's parser reads opsets 9 to 25
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target(name="portable", linear=emit_portable.emit_linear, newest=25),
+        Target(name="portable", linear=emit_portable.emit_linear, conv=emit_conv.emit_portable_conv, newest=25),
         Target(
             name="ort-cpu",
             linear=emit_ort.emit_cpu_linear,
+            conv=emit_conv.emit_cpu_conv,
             newest=25,
             lacks=frozenset({_D.FLOAT4E2M1}),
-            own={("", "LayerNormalization"): emit_ort.keep_norm_alone},
+            prepare=pairs.make_unsigned,
+            rest={("", "LayerNormalization"): emit_ort.keep_norm_alone},
         ),
-        Target(name="ort-cuda", linear=emit_ort.emit_cuda_linear, newest=25, lacks=frozenset({_D.FLOAT4E2M1})),
-        Target(name="tensorrt", linear=emit_tensorrt.emit_linear, newest=25),
+        Target(
+            name="ort-cuda",
+            linear=emit_ort.emit_cuda_linear,
+            conv=emit_conv.emit_cuda_conv,
+            newest=25,
+            lacks=frozenset({_D.FLOAT4E2M1}),
+            prepare=pairs.drop_pairs,
+        ),
+        Target(
+            name="tensorrt",
+            linear=emit_tensorrt.emit_linear,
+            conv=emit_conv.emit_tensorrt_conv,
+            newest=25,
+            prepare=pairs.free_results,
+            rest={
+                (DOMAIN, "Quantize"): emit_tensorrt.keep_quantize,
+                (DOMAIN, "Dequantize"): emit_tensorrt.emit_dequantize,
+            },
+        ),
     )
 }
 
@@ -77,9 +98,15 @@ def emit(model: ir.Model, target: str) -> Emitted:
     chosen = TARGETS[target]
     result = model.clone()
     _raise_opset(result)
+    if chosen.prepare is not None:
+        chosen.prepare(result)
     writer = Writer(result, target, chosen.lacks)
-    sites: Mapping[_Kind, _Emit] = {(DOMAIN, "Linear"): chosen.linear, ("", "Gather"): emit_portable.emit_embedding}
-    planned = [*_rewrite(writer, sites), *_rewrite(writer, _REST | chosen.own)]
+    sites: Mapping[_Kind, _Emit] = {
+        (DOMAIN, "Linear"): chosen.linear,
+        ("", "Conv"): chosen.conv,
+        ("", "Gather"): emit_portable.emit_embedding,
+    }
+    planned = [*_rewrite(writer, sites), *_rewrite(writer, {**_REST, **chosen.rest})]
     _finish(result, writer, chosen)
     return Emitted(model=result, target=target, planned=tuple(planned), notes=tuple(writer.notes))
 

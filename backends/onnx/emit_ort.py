@@ -245,7 +245,7 @@ def _integer_matrix(w: Writer, integers: Whole) -> tuple[ir.Value, ir.Value | No
     def make() -> ir.Value:
         codes = np.ascontiguousarray(weight.codes.T)
         if integers.table is not None:
-            return _looked_up(w, weight, codes, integers.table)
+            return looked_up(w, weight, codes, integers.table)
         return w.cast(code_constant(w, weight.name, codes, weight.spec)[0], wide)
 
     matrix = w.once(("matrix", weight.value, weight.spec), make)
@@ -256,7 +256,7 @@ def _integer_matrix(w: Writer, integers: Whole) -> tuple[ir.Value, ir.Value | No
     return matrix, w.once(key, lambda: w.constant(f"{weight.name}_zero", typed(zero, wide)))
 
 
-def _looked_up(w: Writer, weight: Weight, codes: Array, table: Array) -> ir.Value:
+def looked_up(w: Writer, weight: Weight, codes: Array, table: Array) -> ir.Value:
     """table[codes], computed when the file is loaded; where codes fill bytes anyway, stored as it is."""
     if weight.spec.format.bits > 4:
         return w.constant(weight.name, ir.Tensor(table[codes]))
@@ -289,7 +289,7 @@ def _narrow_constants(w: Writer, integers: Whole, compute: ir.DataType) -> list[
     padded = np.pad(weight.codes.astype(np.int16), ((0, 0), (0, blocks * block - k))).reshape(n, blocks, block)
     if integers.table is not None:
         table = (integers.table.astype(np.int16) + middle).astype(np.uint8)
-        packed = _looked_up(w, weight, padded.astype(np.uint8), table)
+        packed = looked_up(w, weight, padded.astype(np.uint8), table)
     else:
         shifted = padded + (middle if weight.spec.symmetric else 0)
         packed = w.constant(weight.name, ir.Tensor(pack_bytes(shifted.astype(np.uint8), bits)))

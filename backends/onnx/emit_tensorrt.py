@@ -7,12 +7,13 @@ positive, int4 for weights alone in blocks of 64 or 128 along K. Nothing here wa
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.backends.onnx import emit_portable
 from qcompile.backends.onnx.emit_portable import finish_linear, zero_point
 from qcompile.backends.onnx.operands import Array, Input, Weight, by_row, input_of, required, weight_of
 from qcompile.backends.onnx.planned import Planned
 from qcompile.backends.onnx.storage import code_type, typed
 from qcompile.backends.onnx.weights import float_weight
-from qcompile.backends.onnx.writer import Writer
+from qcompile.backends.onnx.writer import Writer, replace
 from qcompile.spec import ALL, Spec
 
 _D = ir.DataType
@@ -24,7 +25,7 @@ _WEIGHT = "use weight 'int8/channel', 'fp8_e4m3/channel', or 'int4/g128' without
 
 
 def emit_linear(w: Writer, node: ir.Node) -> Planned:
-    """MatMul between DequantizeLinears, without casts between, which would keep TensorRT from fusing.
+    """MatMul between DequantizeLinears.
 
     Raises UnsupportedError for what TensorRT refuses.
     """
@@ -32,15 +33,48 @@ def emit_linear(w: Writer, node: ir.Node) -> Planned:
     if weight is None:
         product = w.op("MatMul", required(node, 0), float_weight(w, required(node, 1)))
         return finish_linear(w, node, product, reason="the weight is not quantized")
+    require_symmetric(w, weight, given)
+    product = w.op("MatMul", required(node, 0), _stored(w, weight))
+    return finish_linear(w, node, product, reason="TensorRT fuses when it builds its engine")
+
+
+def require_symmetric(w: Writer, weight: Weight, given: Input | None) -> None:
+    """Raise UnsupportedError for a weight or an input that TensorRT does not multiply."""
     if (why := _weight_refusal(weight.spec, given)) is not None:
         raise w.unsupported(f"TensorRT takes no weight {weight.spec}{why}", _WEIGHT)
     if given is not None and (why := _input_refusal(given)) is not None:
         raise w.unsupported(f"TensorRT takes no input {given.spec} here: {why}", _STATIC)
     if given is not None and given.spec.format != weight.spec.format:
         raise w.unsupported(f"TensorRT multiplies no {given.spec} by {weight.spec}", "give both sites the same format")
-    x = required(node, 0) if given is None else _pair(w, given)
-    product = w.op("MatMul", x, _stored(w, weight))
-    return finish_linear(w, node, product, reason="TensorRT fuses when it builds its engine")
+
+
+def stored_rows(w: Writer, weight: Weight) -> ir.Value:
+    """A weight [N, ...] from codes under one scale a row or a tensor."""
+    dtype = code_type(weight.spec.format, True, w)
+    if dtype is None or weight.spec.format.name not in _INPUTS:
+        raise w.unsupported(f"TensorRT convolves no weight {weight.spec}", "use weight 'int8/channel'")
+    codes = w.constant(weight.name, typed(weight.codes, dtype))
+    one = weight.spec.granularity.rows == ALL
+    scale = _scale(w, weight.name, weight.scale.reshape(() if one else -1), weight.dtype)
+    return w.op("DequantizeLinear", codes, scale, axis=0)
+
+
+def keep_quantize(w: Writer, node: ir.Node) -> None:
+    """Nothing: `emit_dequantize` writes both halves of a pair, in the model's float."""
+
+
+def emit_dequantize(w: Writer, node: ir.Node) -> None:
+    """The pair of an activation without casts between, which would keep TensorRT from fusing; a constant as everywhere.
+
+    Raises UnsupportedError for what TensorRT refuses.
+    """
+    given = input_of(node.outputs[0])
+    if given is None:
+        emit_portable.emit_dequantize(w, node)
+        return
+    if (why := _input_refusal(given)) is not None:
+        raise w.unsupported(f"TensorRT takes no {given.spec} of {given.x.name!r}: {why}", _STATIC)
+    replace(node.outputs[0], _pair(w, given))
 
 
 def _weight_refusal(spec: Spec, given: Input | None) -> str | None:

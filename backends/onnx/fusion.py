@@ -55,7 +55,7 @@ def check_fusion(emitted: Emitted, model: Path | str | onnx.ModelProto | None = 
 
 
 def _behind(graph: ir.Graph) -> dict[str, list[str]]:
-    """By name of a value, the sums that read it: a kernel that takes in what is added makes the sum instead."""
+    """By name of a node's result, the sums that read it: a kernel that takes in what is added makes the sum instead."""
     return {
         str(value.name): [str(use.node.outputs[0].name) for use in value.uses() if use.node.op_type == "Add"]
         for node in graph
@@ -66,7 +66,7 @@ def _behind(graph: ir.Graph) -> dict[str, list[str]]:
 def _kernel(site: Planned, behind: Mapping[str, Sequence[str]], makers: Mapping[str, str]) -> str | None:
     """What runs a site, None if it is not what was planned."""
     good = (site.kernel, _AS_GOOD.get(str(site.kernel), site.kernel))
-    names = [*site.outputs, *(name for output in site.outputs for name in behind[output])]
+    names = [*site.outputs, *(name for output in site.outputs for name in behind.get(output, ()))]
     return next((makers[name] for name in names if makers.get(name) in good), None)
 
 

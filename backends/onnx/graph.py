@@ -10,6 +10,7 @@ from torch import Tensor
 from qcompile.backends.onnx.edit import Editor, branches, reads
 from qcompile.backends.onnx.moves import moved
 from qcompile.backends.onnx.ops import (
+    BATCH_NORM_EPSILON,
     DEQUANTIZE,
     DOMAIN,
     LINEAR,
@@ -132,6 +133,12 @@ class OnnxGraph:
         if scale is None:
             return spec
         return QParams(spec=spec, scale=scale, zero=zero, levels=levels, stored=node.meta.get("stored", {}))
+
+    def epsilon(self, value: ir.Value) -> float:
+        node = value.producer()
+        if node is None or self.op(value) is not Op.BATCH_NORM:
+            raise GraphError(f"{value.name} ({self.label(value)}) has no epsilon: it is no batch norm")
+        return float(attribute(node, "epsilon", BATCH_NORM_EPSILON))
 
     def add_constant(self, name: str, tensor: Tensor, like: ir.Value | None = None) -> ir.Value:
         if like is not None:

@@ -13,6 +13,8 @@ DOMAIN, VERSION = "qcompile", 1
 LINEAR, RMS_NORM, GELU, SILU = "Linear", "RMSNorm", "Gelu", "Silu"
 QUANTIZE, QUANTIZE_DYNAMIC, DEQUANTIZE, OUTLIERS = "Quantize", "QuantizeDynamic", "Dequantize", "Outliers"
 MODULE_PATH = "qcompile.module_path"
+# of those that do not say theirs; source: BatchNormalization, ONNX operators
+BATCH_NORM_EPSILON = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)

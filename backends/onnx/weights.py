@@ -35,7 +35,8 @@ def dequantized_weight(w: Writer, weight: Weight, transposed: bool, fold: bool =
 
 def _has_axis(weight: Weight) -> bool:
     """Whether DequantizeLinear can share scales as the weight does: along one axis, under whole zero points."""
-    return is_whole(weight.zero) and (weight.codes.ndim == 2 or weight.spec.granularity.rows == ALL)
+    along_one = weight.codes.ndim == 2 or weight.spec.granularity.rows == ALL or weight.scale.size == len(weight.codes)
+    return is_whole(weight.zero) and along_one
 
 
 def _oriented(array: Array, transposed: bool) -> Array:

@@ -69,7 +69,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, markdow
 
 def _exception(rule: Rule) -> str:
     first, *more = rule.match.split("|")
-    name = first.strip("*.") + (" etc." if more else "")
+    name = first.strip("*.") + (" etc." if more else "") or ", ".join(op.value for op in rule.ops)
     return f"{name}: {' x '.join(_specs(rule))}"
 
 

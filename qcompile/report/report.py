@@ -28,7 +28,7 @@ class SiteReport:
     kernel: what multiplies, and `refused` says why others do not.
     snr_db: of the dequantized weight, None if not measured.
     bytes_before, bytes_after: of the weight, scales included; 0 where another site already counts the same tensor.
-    macs: multiply-adds for one token.  reason: why the weight was left alone, or "".
+    macs: multiply-adds for one token; of a convolution, for one sample.  reason: why the weight was left alone, or "".
     outliers: channels of the input that are multiplied as they are, with their columns of the weight.
     """
 

@@ -55,6 +55,25 @@ def test_a_plan_comes_back_equal_and_bound(plan: Plan, model: Net, tmp_path: Pat
     assert {p.name for p in (tmp_path / "deep" / "plan").iterdir()} == {"plan.json", "plan.safetensors"}
 
 
+def test_ranges_of_results_are_kept(tmp_path: Path) -> None:
+    spec = parse_spec("int8/tensor/asym")
+    ranges = [QParams(spec=spec, scale=torch.tensor(s), zero=torch.tensor(float(z))) for s, z in ((0.5, 3), (0.25, 0))]
+    decision = Decision(
+        name="conv",
+        op=Op.CONV,
+        shape=(8, 27),
+        weight=parse_spec("int8/channel"),
+        input=spec,
+        input_qparams=ranges[0],
+        output=ranges[1],
+    )
+    save(Plan(recipe=Recipe(name="r", rules=(Rule(ops=(Op.CONV,)),)), decisions={"conv": decision}), tmp_path / "p")
+    assert load(tmp_path / "p").decisions == {"conv": decision}
+    model = nn.Module()
+    model.conv = nn.Conv2d(3, 8, 3)
+    assert load(tmp_path / "p", model).decisions["conv"] == decision
+
+
 def test_outliers_and_thresholds_are_kept(tmp_path: Path) -> None:
     given = {"op": Op.LINEAR, "shape": (2, 8), "weight": parse_spec("int8/channel"), "input": parse_spec("int8/token")}
     split = Decision(name="a", outliers=(5, 1), **given)

@@ -17,6 +17,7 @@ from qcompile.numerics import (
     exponent_bias,
     fake_quantize,
     find_qparams,
+    over_dimensions,
     qparams_of_range,
     quantize,
     scale_of_bias,
@@ -364,3 +365,14 @@ def test_inductor_computes_the_same_bits(text):
     spec, x = parse_spec(text), data(seed=0)
     torch._dynamo.reset()
     assert torch.equal(torch.compile(lambda x: fake_quantize(x, spec), fullgraph=True)(x), fake_quantize(x, spec))
+
+
+@pytest.mark.parametrize("spec", ["int8/channel", "int8/channel/asym", "int8/tensor", "fp8_e4m3/channel"])
+def test_a_weight_of_more_dimensions_has_the_codes_of_its_rows(spec):
+    torch.manual_seed(0)
+    weight = torch.randn(5, 3, 2, 4)
+    qparams = find_qparams(weight.flatten(1), parse_spec(spec))
+    spread = over_dimensions(qparams, weight.dim())
+    codes = quantize(weight, spread)
+    assert torch.equal(codes.flatten(1), quantize(weight.flatten(1), qparams))
+    assert torch.equal(dequantize(codes, spread).flatten(1), dequantize(codes.flatten(1), qparams))

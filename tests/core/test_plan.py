@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -280,3 +281,60 @@ def test_a_rule_for_inputs_alone_says_why_the_weight_stays() -> None:
     decision = make_plan([site("fc")], recipe(Rule(input=TOKEN))).decisions["fc"]
     assert (decision.weight, decision.input) == (None, TOKEN)
     assert decision.reason == "rule 1 quantizes its input only"
+
+
+def conv_site() -> Site:
+    torch.manual_seed(0)
+    return Site(name="conv", op=Op.CONV, weight=torch.randn(8, 27), positions=4)
+
+
+def conv_recipe(**more: Any) -> Recipe:
+    given = parse_spec("int8/tensor/asym")
+    rule = {"ops": (Op.CONV,), "weight": parse_spec("int8/channel"), "input": given, "output": given, **more}
+    return Recipe(name="conv", rules=(Rule(**rule),))
+
+
+def test_a_convolution_gets_ranges_on_both_sides() -> None:
+    seen, made = observe(torch.rand(50, 3)), observe(torch.rand(50, 8) * 3)
+    decided = make_plan([conv_site()], conv_recipe(observer="minmax"), {"conv": seen}, results={"conv": made})
+    decision = decided.decisions["conv"]
+    assert decision.input_qparams is not None
+    assert decision.output is not None
+    torch.testing.assert_close(decision.input_qparams.scale * 255, seen.high.amax())
+    torch.testing.assert_close(decision.output.scale * 255, made.high.amax())
+
+
+def test_a_result_that_nothing_was_seen_of_stays_float() -> None:
+    decision = make_plan([conv_site()], conv_recipe(), {"conv": observe(torch.rand(50, 3))}).decisions["conv"]
+    assert decision.input_qparams is not None
+    assert decision.output is None
+
+
+def test_inputs_of_a_convolution_have_one_scale() -> None:
+    recipe = conv_recipe(input=parse_spec("int8/token"), output=None)
+    decision = make_plan([conv_site()], recipe).decisions["conv"]
+    assert (decision.weight, decision.input) == (None, None)
+    assert decision.reason == "rule 1 gives inputs int8/token, and those of a convolution have one scale each"
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"output": parse_spec("int8/token")}, "they have one calibrated scale: take int8/tensor"),
+        ({"input": None}, "only convolutions with a static input give codes: add ops = \\['conv'\\] and an input spec"),
+        ({"ops": (Op.LINEAR,)}, "only convolutions with a static input give codes"),
+    ],
+)
+def test_an_output_spec_that_no_site_can_have_is_an_error(more: dict[str, Any], problem: str) -> None:
+    with pytest.raises(RecipeError, match=f"rule 1 .* gives results the spec int8/t.*, but {problem}"):
+        make_plan([conv_site()], conv_recipe(**more))
+
+
+def test_plans_differ_by_the_ranges_of_results() -> None:
+    seen, made = {"conv": observe(torch.rand(50, 3))}, torch.rand(50, 8)
+    first, again, other = (
+        make_plan([conv_site()], conv_recipe(), seen, results={"conv": observe(made * peak)}).decisions["conv"]
+        for peak in (1.0, 1.0, 2.0)
+    )
+    assert first == again
+    assert first != other

@@ -22,11 +22,12 @@ weight = "int8/channel"
 
 [[rules]]
 match = "*"
-ops = ["linear", "embedding"]
+ops = ["linear", "embedding", "conv"]
 weight = "int4/g32/asym"
 input = "int8/tensor"
 solver = "mse"
 observer = "absmax"
+output = "int8/tensor/asym"
 """
 
 
@@ -39,11 +40,12 @@ def test_toml_gives_the_rules_in_order(tmp_path: Path) -> None:
         rules=(
             Rule(match="*.lm_head", weight=parse_spec("int8/channel")),
             Rule(
-                ops=(Op.LINEAR, Op.EMBEDDING),
+                ops=(Op.LINEAR, Op.EMBEDDING, Op.CONV),
                 weight=parse_spec("int4/g32/asym"),
                 input=parse_spec("int8/tensor"),
                 solver="mse",
                 observer="absmax",
+                output=parse_spec("int8/tensor/asym"),
             ),
         ),
     )

@@ -232,3 +232,20 @@ def test_memory_does_not_grow_with_batches() -> None:
 
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_channels_may_lie_in_any_dimension() -> None:
+    text = '<ir_version: 10, opset_import: ["" : 21]> g (float[B, 3, H] x) => (float[B, 3, H] y) { y = Relu(x) }'
+    relu = ir.from_onnx_text(text)
+    x = torch.randn(4, 3, 5)
+    (read,), (made,) = relu.graph.inputs, relu.graph.outputs
+    values = {"channels": read, "last": read, "result": made}
+    found = watch_onnx(relu, values, [{"x": x}], Part.NONE, axes={"channels": 1, "result": 1})
+    assert {name: (stats.count, len(stats.low)) for name, stats in found.items()} == {
+        "channels": (20, 3),
+        "last": (12, 5),
+        "result": (20, 3),
+    }
+    assert torch.equal(found["channels"].high, x.amax((0, 2)))
+    assert torch.equal(found["last"].low, x.amin((0, 1)))
+    assert torch.equal(found["result"].low, x.relu().amin((0, 2)))

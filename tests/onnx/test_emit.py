@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from qcompile.backends.onnx.emit import TARGETS, emit
 from qcompile.backends.onnx.fusion import check_fusion, fused
 from qcompile.errors import GraphError, UnsupportedError
+from qcompile.graph import Op
 from qcompile.numerics import QParams, dequantize, fake_quantize, find_qparams, quantize
 from qcompile.presets import PRESETS
 from qcompile.spec import parse_spec
@@ -20,6 +21,7 @@ RULES = [
     (name, None if rule.weight is None else str(rule.weight), None if rule.input is None else str(rule.input))
     for name, recipe in PRESETS.items()
     for rule in recipe.rules
+    if Op.LINEAR in rule.ops
 ]
 TENSORRT_TAKES = {("int8/channel", None), ("fp8_e4m3/channel", "fp8_e4m3/tensor")}
 K, N = 128, 48

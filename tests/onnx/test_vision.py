@@ -1,16 +1,28 @@
-"""Convolutional networks pass the door whole: kinds of ops, names, and results."""
+"""Convolutional networks: what passes the door, and what quantized files of them compute and run."""
 
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import qcompile
 from qcompile.backends.onnx.door import open_onnx
+from qcompile.backends.onnx.export import export_model
+from qcompile.errors import CalibrationError, SpecError
+from qcompile.files import run_onnx
 from qcompile.graph import Op
 from qcompile.pipeline import quantize
 from qcompile.presets import parse_recipe
+from qcompile.recipe import Recipe, Rule
 from qcompile.sites import left_over
+from qcompile.spec import parse_spec
 from tests.hosts import exported_onnx, ordered_text, result
+from tests.onnx.canonical import run_reference
 from tests.onnx.models import ops_of
 
 
@@ -39,7 +51,7 @@ class ResNet(nn.Module):
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model() -> nn.Module:
     torch.manual_seed(0)
     built = ResNet()
@@ -77,3 +89,154 @@ def test_the_head_is_quantized(model: nn.Module) -> None:
     with torch.no_grad():
         expected = model(x)
     assert float((result(graph, x) - expected).norm() / expected.norm()) < 0.02
+
+
+CONVS = ("stem", "blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1", "blocks.1.conv2", "blocks.1.down")
+SYMMETRIC = Recipe(
+    name="symmetric",
+    rules=(
+        Rule(
+            ops=(Op.CONV,),
+            weight=parse_spec("int8/channel"),
+            input=parse_spec("int8/tensor"),
+            output=parse_spec("int8/tensor"),
+        ),
+        Rule(weight=parse_spec("int8/channel"), input=parse_spec("int8/tensor")),
+    ),
+)
+
+
+def batches(count: int) -> Iterator[Mapping[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return ({"x": torch.randn(8, 3, 9, 9, generator=generator)} for _ in range(count))
+
+
+@pytest.fixture(scope="module")
+def source(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("float") / "float.onnx"
+    export_model(model, torch.randn(2, 3, 9, 9), path)
+    return path
+
+
+def error(path: Path, model: nn.Module) -> float:
+    """Relative to the float model, on data that calibration did not see."""
+    (batch,) = list(batches(5))[4:]
+    (found,) = (next(iter(y.values())) for y in run_onnx(path, [batch]))
+    with torch.no_grad():
+        expected = model(batch["x"])
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("recipe", ["int8-static", "int8-smooth-static", SYMMETRIC])
+def test_every_convolution_runs_on_codes(recipe: str | Recipe, model: nn.Module, source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "int8.onnx"
+    report = qcompile.quantize_onnx(source, path, recipe, batches=batches(4))
+    kernels = {site.name: site.kernel for site in report.sites}
+    assert kernels == {**dict.fromkeys(CONVS, "QLinearConv"), "head": "MatMulIntegerToFloat"}
+    assert report.coverage == 1
+    assert "6 QLinearConv" in "\n".join(report.notes)
+    assert error(path, model) < 0.04
+    assert path.stat().st_size < source.stat().st_size
+
+
+def test_a_model_that_kept_its_norms_is_quantized_like_one_without(model: nn.Module, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 9, 9)
+    ir.save(exported_onnx(model, x, opset=21, optimize=False, input_names=["x"]), tmp_path / "norms.onnx")
+    ir.save(exported_onnx(model, x, opset=21, input_names=["x"]), tmp_path / "folded.onnx")
+    made = []
+    for name in ("norms", "folded"):
+        report = qcompile.quantize_onnx(
+            tmp_path / f"{name}.onnx", tmp_path / f"{name}_8.onnx", "int8-static", batches=({"x": x} for _ in range(2))
+        )
+        assert {site.name for site in report.sites if site.kernel == "QLinearConv"} == set(CONVS)
+        made.append(next(run_onnx(tmp_path / f"{name}_8.onnx", [{"x": x}])))
+    first, second = (next(iter(one.values())) for one in made)
+    # the exporter folds in float32, so that a code here and there differs
+    assert float((first - second).norm() / second.norm()) < 0.02
+
+
+def test_portable_files_give_the_numbers_of_the_kernels(model: nn.Module, source: Path, tmp_path: Path) -> None:
+    (batch,) = list(batches(5))[4:]
+    found = {}
+    for target in ("portable", "ort-cpu"):
+        path = tmp_path / f"{target}.onnx"
+        qcompile.quantize_onnx(source, path, "int8-static", batches=batches(4), target=target)
+        found[target] = next(iter(next(run_onnx(path, [batch])).values()))
+    found["reference"] = run_reference(ir.load(tmp_path / "portable.onnx"), batch["x"])[0]
+    for name in ("ort-cpu", "reference"):
+        # kernels round biases to the step of a product, which moves a code here and there
+        assert float((found[name] - found["portable"]).norm() / found["portable"].norm()) < 0.01
+
+
+def test_weights_alone_make_a_small_file_of_float_convolutions(model: nn.Module, source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "small.onnx"
+    report = qcompile.quantize_onnx(source, path, "int8-weight")
+    kernels = {site.name: site.kernel for site in report.sites}
+    expected = "its input is not quantized: the weight becomes float when the file is loaded"
+    assert [kernels[name] for name in CONVS] == [expected] * len(CONVS)
+    assert report.coverage == 1
+    assert error(path, model) < 0.01
+
+
+def test_a_recipe_that_scales_token_by_token_leaves_convolutions_float(source: Path, tmp_path: Path) -> None:
+    report = qcompile.quantize_onnx(source, tmp_path / "dynamic.onnx", "int8")
+    reasons = {site.name: site.reason for site in report.sites if site.weight is None}
+    assert reasons == dict.fromkeys(CONVS, "no rule of recipe 'int8' matches this conv")
+    asked = Recipe(name="asked", rules=(Rule(ops=(Op.LINEAR, Op.CONV), **_specs("int8/channel", "int8/token")),))
+    report = qcompile.quantize_onnx(source, tmp_path / "asked.onnx", asked)
+    reasons = {site.name: site.reason for site in report.sites if site.weight is None}
+    reason = "rule 1 gives inputs int8/token, and those of a convolution have one scale each"
+    assert reasons == dict.fromkeys(CONVS, reason)
+
+
+def _specs(weight: str, given: str) -> dict[str, object]:
+    return {"weight": parse_spec(weight), "input": parse_spec(given)}
+
+
+def test_groups_do_not_fit_a_convolution(source: Path, tmp_path: Path) -> None:
+    recipe = Recipe(name="groups", rules=(Rule(ops=(Op.CONV,), weight=parse_spec("int4/g9")),))
+    with pytest.raises(
+        SpecError, match="convolution 'stem', which has one scale a channel or a tensor; int4/channel fits"
+    ):
+        qcompile.quantize_onnx(source, tmp_path / "groups.onnx", recipe)
+    assert not (tmp_path / "groups.onnx").exists()
+
+
+def test_static_convolutions_need_data(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="recipe 'int8-static' needs data"):
+        qcompile.quantize_onnx(source, tmp_path / "static.onnx", "int8-static")
+
+
+def test_multiplications_are_counted_by_pixel(source: Path, tmp_path: Path) -> None:
+    report = qcompile.quantize_onnx(source, tmp_path / "small.onnx", "int8-weight")
+    macs = {site.name: site.macs for site in report.sites}
+    assert (macs["stem"], macs["blocks.1.down"], macs["head"]) == (8 * 27 * 81, 16 * 8 * 4, 160)
+
+
+def test_tensorrt_adds_one_quantized_addend_to_a_result_that_is_not(
+    model: nn.Module, source: Path, tmp_path: Path
+) -> None:
+    """TensorRT's documented rules: see `qcompile.backends.onnx.pairs.free_results` for their source."""
+    path = tmp_path / "tensorrt.onnx"
+    qcompile.quantize_onnx(source, path, SYMMETRIC, batches=batches(4), target="tensorrt")
+    file = ir.load(path)
+    nodes = list(file.graph)
+    for node in nodes:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert not np.asarray(node.inputs[2].const_value.numpy()).any() if len(node.inputs) > 2 else True
+            assert (np.asarray(node.inputs[1].const_value.numpy()) > 0).all()
+    convs = [node for node in nodes if node.op_type == "Conv"]
+    assert len(convs) == len(CONVS)
+    for node in convs:
+        x, weight = (value.producer() for value in node.inputs[:2])
+        assert (x.op_type, weight.op_type) == ("DequantizeLinear", "DequantizeLinear")
+        assert weight.attributes["axis"].as_int() == 0
+    sums = [node for node in nodes if node.op_type == "Add" and len(node.outputs[0].shape or ()) == 4]
+    makers = [sorted(value.producer().op_type for value in node.inputs) for node in sums]
+    assert makers == [["Conv", "DequantizeLinear"]] * 2
+    # one convolution is added to another: only one of the two has a pair behind it
+    behind = [use.node.op_type for node in convs for use in node.outputs[0].uses()]
+    assert behind.count("QuantizeLinear") == 1
+    assert error(path, model) < 0.04
+    (batch,) = list(batches(5))[4:]
+    assert torch.isfinite(run_reference(file, batch["x"])[0]).all()

@@ -10,13 +10,15 @@ from torch.nn import functional as F
 from qcompile.calibrate import calibrate
 from qcompile.graph import Graph, Op
 from qcompile.numerics import fake_quantize
+from qcompile.observers import Part, observe
 from qcompile.passes.insert_qdq import insert_qdq
+from qcompile.passes.merge_qdq import merge_qdq
 from qcompile.plan import Plan, make_plan
 from qcompile.presets import parse_recipe
 from qcompile.recipe import Recipe, Rule
-from qcompile.sites import find_sites
+from qcompile.sites import SITE_OPS, find_sites, result_of
 from qcompile.spec import parse_spec
-from tests.hosts import FX, Host, ordered_text, result
+from tests.hosts import FX, HOSTS, Host, ordered_text, result
 
 
 class Attention(nn.Module):
@@ -162,3 +164,74 @@ def test_weights_that_are_only_shapes_can_be_planned() -> None:
     # an ONNX file has its weights
     graph = FX.open(Twice().to("meta"), torch.randn(2, 32, device="meta"))
     assert insert_qdq(graph, plan_for(graph, parse_recipe("int8"))) == 3
+
+
+class Residual(nn.Module):
+    """Two blocks of convolutions; the sum of the first is read by two ops, and its input by a sum of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        y = F.relu(self.b(x) + x)
+        return F.relu(self.c(y) + y).mean((2, 3)) + y.mean((2, 3))
+
+
+def planned(graph: Graph[Any], x: Tensor, **specs: str) -> Plan:
+    """As calibration on x would plan all convolutions."""
+    sites = find_sites(graph, SITE_OPS)
+    values = {f.site.name: (graph.inputs(f.value)[0], result_of(graph, f.value)) for f in sites}
+    _, seen = graph.run((x,), [v for pair in values.values() for v in pair])
+    known = {v: observe(t.movedim(1, -1).reshape(-1, t.shape[1]), parts=Part.TENSOR) for v, t in seen.items()}
+    stats, results = ({name: known[pair[i]] for name, pair in values.items()} for i in (0, 1))
+    rule = Rule(ops=(Op.CONV,), **{name: parse_spec(spec) for name, spec in specs.items()})
+    recipe = Recipe(name="conv", rules=(rule,))
+    return make_plan([f.site for f in sites], recipe, stats, results=results)
+
+
+def ops_of(graph: Graph[Any], op: Op) -> list[Any]:
+    return [value for value in graph.values() if graph.op(value) is op]
+
+
+def test_results_and_what_is_added_to_them_have_codes(host: Host) -> None:
+    torch.manual_seed(0)
+    model, x = Residual(), torch.randn(2, 4, 5, 5)
+    graph = host.open(model, x)
+    spec = "int8/tensor/asym"
+    plan = planned(graph, x, weight="int8/channel", input=spec, output=spec)
+    # three weights, and what a, b and c read and make, of which b reads what a makes
+    assert insert_qdq(graph, plan) == 3 + 6
+    merge_qdq(graph)
+    graph.prune()
+    assert len(ops_of(graph, Op.QUANTIZE)) == 3 + 5
+    sums = [value for value in ops_of(graph, Op.ADD) if len(graph.shape(value)) == 4]
+    assert [[graph.op(v) for v in graph.inputs(total)] for total in sums] == [[Op.DEQUANTIZE] * 2] * 2
+    for relu in ops_of(graph, Op.RELU)[:2]:
+        # of the second, a mean reads the numbers as they are
+        assert Op.QUANTIZE in {graph.op(user) for user in graph.users(relu)}
+    with torch.no_grad():
+        expected = model(x)
+    assert float((result(graph, x) - expected).norm() / expected.norm()) < 0.02
+
+
+def test_without_an_output_spec_sums_stay_float(host: Host) -> None:
+    torch.manual_seed(0)
+    graph = host.open(Residual(), torch.randn(2, 4, 5, 5))
+    insert_qdq(graph, planned(graph, torch.randn(2, 4, 5, 5), weight="int8/channel", input="int8/tensor"))
+    sums = [value for value in ops_of(graph, Op.ADD) if len(graph.shape(value)) == 4]
+    assert [[graph.op(v) for v in graph.inputs(total)] for total in sums] == [[Op.CONV, Op.RELU]] * 2
+
+
+def test_both_hosts_quantize_convolutions_alike() -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model, x = Residual(), torch.randn(2, 4, 5, 5)
+    found = []
+    for host in HOSTS:
+        graph = host.open(model, x)
+        insert_qdq(graph, planned(graph, x, weight="int8/channel", input="int8/tensor", output="int8/tensor"))
+        found.append(result(graph, x))
+    torch.testing.assert_close(*found)

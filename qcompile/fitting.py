@@ -1,0 +1,65 @@
+"""Whether a spec can be given to a weight, and what to take where it cannot."""
+
+from dataclasses import replace
+from math import gcd
+
+import torch
+
+from qcompile.errors import SpecError, WeightError
+from qcompile.graph import Op
+from qcompile.sites import Site
+from qcompile.spec import ALL, Spec, parse_granularity
+
+# in smaller groups, the scales of 4-bit codes take half as much as the codes or more
+SMALLEST_GROUP = 16
+
+
+def check_weight(site: Site) -> None:
+    """Raise WeightError for a weight that is not of floats, or not finite."""
+    weight = site.weight
+    where = f"the weight of {site.name!r} {list(weight.shape)}"
+    if not weight.is_floating_point():
+        raise WeightError(
+            f"{where} has dtype {str(weight.dtype).removeprefix('torch.')}, not a floating one: it is quantized "
+            "already; exclude it with a rule without specs, or load the float model"
+        )
+    if weight.is_meta:
+        return
+    bad = weight.numel() - int(torch.isfinite(weight).sum())
+    if bad:
+        raise WeightError(
+            f"{where} holds {bad} NaN or Inf among {weight.numel()} values: load the checkpoint again, "
+            "or exclude the site with a rule without specs"
+        )
+
+
+def check_tiles(site: Site, spec: Spec, what: str) -> None:
+    """Raise SpecError if the tiles of the spec do not divide the site's weight or input.  what: of both is meant."""
+    n, k = site.weight.shape
+    rows, columns = spec.granularity.rows, spec.granularity.columns
+    if site.op is Op.CONV and columns != ALL:
+        raise SpecError(
+            f"{spec} has groups along K, got the {what} of convolution {site.name!r}, which has one scale a channel or "
+            f"a tensor; {_by_channel(spec)} fits: write a rule with it, or exclude the site with a rule without specs"
+        )
+    if (columns == ALL or k % columns == 0) and (rows in (ALL, 1) or n % rows == 0):
+        return
+    needs = f"K to divide by {columns}" if rows == 1 else f"N and K to divide by {rows} and {columns}"
+    raise SpecError(
+        f"{spec} needs {needs}, got [N, K] = {[n, k]} at the {what} of {site.name!r}; "
+        f"{_fitting(spec, n, k)} fits: write a rule with it, or exclude the site with a rule without specs"
+    )
+
+
+def _fitting(spec: Spec, n: int, k: int) -> Spec:
+    """The spec with the largest tile that divides [n, k] and the spec's own tile."""
+    tile = spec.granularity
+    rows, columns = gcd(n, tile.rows), gcd(k, tile.columns)
+    if columns < SMALLEST_GROUP:
+        return _by_channel(spec)
+    name = f"{tile.name[0]}{columns}" if tile.rows == 1 else f"b{rows}x{columns}"
+    return replace(spec, granularity=parse_granularity(name))
+
+
+def _by_channel(spec: Spec) -> Spec:
+    return replace(spec, granularity=parse_granularity("channel"))
