@@ -137,7 +137,7 @@ def calibration_table() -> str:
         "| --- | " + "--- | " * (len(found["time"]) + 1) + "--- |",
     ]
     for recipe, memory in found["most_resident_megabytes"].items():
-        over = " | ".join(f"{row['over_plain'][recipe]:.2f}x" for row in found["time"])
+        over = " | ".join(f"{row[recipe]['over_plain']:.2f}x" for row in found["time"])
         lines.append(f"| {recipe} | {over} | {memory[few]:.0f} MB | {memory[many]:.0f} MB |")
     return "\n".join(lines)
 
