@@ -46,9 +46,9 @@ COMMON = Resolution(mantissa=6, octaves=30)
 
 
 def channel_resolution(k: int) -> Resolution:
-    """The resolution of K histograms, a function of K alone: 8 bins an octave up to K = 4096, 4 beyond."""
-    # the error of a clip is found as well with 8 as with 1024 bins an octave, and to 0.15 dB with 4
-    mantissa = 3 if k <= 4096 else 2
+    """The resolution of K histograms, a function of K alone: 16 bins an octave up to K = 2048, 8 or 4 beyond."""
+    # the error of an integer's clip is found as well with 8 as with 1024 bins an octave, and to 0.15 dB with 4
+    mantissa = 4 if k <= 2048 else 3 if k <= 4096 else 2
     return Resolution(mantissa=mantissa, octaves=12)
 
 
