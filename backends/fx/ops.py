@@ -7,10 +7,9 @@ torch ops, which it may fuse. Specs cross as text, because an op's schema knows 
 import torch
 from torch import Tensor
 
+from qcompile.backends.fx.registry import REGISTRY
 from qcompile.numerics import QParams, dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
-
-_LIBRARY = torch.library.Library("qcompile", "FRAGMENT")
 
 
 def _quantize(x: Tensor, scale: Tensor, zero: Tensor | None, levels: Tensor | None, spec: str) -> Tensor:
@@ -54,8 +53,8 @@ _SCHEMAS = {
 }
 
 for _schema, _body in _SCHEMAS.items():
-    _LIBRARY.define(_schema)
-    _LIBRARY.impl(_schema.split("(")[0], _body, "CompositeImplicitAutograd")
+    REGISTRY.define(_schema)
+    REGISTRY.impl(_schema.split("(")[0], _body, "CompositeImplicitAutograd")
 
 QUANTIZE = torch.ops.qcompile.quantize.default
 QUANTIZE_DYNAMIC = torch.ops.qcompile.quantize_dynamic.default

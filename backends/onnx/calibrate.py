@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qcompile.backends.onnx.feeds import inputs_of, sizes_of, to_feed
-from qcompile.backends.onnx.runtime import RUNTIME_ERRORS, session
+from qcompile.backends.onnx.runtime import results_of, session
 from qcompile.errors import CalibrationError, nearest
 from qcompile.observers import Part, Stats, merge, observe
 from qcompile.watch import mask_of, real_rows
@@ -162,14 +162,7 @@ def _activations(
     sizes = sizes_of(feed, inputs)
     largest = max((x.size for x in feed.values()), default=1)
     for names in _groups({name: _bytes(value, sizes, largest) for name, value in computed.items()}):
-        try:
-            results = running.run(names, dict(feed))
-        except RUNTIME_ERRORS as e:
-            shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in feed.items())
-            raise CalibrationError(
-                f"onnxruntime fails on batch {index} ({shapes}): {str(e).strip()}; check its sizes and values against "
-                "what the model takes"
-            ) from e
+        results = results_of(running, names, feed, f"batch {index}")
         # each is let go as soon as it has been seen
         for name in names:
             yield name, torch.from_numpy(results.pop(0))

@@ -14,7 +14,7 @@ from qcompile.backends.onnx.feeds import Array, inputs_of, to_feed
 from qcompile.backends.onnx.files import read_model
 from qcompile.backends.onnx.fusion import check_fusion
 from qcompile.backends.onnx.planned import Emitted, Kernels
-from qcompile.backends.onnx.runtime import RUNTIME_ERRORS, start
+from qcompile.backends.onnx.runtime import results_of, start
 from qcompile.errors import CalibrationError, ModelError, UnsupportedError
 from qcompile.report.comparison import Comparison, Differences
 from qcompile.watch import mask_of
@@ -126,15 +126,8 @@ def numeric_outputs(running: ort.InferenceSession) -> list[str]:
 def outputs(
     running: ort.InferenceSession, names: list[str], feed: Mapping[str, Array], where: str
 ) -> dict[str, Tensor]:
-    """What a session makes of a feed, by name.  Raises CalibrationError if it fails; where: the feed, for messages."""
-    try:
-        results = running.run(names, dict(feed))
-    except RUNTIME_ERRORS as e:
-        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in feed.items())
-        raise CalibrationError(
-            f"onnxruntime fails on {where} ({shapes}): {str(e).strip()}; check its sizes and values against what the "
-            "model takes"
-        ) from e
+    """What a session makes of a feed, by name.  Raises what `results_of` raises."""
+    results = results_of(running, names, feed, where)
     return {name: torch.as_tensor(result) for name, result in zip(names, results, strict=True)}
 
 

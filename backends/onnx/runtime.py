@@ -1,17 +1,19 @@
 """Running ONNX models with onnxruntime on the CPU."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from qcompile.backends.onnx.files import write_model
-from qcompile.errors import UnsupportedError
+from qcompile.errors import CalibrationError, UnsupportedError
 
 # of onnxruntime's log: warnings of its optimizer are not the user's business, nor is what an exception says anyway
 _ERRORS_ONLY, _FATAL_ONLY = 3, 4
@@ -58,3 +60,18 @@ def start(
             f"onnxruntime {ort.__version__} cannot run {name}: {str(e).strip()}; export it at another opset, or "
             "in float32"
         ) from e
+
+
+def results_of(
+    running: ort.InferenceSession, names: Sequence[str], feed: Mapping[str, np.ndarray[Any, Any]], where: str
+) -> list[Any]:
+    """These outputs of a session for a feed.  Raises CalibrationError if it fails; where: the feed, for the message."""
+    try:
+        found: list[Any] = running.run(list(names), dict(feed))
+    except RUNTIME_ERRORS as e:
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in feed.items())
+        raise CalibrationError(
+            f"onnxruntime fails on {where} ({shapes}): {str(e).strip()}; check its sizes and values against what the "
+            "model takes"
+        ) from e
+    return found

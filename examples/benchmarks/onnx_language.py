@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import qcompile
 from qcompile.backends.onnx.export import export_model
 from qcompile.backends.onnx.fusion import fused
+from qcompile.backends.onnx.runtime import start
 from qcompile.cli.language import read_tokens
 from qcompile.cli.models import load_model
 from qcompile.presets import PRESETS, parse_recipe
@@ -44,14 +45,6 @@ AGREED = 1e-3
 FUSED = ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulNBits")
 
 
-def session(path: Path) -> onnxruntime.InferenceSession:
-    """On the CPU, with torch's threads."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
 def run(running: onnxruntime.InferenceSession, tokens: Tensor) -> Tensor:
     """float32 [B, T, V]."""
     return torch.from_numpy(running.run(["logits"], {"input_ids": tokens.numpy()})[0])
@@ -69,7 +62,7 @@ def quantized(model: nn.Module, source: Path, place: Path, calibration: Tensor) 
 
 def row(name: str, path: Path, compiled: Any, model: Any, windows: Tensor) -> dict[str, Any]:
     """Size, kernels, and quality both ways; raises SystemExit if they differ."""
-    running = session(path)
+    running = start(path, path.name)
     by_file, by_torch = LanguageQuality(), LanguageQuality()
     for window in windows.split(1):
         reference = model(input_ids=window, use_cache=False).logits
@@ -112,7 +105,7 @@ def main() -> None:
         for name, path, compiled in quantized(model, files[FLOAT], place, calibration):
             files[name] = path
             rows[name] = row(name, path, compiled, model, windows)
-        sessions = {name: session(path) for name, path in files.items()}
+        sessions = {name: start(path, path.name) for name, path in files.items()}
         for length in LENGTHS:
             calls = {name: partial(run, s, windows[:1, :length]) for name, s in sessions.items()}
             for name, timing in time_in_turns(calls, rounds=given.rounds).items():

@@ -25,6 +25,7 @@ from torch import Tensor
 import qcompile
 from qcompile.backends.onnx.export import export_model
 from qcompile.backends.onnx.fusion import fused
+from qcompile.backends.onnx.runtime import start
 from qcompile.cli.embedding import minilm_folder
 from qcompile.cli.models import quiet_transformers
 from qcompile.cli.subjects import DEMO, open_subject
@@ -55,14 +56,6 @@ def with_tables(recipe: Recipe) -> Recipe:
     return replace(recipe, rules=(rule, *recipe.rules))
 
 
-def session(path: Path) -> onnxruntime.InferenceSession:
-    """On the CPU, with torch's threads."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
 def run(running: onnxruntime.InferenceSession, inputs: Inputs) -> Tensor:
     return torch.from_numpy(running.run(None, {name: x.numpy() for name, x in inputs.items()})[0])
 
@@ -91,7 +84,7 @@ def main() -> None:
         for name in RECIPES:
             files[name] = Path(place) / f"{name}.onnx"
             qcompile.quantize_onnx(files[FLOAT], files[name], with_tables(PRESETS[name]), batches=calibrate)
-        sessions = {name: session(path) for name, path in files.items()}
+        sessions = {name: start(path, path.name) for name, path in files.items()}
         rows = {name: row(name, files[name], sessions, measure) for name in files}
         for batch, length in SHAPES:
             ids = torch.randint(1000, 20000, (batch, length), generator=torch.Generator().manual_seed(0))

@@ -28,6 +28,7 @@ from torch import Tensor
 import qcompile
 from qcompile.backends.onnx.export import export_model
 from qcompile.backends.onnx.fusion import fused
+from qcompile.backends.onnx.runtime import start
 from qcompile.report.timing import time_in_turns
 
 FLOAT, BASELINE = "float32", "onnxruntime quantize_static, per channel"
@@ -54,14 +55,6 @@ def calibration() -> list[dict[str, Tensor]]:
 def test_set() -> tuple[Tensor, Tensor]:
     """Images that nothing was trained or calibrated on, and their classes."""
     return images(TEST, seed=2)
-
-
-def session(path: Path) -> onnxruntime.InferenceSession:
-    """On the CPU, with torch's threads."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def run(running: onnxruntime.InferenceSession, x: Tensor) -> Tensor:
@@ -108,7 +101,7 @@ def main() -> None:
         for name in RECIPES:
             files[name] = Path(place) / f"{name}.onnx"
             qcompile.quantize_onnx(files[FLOAT], files[name], name, batches=batches)
-        sessions = {name: session(path) for name, path in files.items()}
+        sessions = {name: start(path, path.name) for name, path in files.items()}
         rows = {name: row(files[name], accuracy_of(s, x, labels)) for name, s in sessions.items()}
         for name, found in rows.items():
             print(name, found, flush=True)

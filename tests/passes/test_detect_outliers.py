@@ -17,7 +17,7 @@ from qcompile.passes.detect_outliers import detect_outliers, outlier_groups
 from qcompile.presets import parse_recipe
 from qcompile.sites import find_sites
 from tests.fx.capture import dynamo_graph, exported_graph
-from tests.trained import MODEL, first_windows, inject, language_model
+from tests.trained import first_windows, inject, language_model, needs_model
 
 K = 48
 
@@ -105,8 +105,6 @@ def test_a_norm_of_other_channels_is_not_named() -> None:
 
 @pytest.fixture(scope="module")
 def llama() -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    if not MODEL.exists():
-        pytest.skip("the model lies beside the checkout of its developers only")
     return language_model(), [{"input_ids": window[None]} for window in first_windows(4)]
 
 
@@ -116,6 +114,7 @@ def seen_by(model: nn.Module, batches: list[dict[str, Tensor]]) -> Outliers:
 
 
 @pytest.mark.slow
+@needs_model
 def test_the_natural_outlier_of_a_language_model_is_found_at_every_attention(
     llama: tuple[nn.Module, list[dict[str, Tensor]]],
 ) -> None:
@@ -129,6 +128,7 @@ def test_the_natural_outlier_of_a_language_model_is_found_at_every_attention(
 
 
 @pytest.mark.slow
+@needs_model
 @pytest.mark.parametrize("seed", [0, 1])
 def test_injected_outliers_are_found_channel_for_channel(
     llama: tuple[nn.Module, list[dict[str, Tensor]]], seed: int

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library
 
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
+from qcompile.backends.fx.registry import REGISTRY
 from qcompile.formats import Float
 from qcompile.numerics import QParams
 from qcompile.spec import ALL, Spec
@@ -21,8 +21,7 @@ from qcompile.spec import ALL, Spec
 MULTIPLE = 16
 FIRST_CAPABILITY = (8, 9)
 
-_LIBRARY = Library("qcompile", "FRAGMENT")
-_LIBRARY.define(
+REGISTRY.define(
     "linear_fp8(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype,"
     " ScalarType input_format, ScalarType weight_format) -> Tensor"
 )
@@ -51,7 +50,7 @@ def _linear_fp8(
     return y.to(dtype).reshape(*codes.shape[:-1], weight.shape[0])
 
 
-_LIBRARY.impl("linear_fp8", _linear_fp8, "CompositeImplicitAutograd")
+REGISTRY.impl("linear_fp8", _linear_fp8, "CompositeImplicitAutograd")
 
 
 def _is_plain_fp8(spec: Spec) -> bool:

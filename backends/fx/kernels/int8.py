@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library
 
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
+from qcompile.backends.fx.registry import REGISTRY
 from qcompile.formats import Integer
 from qcompile.numerics import QParams
 from qcompile.spec import ALL, Spec
@@ -29,9 +29,8 @@ OFFSET = 128
 CUDA_MULTIPLE = 8
 CUDA_MIN_M = 17
 
-_LIBRARY = Library("qcompile", "FRAGMENT")
-_LIBRARY.define("int_mm(Tensor codes, Tensor weight) -> Tensor")
-_LIBRARY.define(
+REGISTRY.define("int_mm(Tensor codes, Tensor weight) -> Tensor")
+REGISTRY.define(
     "linear_int8(Tensor codes, Tensor scale, Tensor? zero, Tensor weight, Tensor weight_scale, Tensor weight_sum,"
     " Tensor? bias, ScalarType dtype) -> Tensor"
 )
@@ -74,10 +73,10 @@ def _linear_int8(
     return (y if bias is None else y + bias).to(dtype)
 
 
-_LIBRARY.impl("int_mm", _int_mm, "CPU")
-_LIBRARY.impl("int_mm", _int_mm_cuda, "CUDA")
-_LIBRARY.impl("int_mm", _int_mm_meta, "Meta")
-_LIBRARY.impl("linear_int8", _linear_int8, "CompositeImplicitAutograd")
+REGISTRY.impl("int_mm", _int_mm, "CPU")
+REGISTRY.impl("int_mm", _int_mm_cuda, "CUDA")
+REGISTRY.impl("int_mm", _int_mm_meta, "Meta")
+REGISTRY.impl("linear_int8", _linear_int8, "CompositeImplicitAutograd")
 
 
 def _is_plain_integer(spec: Spec) -> bool:

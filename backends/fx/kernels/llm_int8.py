@@ -13,18 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library
 
 from qcompile.backends.fx.kernels import int8
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
+from qcompile.backends.fx.registry import REGISTRY
 
-_LIBRARY = Library("qcompile", "FRAGMENT")
-_LIBRARY.define(
+REGISTRY.define(
     "add_outliers_(Tensor(a!) y, Tensor x, Tensor reached, Tensor weight, Tensor weight_scale) -> ()",
     # how many channels there are decides how much is computed, which no CUDA graph can replay
     tags=(torch.Tag.cudagraph_unsafe,),
 )
-_LIBRARY.define(
+REGISTRY.define(
     "linear_llm_int8(Tensor x, Tensor threshold, Tensor weight, Tensor weight_scale, Tensor weight_sum, Tensor? bias,"
     " str spec, ScalarType dtype) -> Tensor"
 )
@@ -60,10 +59,10 @@ def _linear_llm_int8(
     return y.to(dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
-_LIBRARY.impl("add_outliers_", _add_outliers, "CPU")
-_LIBRARY.impl("add_outliers_", _add_outliers, "CUDA")
-_LIBRARY.impl("add_outliers_", lambda y, x, reached, weight, weight_scale: None, "Meta")
-_LIBRARY.impl("linear_llm_int8", _linear_llm_int8, "CompositeImplicitAutograd")
+REGISTRY.impl("add_outliers_", _add_outliers, "CPU")
+REGISTRY.impl("add_outliers_", _add_outliers, "CUDA")
+REGISTRY.impl("add_outliers_", lambda y, x, reached, weight, weight_scale: None, "Meta")
+REGISTRY.impl("linear_llm_int8", _linear_llm_int8, "CompositeImplicitAutograd")
 
 
 def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: Any) -> tuple[Any, ...]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library
 
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
+from qcompile.backends.fx.registry import REGISTRY
 from qcompile.formats import Integer
 from qcompile.numerics import QParams, dequantize
 from qcompile.spec import ALL
@@ -23,10 +23,9 @@ MOST_ROWS = 4
 GROUPS = (32, 64, 128, 256)
 INT4_MULTIPLE = 16
 
-_LIBRARY = Library("qcompile", "FRAGMENT")
-_LIBRARY.define("narrow_int8(Tensor x, Tensor codes, Tensor scale, Tensor dense) -> Tensor")
-_LIBRARY.define("narrow_int4(Tensor x, Tensor codes, Tensor scale_zero, Tensor dense, int group) -> Tensor")
-_LIBRARY.define("linear_narrow(Tensor x, Tensor codes, Tensor scale, Tensor dense, Tensor? bias, int group) -> Tensor")
+REGISTRY.define("narrow_int8(Tensor x, Tensor codes, Tensor scale, Tensor dense) -> Tensor")
+REGISTRY.define("narrow_int4(Tensor x, Tensor codes, Tensor scale_zero, Tensor dense, int group) -> Tensor")
+REGISTRY.define("linear_narrow(Tensor x, Tensor codes, Tensor scale, Tensor dense, Tensor? bias, int group) -> Tensor")
 
 
 def _narrow_int8(x: Tensor, codes: Tensor, scale: Tensor, dense: Tensor) -> Tensor:
@@ -51,11 +50,11 @@ def _linear_narrow(x: Tensor, codes: Tensor, scale: Tensor, dense: Tensor, bias:
     return y if bias is None else y + bias
 
 
-_LIBRARY.impl("narrow_int8", _narrow_int8, "CPU")
-_LIBRARY.impl("narrow_int4", _narrow_int4, "CPU")
-_LIBRARY.impl("narrow_int8", lambda x, codes, scale, dense: x.new_empty(x.shape[0], dense.shape[0]), "Meta")
-_LIBRARY.impl("narrow_int4", lambda x, codes, scale, dense, group: x.new_empty(x.shape[0], dense.shape[0]), "Meta")
-_LIBRARY.impl("linear_narrow", _linear_narrow, "CompositeImplicitAutograd")
+REGISTRY.impl("narrow_int8", _narrow_int8, "CPU")
+REGISTRY.impl("narrow_int4", _narrow_int4, "CPU")
+REGISTRY.impl("narrow_int8", lambda x, codes, scale, dense: x.new_empty(x.shape[0], dense.shape[0]), "Meta")
+REGISTRY.impl("narrow_int4", lambda x, codes, scale, dense, group: x.new_empty(x.shape[0], dense.shape[0]), "Meta")
+REGISTRY.impl("linear_narrow", _linear_narrow, "CompositeImplicitAutograd")
 
 
 def why_not(p: Problem) -> str | None:

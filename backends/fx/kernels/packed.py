@@ -7,9 +7,9 @@ nothing: what a better kernel refuses runs here.
 
 import torch
 from torch import Tensor
-from torch.library import Library
 
 from qcompile.backends.fx.kernels.problem import Kernel
+from qcompile.backends.fx.registry import REGISTRY
 from qcompile.formats import Integer
 from qcompile.numerics import QParams, dequantize
 from qcompile.packing import pack as pack_codes
@@ -17,8 +17,7 @@ from qcompile.packing import unpack
 from qcompile.scales import stored_scale
 from qcompile.spec import parse_spec
 
-_LIBRARY = Library("qcompile", "FRAGMENT")
-_LIBRARY.define(
+REGISTRY.define(
     "linear_packed(Tensor x, Tensor[] packed, Tensor? bias, str spec, str[] names, int K) -> Tensor",
 )
 
@@ -39,7 +38,7 @@ def unpack_weight(packed: dict[str, Tensor], text: str, K: int, dtype: torch.dty
     return dequantize(codes, qparams, dtype)
 
 
-_LIBRARY.impl("linear_packed", _linear_packed, "CompositeImplicitAutograd")
+REGISTRY.impl("linear_packed", _linear_packed, "CompositeImplicitAutograd")
 
 
 def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -7,13 +7,14 @@ the quantized product; a matmul would write y once more, and read it again. More
 import torch
 from torch import Tensor
 
+from qcompile.backends.fx.registry import REGISTRY
+
 # Measured on the CPU (Zen 4), M from 1 to 1024: up to here sums are faster, up to 41 channels neither is
 MOST_FUSED = 16
 # Inductor unrolls reductions of less than 8 (its unroll_reductions_threshold), and fuses only those it unrolls
 UNROLLED = 7
 
-_LIBRARY = torch.library.Library("qcompile", "FRAGMENT")
-_LIBRARY.define("linear_tail(Tensor x, Tensor weight) -> Tensor")
+REGISTRY.define("linear_tail(Tensor x, Tensor weight) -> Tensor")
 
 
 def _linear_tail(x: Tensor, weight: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def _linear_tail(x: Tensor, weight: Tensor) -> Tensor:
     return sum(parts[1:], parts[0]).to(x.dtype)
 
 
-_LIBRARY.impl("linear_tail", _linear_tail, "CompositeImplicitAutograd")
+REGISTRY.impl("linear_tail", _linear_tail, "CompositeImplicitAutograd")
 
 OP = torch.ops.qcompile.linear_tail.default
 
