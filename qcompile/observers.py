@@ -174,6 +174,12 @@ def observe(x: Tensor, *, batch: int = 0, parts: Part = Part.TENSOR, beside: Sta
     )
 
 
+def extended(known: Stats | None, x: Tensor, *, batch: int, parts: Part) -> Stats:
+    """Stats of all rows so far and of x; arguments and errors as of `observe` and `merge`."""
+    seen = observe(x, batch=batch, parts=parts, beside=known)
+    return seen if known is None else merge(known, seen)
+
+
 def merge(a: Stats, b: Stats) -> Stats:
     """Stats of the rows of both.  a, b: of the same K and parts.  Raises CalibrationError if they do not fit."""
     if len(a.low) != len(b.low):

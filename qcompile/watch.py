@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from qcompile.binding import Binding, require_values
 from qcompile.errors import CalibrationError
 from qcompile.graph import Op
-from qcompile.observers import Part, Stats, merge, observe
+from qcompile.observers import Part, Stats, extended, merge
 from qcompile.sites import LeftOver, Site
 
 _LOG = logging.getLogger(__name__)
@@ -181,14 +181,13 @@ class _Watch(TorchFunctionMode):
         rows = self._real_rows(name, x)
         if rows.numel() == 0:
             return
-        known = self._seen.get(name)
-        seen = observe(rows, batch=self._index, parts=self._parts, beside=known)
+        seen = extended(self._seen.get(name), rows, batch=self._index, parts=self._parts)
         if not seen.is_finite:
             raise CalibrationError(
                 f"batch {self._index} gives NaN or Inf at the input of {name!r} {list(x.shape)}: "
                 "check the batch and the float model's weights, or leave the batch out"
             )
-        self._seen[name] = seen if known is None else merge(known, seen)
+        self._seen[name] = seen
 
     def _real_rows(self, name: str, x: Tensor) -> Tensor:
         """The rows of x that are no padding, [rows, K]; all of them where the mask does not fit."""

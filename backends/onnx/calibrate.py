@@ -18,7 +18,7 @@ from torch import Tensor
 from qcompile.backends.onnx.feeds import inputs_of, sizes_of, to_feed
 from qcompile.backends.onnx.runtime import results_of, session
 from qcompile.errors import CalibrationError, nearest
-from qcompile.observers import Part, Stats, merge, observe
+from qcompile.observers import Part, Stats, extended
 from qcompile.watch import mask_of, real_rows
 
 _LOG = logging.getLogger(__name__)
@@ -55,10 +55,9 @@ def watch_onnx(
     seen: dict[_Watched, Stats] = {}
     watched = {site: _Watched(name=str(v.name), axis=(axes or {}).get(site, -1)) for site, v in values.items()}
     for index, one, rows in _rows(model, values, watched, batches):
-        stats = observe(rows, batch=index, parts=parts)
-        if not stats.is_finite:
+        seen[one] = extended(seen.get(one), rows, batch=index, parts=parts)
+        if not seen[one].is_finite:
             raise _not_finite(index, one.name, rows)
-        seen[one] = merge(seen[one], stats) if one in seen else stats
     return {site: seen[one] for site, one in watched.items() if one in seen}
 
 

@@ -127,8 +127,8 @@ def emit_cpu_linear(w: Writer, node: ir.Node) -> Planned:
 def keep_norm_alone(w: Writer, node: ir.Node) -> None:
     """Write a sum before a norm so that onnxruntime leaves the two alone.
 
-    It fuses Add and LayerNormalization to one op that takes several times as long as both: that one goes through the
-    numbers one by one. A Sum of two is an Add that its optimizer does not know.
+    It fuses Add and LayerNormalization to one op, which takes longer than the two by themselves. A Sum of two is an Add
+    that its optimizer does not know.
     """
     total = required(node, 0)
     added = total.producer()

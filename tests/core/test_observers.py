@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from qcompile.errors import CalibrationError
 from qcompile.histogram import Histogram
-from qcompile.observers import BATCHES, THRESHOLD, Part, Stats, merge, observe
+from qcompile.observers import BATCHES, THRESHOLD, Part, Stats, extended, merge, observe
 
 ALL = Part.TENSOR | Part.CHANNELS
 # each of R products is rounded to float32, and so are their partial sums
@@ -90,8 +90,7 @@ def test_any_cut_in_any_order_gives_the_stats_of_all_rows(seed: int) -> None:
     beside = None
     for i in order:
         batch, rows = parts[i]
-        seen = observe(rows, batch=batch, parts=ALL, beside=beside)
-        beside = seen if beside is None else merge(beside, seen)
+        beside = extended(beside, rows, batch=batch, parts=ALL)
     assert_same(beside, expected)
     # two processes, then one
     halves = []

@@ -104,8 +104,8 @@ X = torch.linspace(-2, 2, 20).reshape(5, 4)
 def test_values_are_observed_once_each(monkeypatch: pytest.MonkeyPatch, limit: int, kind: type) -> None:
     made, values = chain()
     calls: list[Tensor] = []
-    plain = calibrate.observe
-    monkeypatch.setattr(calibrate, "observe", lambda x, **more: calls.append(x.clone()) or plain(x, **more))
+    plain = calibrate.extended
+    monkeypatch.setattr(calibrate, "extended", lambda s, x, **more: calls.append(x.clone()) or plain(s, x, **more))
     monkeypatch.setattr(calibrate, "_BYTES", limit)
     found = watch_onnx(made, values, [{"x": X if kind is torch.Tensor else X.numpy()}], Part.NONE)
     assert found["a"] is found["b"]
