@@ -3,6 +3,8 @@ PIP = $(PYTHON) -m pip --disable-pip-version-check install --quiet
 # alone and first: a range would let pip take a CUDA build of several gigabytes
 TORCH ?= torch==2.13.0
 FAST = not slow and not gpu
+# processes of the tests, a file of them at a time in each
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help torch install install-test install-dev minilm demo test test-slow gpu check format bench
@@ -23,7 +25,7 @@ install: torch
 	@($(call has,safetensors rich typer) && $(INSTALLED)) 2>/dev/null || $(PIP) -c constraints.txt -e .
 
 install-test: install
-	@$(call has,pytest hypothesis transformers tokenizers numpy onnx onnx_ir onnxscript onnxruntime) || $(PIP) -c constraints.txt -e '.[test]'
+	@$(call has,pytest xdist hypothesis transformers tokenizers numpy onnx onnx_ir onnxscript onnxruntime) || $(PIP) -c constraints.txt -e '.[test]'
 
 install-dev: install-test
 	@$(call has,mypy ruff build) || $(PIP) -c constraints.txt -e '.[dev]'
@@ -37,7 +39,7 @@ demo: minilm  ## a real model, quantized, beside its float original (under 3 min
 	@$(PYTHON) -m qcompile.cli demo
 
 test: install-test minilm  ## all tests that need neither a GPU nor patience
-	$(PYTHON) -m pytest -m '$(FAST)'
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m '$(FAST)'
 
 test-slow: install-dev minilm  ## the slow tests: real models, wheels, fresh environments
 	$(PYTHON) -m pytest -m 'slow and not gpu'
