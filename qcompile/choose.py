@@ -27,9 +27,11 @@ STRENGTHS = tuple(i / 20 for i in range(6, 21))
 RESCUE_DB, RESCUE_GAIN = 34.0, 3.0
 # what is tried is tried often: the error of a mean over so many is a few percent
 ROWS, FEATURES = 128, 128
-# dB that a split must gain, for its thin matmul and its sum take a tenth of a site's time; and smoothing, for less is
-# within what other rows would show
-LEAST_GAIN, LEAST_SMOOTHING = 1.0, 0.5
+# noise over signal of which a split must rid the outputs, as it costs a thin matmul and a sum: noise adds up behind
+# the sites, and where there is little, even a decibel of it is not worth that
+LEAST_RID = 6e-5
+# dB that smoothing must gain: less is within what other rows would show
+LEAST_SMOOTHING = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -169,7 +171,12 @@ def _split(case: Case, choice: Choice) -> Choice:
     split = [replace(choice, outliers=outliers) for outliers in _candidates(case, choice)]
     tried = [replace(one, snr_db=_snr_db(case, one)) for one in split]
     best = max(tried, key=lambda one: one.snr_db, default=whole)
-    return best if best.snr_db > whole.snr_db + LEAST_GAIN else whole
+    return best if _noise(whole) > _noise(best) + LEAST_RID else whole
+
+
+def _noise(choice: Choice) -> float:
+    """Over signal, of the outputs."""
+    return 10 ** (-choice.snr_db / 10)
 
 
 def _candidates(case: Case, choice: Choice) -> Iterator[tuple[int, ...]]:

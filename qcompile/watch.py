@@ -275,7 +275,7 @@ def run_batch(model: Callable[..., Any], batch: Any, index: int) -> Any:
         raise
 
 
-def first_rows(batch: Any, count: int = 2) -> Any:
+def first_rows(batch: Any, count: int = 1) -> Any:
     """The first rows of a batch [B, ...] whose tensors all have B rows; any other batch as it is."""
     values = list(batch.values()) if isinstance(batch, Mapping) else batch
     tensors = [x for x in (values if isinstance(values, list | tuple) else [values]) if isinstance(x, Tensor)]

@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompile.choose import LEAST_GAIN, RESCUE_DB, RESCUE_GAIN, Case, choose, joined, prepared_stats, probe_part
+from qcompile.choose import (
+    LEAST_RID,
+    LEAST_SMOOTHING,
+    RESCUE_DB,
+    RESCUE_GAIN,
+    Case,
+    choose,
+    joined,
+    prepared_stats,
+    probe_part,
+)
 from qcompile.numerics import dequantize, qparams_of_range, quantize
 from qcompile.observers import observe
 from qcompile.recipe import Rule
@@ -149,9 +159,11 @@ def test_sites_count_the_same_whatever_the_size_of_their_weights() -> None:
 
 
 def test_stats_follow_the_choice() -> None:
-    x = rows(60.0)
+    x = rows(1.0)
+    # seldom, so that the channel has the range and not the signal
+    x[::100, LOUD] *= 100.0
     stats = observe(x)
-    choice = choose(case(x, replace(PLAIN, smooth=Smooth(strength=0.5), split=0.01)))
+    choice = choose(case(x, Rule(weight=INT8, input=STATIC, smooth=Smooth(strength=0.5), split=0.02)))
     after = prepared_stats(stats, choice)
     assert choice.outliers
     expected = stats.amax / choice.scale
@@ -165,7 +177,20 @@ def test_what_gains_nothing_is_left_out() -> None:
     rule = replace(PLAIN, smooth=Smooth(), split=0.01)
     plain, chosen = choose(case(x, PLAIN)), choose(case(x, rule))
     assert chosen.snr_db >= plain.snr_db
-    assert (chosen.scale is None and not chosen.outliers) or chosen.snr_db > plain.snr_db + LEAST_GAIN
+    assert chosen.scale is None or chosen.snr_db > plain.snr_db + LEAST_SMOOTHING
+    assert not chosen.outliers
+
+
+def test_a_split_must_rid_the_outputs_of_noise_worth_its_matmul() -> None:
+    gains = []
+    for factor in (1.5, 2.0, 3.0, 10.0, 60.0):
+        plain, chosen = (choose(case(rows(factor), rule)) for rule in (PLAIN, replace(PLAIN, split=0.02)))
+        gains.append(10 ** (-plain.snr_db / 10) - 10 ** (-chosen.snr_db / 10))
+        assert bool(chosen.outliers) == (gains[-1] != 0.0)
+    # a little louder is not loud enough
+    assert gains[0] == 0.0
+    assert all(gain == 0.0 or gain > LEAST_RID for gain in gains)
+    assert gains[-1] > LEAST_RID
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
