@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import version_converter
 
-from qcompile.backends.onnx import emit_conv, emit_ort, emit_portable, emit_tensorrt, pairs
+from qcompile.backends.onnx import emit_conv, emit_cuda, emit_ort, emit_portable, emit_tensorrt, pairs
 from qcompile.backends.onnx.planned import Emitted, Planned
 from qcompile.backends.onnx.writer import BASE_OPSET, DOMAIN, Writer, site_name
 from qcompile.errors import GraphError, UnsupportedError, nearest
@@ -55,7 +55,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             name="ort-cuda",
-            linear=emit_ort.emit_cuda_linear,
+            linear=emit_cuda.emit_cuda_linear,
             conv=emit_conv.emit_cuda_conv,
             newest=25,
             lacks=frozenset({_D.FLOAT4E2M1}),

@@ -1,4 +1,4 @@
-"""Linears as onnxruntime multiplies them fast: integer matmuls on its CPU, narrow weights on CPU and CUDA.
+"""Linears as onnxruntime's CPU multiplies them fast: integer matmuls, and narrow weights.
 
     static input       QuantizeLinear, u8       com.microsoft::MatMulIntegerToFloat
     dynamic input      DynamicQuantizeLinear    the same, of normalized tokens if each has a scale of its own
@@ -11,7 +11,7 @@ narrower than a kernel wants is stored narrow, and widened by ops that onnxrunti
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -311,23 +311,3 @@ def _block_scale(w: Writer, integers: Whole, blocks: int) -> ir.Value:
     apart = w.op("Unsqueeze", stored, w.number([-1], _D.INT64))
     repeated = w.op("Expand", apart, w.number([n, groups, blocks // groups], _D.INT64))
     return w.op("Reshape", repeated, w.number([n, blocks], _D.INT64))
-
-
-def emit_cuda_linear(w: Writer, node: ir.Node) -> Planned:
-    """Narrow integer weights in MatMulNBits; all else in the model's own float."""
-    weight, given = weight_of(required(node, 1)), input_of(required(node, 0))
-    if weight is None:
-        product = w.op("MatMul", required(node, 0), float_weight(w, required(node, 1)))
-        return finish_linear(w, node, product, reason="the weight is not quantized")
-    if given is not None:
-        w.note(
-            f"inputs stay {given.dtype.name.lower()} (planned: {given.spec}): no CUDA kernel of onnxruntime reads them"
-        )
-    integers = whole(weight)
-    if integers is None or integers.block == 0:
-        reason = f"no kernel multiplies {weight.spec}: the weight becomes float when the file is loaded"
-        x = required(node, 0) if given is None else given.x
-        restored = dequantized_weight(w, weight, transposed=True, fold=True)
-        return finish_linear(w, node, w.op("MatMul", x, restored), reason=reason)
-    # the CUDA kernels have 4 and 8 bits
-    return emit_narrow(w, node, replace(integers, least_bits=4), given, weight.dtype, 0)

@@ -1,4 +1,4 @@
-"""Running ONNX models with onnxruntime on the CPU."""
+"""Running ONNX models with onnxruntime, on the CPU where nothing else is asked for."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +17,7 @@ from qcompile.errors import CalibrationError, UnsupportedError
 
 # of onnxruntime's log: warnings of its optimizer are not the user's business, nor is what an exception says anyway
 _ERRORS_ONLY, _FATAL_ONLY = 3, 4
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # what it raises: each class stands alone, beneath Exception
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     states.Fail,
@@ -42,24 +43,41 @@ def session(model: ir.Model, name: str, *, settings: Mapping[str, str] | None = 
 
 
 def start(
-    path: Path, name: str, *, quiet: bool = False, settings: Mapping[str, str] | None = None
+    path: Path,
+    name: str,
+    *,
+    quiet: bool = False,
+    settings: Mapping[str, str] | None = None,
+    provider: str = CPU,
+    provider_settings: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
     """A session that runs a file.  name: see `session`.  quiet: nothing is logged of what it cannot run.
 
-    settings: of onnxruntime's session, by their keys.  Raises UnsupportedError if onnxruntime cannot run it.
+    settings, provider_settings: of onnxruntime's session and of its provider, by their keys.  provider: that runs all
+    of the file.  Raises UnsupportedError if it cannot.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = _FATAL_ONLY if quiet else _ERRORS_ONLY
     for key, value in (settings or {}).items():
         options.add_session_config_entry(key, value)
+    if provider != CPU:
+        # else nodes that the provider lacks run on the CPU without a word
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        started = ort.InferenceSession(path, options, providers=[(provider, dict(provider_settings or {}))])
     except RUNTIME_ERRORS as e:
         raise UnsupportedError(
             f"onnxruntime {ort.__version__} cannot run {name}: {str(e).strip()}; export it at another opset, or "
             "in float32"
         ) from e
+    # a provider whose libraries are missing is left out without an exception
+    if started.get_providers()[:1] != [provider]:
+        raise UnsupportedError(
+            f"onnxruntime {ort.__version__} runs {name} on {started.get_providers()}, not on {provider}: install the "
+            "package and the libraries that this provider needs"
+        )
+    return started
 
 
 def results_of(

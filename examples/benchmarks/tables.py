@@ -122,6 +122,26 @@ def onnx_table() -> str:
     return "\n".join(lines)
 
 
+def onnx_cuda_table() -> str:
+    """Narrow weights in onnxruntime on CUDA."""
+    found = result("onnx_cuda")
+    machine, shapes, rows = found["machine"], found["shapes"], found["rows"]
+    columns = [key for key in rows["float16"] if key.startswith("us_")]
+    lines = [
+        f"ONNX on CUDA: {shapes['layers']} SwiGLU layers ({shapes['K']}, {shapes['inner']}), target `ort-cuda`, "
+        f"{machine['device']}, onnxruntime-gpu {machine['onnxruntime']}, torch {machine['torch']}; error to torch's "
+        "float32 under the same rounded weights, relative, and median microseconds of a replayed CUDA graph "
+        "(`examples/benchmarks/onnx_cuda.py`).",
+        "",
+        "| weights | MB | error | " + " | ".join(f"{key.removeprefix('us_')} tokens" for key in columns) + " |",
+        "| --- | --- | --- | " + "--- | " * len(columns),
+    ]
+    for name, row in rows.items():
+        times = " | ".join(f"{row[key]:.0f}" for key in columns)
+        lines.append(f"| {name} | {row['megabytes']:.0f} | {row['error']:.1e} | {times} |")
+    return "\n".join(line.rstrip() for line in lines)
+
+
 def calibration_table() -> str:
     """Time beside the plain run, and memory."""
     found = result("calibration_cost")
@@ -143,8 +163,11 @@ def calibration_table() -> str:
 
 
 def tables() -> str:
-    parts = [speed_table(), quality_table(), embedding_table(), outlier_table(), calibration_table(), onnx_table()]
-    return "\n\n".join(parts) + "\n"
+    made = (
+        *(speed_table, quality_table, embedding_table, outlier_table, calibration_table),
+        *(onnx_table, onnx_cuda_table),
+    )
+    return "\n\n".join(make() for make in made) + "\n"
 
 
 def main() -> None:

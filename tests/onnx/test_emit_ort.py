@@ -201,7 +201,7 @@ def test_grouped_weights_leave_their_inputs_to_the_kernel_and_say_so(given: str)
 
 
 @pytest.mark.parametrize(
-    "weight", ["nf4/g64", "fp8_e4m3/channel", "fp8_e3m4/g16", "int4/g8", "dynamic8/channel", "lloyd3/g16"]
+    "weight", ["nf4/g64", "fp8_e5m2/channel", "fp8_e3m4/g16", "int4/g8", "dynamic8/channel", "lloyd3/g16"]
 )
 @pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
 def test_weights_without_a_kernel_are_restored_once_with_a_reason(weight: str, target: str) -> None:
