@@ -1,6 +1,10 @@
-"""Recipes that have a name, and the way from what a user wrote to a recipe. To add one, add a line to `PRESETS`."""
+"""Recipes that have a name, and the way from what a user wrote to a recipe. To add one, add a line to `PRESETS`.
 
-from collections.abc import Mapping
+What a user may add to one, as "int8+embeddings", is a line of `ADDITIONS`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +109,11 @@ PRESETS: dict[str, Recipe] = {
     )
 }
 
+# rules that stand before those of a preset; "embeddings" are looked up row by row, so that each has a scale of its own
+ADDITIONS: dict[str, Rule] = {
+    "embeddings": Rule(ops=(Op.EMBEDDING,), optional=True, weight=parse_spec("int8/channel")),
+}
+
 # first compute capability whose tensor cores multiply fp8 (CUDA programming guide, compute capability 8.9)
 _FP8_CAPABILITY = (8, 9)
 
@@ -112,7 +121,8 @@ _FP8_CAPABILITY = (8, 9)
 def parse_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
     """The recipe that a user means: a preset's name, the path of a TOML file, a table of its content, or a Recipe.
 
-    Raises RecipeError, for an unknown name with the nearest presets.
+    A preset's name may have "+" and the name of an addition behind it, as "int8+embeddings".
+    Raises RecipeError, for an unknown name with the nearest ones.
     """
     if isinstance(source, Recipe):
         return source
@@ -120,8 +130,9 @@ def parse_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
         return recipe_from_table(source)
     if not isinstance(source, str | Path):
         raise RecipeError(f"a recipe is a preset's name, the path of a TOML file or a Recipe, got {source!r}")
-    if isinstance(source, str) and source in PRESETS:
-        return PRESETS[source]
+    preset, *additions = str(source).split("+")
+    if isinstance(source, str) and preset in PRESETS:
+        return _with_additions(PRESETS[preset], additions)
     path = Path(source)
     if isinstance(source, Path) or path.suffix == ".toml" or path.is_file():
         return read_recipe(path)
@@ -129,6 +140,17 @@ def parse_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
         f"unknown recipe {source!r}; nearest presets: {nearest(source, PRESETS)}; "
         "the path of a TOML file (ending in .toml) or a Recipe works too"
     )
+
+
+def _with_additions(preset: Recipe, names: Sequence[str]) -> Recipe:
+    unknown = next((name for name in names if name not in ADDITIONS), None)
+    if unknown is not None:
+        raise RecipeError(
+            f"recipe {preset.name!r} is followed by the unknown addition {unknown!r}; nearest: "
+            f"{nearest(unknown, ADDITIONS)}"
+        )
+    added = tuple(ADDITIONS[name] for name in names)
+    return replace(preset, name="+".join([preset.name, *names]), rules=(*added, *preset.rules))
 
 
 def default_recipe(device: str, capability: tuple[int, int] | None = None) -> Recipe:

