@@ -2,7 +2,8 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,17 @@ from qcompile.errors import UnsupportedError
 TOKENS = 8
 
 
+class Dtype(StrEnum):
+    """Of a float model."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
+
+# of what is not quantized, where nobody says: onnxruntime's CUDA kernels are made for 16 bits, its CPU's for 32
+_DTYPES = {"ort-cuda": Dtype.FLOAT16}
+
+
 def export(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model folder, or a .pt2 file of torch.export.")],
     output: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
@@ -31,6 +43,9 @@ def export(
         int, typer.Option(min=1, help="Windows of tokens, or batches of sentences, to calibrate on.")
     ] = 16,
     target: TargetOption = "ort-cpu",
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of what stays float; without it float16 for ort-cuda, else float32.")
+    ] = None,
     opset: Annotated[int, typer.Option(help="The opset to export at.")] = 21,
     min_coverage: CoverageOption = 0.0,
     html: HtmlOption = None,
@@ -44,7 +59,7 @@ def export(
     from qcompile.backends.onnx.export import export_model
 
     console = Console()
-    opened = _opened(model, data, windows)
+    opened = _in_dtype(_opened(model, data, windows), dtype, target)
     with tempfile.TemporaryDirectory() as folder:
         source = output if recipe == "float" else Path(folder) / "float.onnx"
         with console.status(f"exporting {model} ..."):
@@ -77,6 +92,16 @@ class _Opened:
     example: Batch
     calibrate: Sequence[Batch] | None = None
     held_out: Sequence[Batch] | None = None
+
+
+def _in_dtype(opened: _Opened, dtype: Dtype | None, target: str) -> _Opened:
+    """The model in that dtype, or in the one that the target is made for; a program has its own."""
+    if isinstance(opened.model, ExportedProgram):
+        if dtype is not None:
+            raise UnsupportedError("--dtype is for model folders: a .pt2 file has the dtype that it was exported with")
+        return opened
+    chosen = _DTYPES.get(target, Dtype.FLOAT32) if dtype is None else dtype
+    return replace(opened, model=opened.model.to(getattr(torch, chosen.value)))
 
 
 def _opened(path: Path, data: Path | None, windows: int) -> _Opened:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -56,6 +57,24 @@ def test_an_exported_program_becomes_a_quantized_file(tmp_path: Path) -> None:
     # on the inputs that it was exported with
     assert "agree on 1 batch" in result.output
     assert "not compared" in result.output
+    refused = run("export", program, output, "--dtype", "float16")
+    assert refused.exit_code == 2
+    assert "--dtype is for model folders" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "expected"),
+    [("ort-cuda", None, "FLOAT16"), ("ort-cuda", "float32", "FLOAT"), ("portable", "float16", "FLOAT16")],
+)
+def test_what_stays_float_has_the_dtype_of_the_target_or_the_users(
+    target: str, dtype: str | None, expected: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "small.onnx"
+    given = () if dtype is None else ("--dtype", dtype)
+    result = run("export", tiny_llama, output, "--recipe", "int8-weight+embeddings", "--target", target, *given)
+    assert result.exit_code == 0, result.output
+    (logits,) = ir.load(output).graph.outputs
+    assert logits.dtype == ir.DataType[expected]
 
 
 @pytest.mark.parametrize(
