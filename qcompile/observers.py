@@ -4,9 +4,10 @@ Stats merge: rows in any order, cut in any way, on several processes give the st
 float sums to rounding. Ranges are found from them in `qcompile.ranges`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Flag, auto
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -174,9 +175,15 @@ def observe(x: Tensor, *, batch: int = 0, parts: Part = Part.TENSOR, beside: Sta
     )
 
 
-def extended(known: Stats | None, x: Tensor, *, batch: int, parts: Part) -> Stats:
-    """Stats of all rows so far and of x; arguments and errors as of `observe` and `merge`."""
-    seen = observe(x, batch=batch, parts=parts, beside=known)
+def extended(known: Stats | None, pieces: Sequence[tuple[int, Tensor]], *, parts: Part) -> Stats:
+    """Stats of all rows so far and of these pieces, at least one: each the number of its batch, and rows [R, K].
+
+    Other arguments and errors as of `observe` and `merge`.
+    """
+    rows = pieces[0][1] if len(pieces) == 1 else torch.cat([piece for _, piece in pieces])
+    seen = observe(rows, batch=pieces[0][0], parts=parts, beside=known)
+    if len(pieces) > 1:
+        seen = replace(seen, history=reduce(_merge_histories, (_history(batch, piece) for batch, piece in pieces)))
     return seen if known is None else merge(known, seen)
 
 
@@ -205,6 +212,10 @@ def _merge_parts(a: Histogram | None, b: Histogram | None) -> Histogram | None:
     if (a is None) != (b is None):
         raise CalibrationError("stats with a histogram and without it do not merge: observe all batches with one parts")
     return None if a is None or b is None else merge_histograms(a, b)
+
+
+def _history(batch: int, rows: Tensor) -> History:
+    return History(batches=(batch,), low=rows.amin().float()[None], high=rows.amax().float()[None])
 
 
 def _merge_histories(a: History, b: History) -> History:

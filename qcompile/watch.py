@@ -19,8 +19,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from qcompile.binding import Binding, require_values
 from qcompile.errors import CalibrationError
+from qcompile.gathering import Gathering
 from qcompile.graph import Op
-from qcompile.observers import Part, Stats, extended, merge
+from qcompile.observers import Part, Stats, merge
 from qcompile.sites import LeftOver, Site
 
 _LOG = logging.getLogger(__name__)
@@ -107,8 +108,8 @@ class _Watch(TorchFunctionMode):
         self._readers: dict[str, str] = {}
         # of each activation: its version, and the site that read it first
         self._first: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        # stats of what a site read first, and for each site the sites that read its inputs first
-        self._seen: dict[str, Stats] = {}
+        # what a site read first, and for each site the sites that read its inputs first
+        self._seen: dict[str, Gathering] = {}
         self._shared: dict[str, dict[str, None]] = {}
         self._index = 0
         self._mask: Tensor | None = None
@@ -163,12 +164,13 @@ class _Watch(TorchFunctionMode):
 
     def stats(self) -> dict[str, Stats]:
         """Of each site's input; sites that always read the same share one object."""
+        known = {name: stats for name, seen in self._seen.items() if (stats := seen.stats()) is not None}
         found: dict[tuple[str, ...], Stats] = {}
         by_site = {}
         for name, first in self._shared.items():
-            kept = tuple(f for f in first if f in self._seen)
+            kept = tuple(f for f in first if f in known)
             if kept:
-                found.setdefault(kept, reduce(merge, (self._seen[f] for f in kept)))
+                found.setdefault(kept, reduce(merge, (known[f] for f in kept)))
                 by_site[name] = found[kept]
         return by_site
 
@@ -181,13 +183,9 @@ class _Watch(TorchFunctionMode):
         rows = self._real_rows(name, x)
         if rows.numel() == 0:
             return
-        seen = extended(self._seen.get(name), rows, batch=self._index, parts=self._parts)
-        if not seen.is_finite:
-            raise CalibrationError(
-                f"batch {self._index} gives NaN or Inf at the input of {name!r} {list(x.shape)}: "
-                "check the batch and the float model's weights, or leave the batch out"
-            )
-        self._seen[name] = seen
+        if name not in self._seen:
+            self._seen[name] = Gathering(f"at the input of {name!r}", self._parts)
+        self._seen[name].add(rows, batch=self._index)
 
     def _real_rows(self, name: str, x: Tensor) -> Tensor:
         """The rows of x that are no padding, [rows, K]; all of them where the mask does not fit."""

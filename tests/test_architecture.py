@@ -36,6 +36,7 @@ CORE = (
     "histogram",
     "sample",
     "observers",
+    "gathering",
     "clipping",
     "ranges",
     "outliers",

@@ -18,7 +18,8 @@ from torch import Tensor
 from qcompile.backends.onnx.feeds import inputs_of, sizes_of, to_feed
 from qcompile.backends.onnx.runtime import results_of, session
 from qcompile.errors import CalibrationError, nearest
-from qcompile.observers import Part, Stats, extended
+from qcompile.gathering import Gathering, not_finite
+from qcompile.observers import Part, Stats
 from qcompile.watch import mask_of, real_rows
 
 _LOG = logging.getLogger(__name__)
@@ -52,13 +53,14 @@ def watch_onnx(
     Raises CalibrationError for no batches, batches that do not fit the model's inputs, values that it does not
     compute, or an activation with NaN or Inf; UnsupportedError if onnxruntime cannot run the model.
     """
-    seen: dict[_Watched, Stats] = {}
+    seen: dict[_Watched, Gathering] = {}
     watched = {site: _Watched(name=str(v.name), axis=(axes or {}).get(site, -1)) for site, v in values.items()}
     for index, one, rows in _rows(model, values, watched, batches):
-        seen[one] = extended(seen.get(one), rows, batch=index, parts=parts)
-        if not seen[one].is_finite:
-            raise _not_finite(index, one.name, rows)
-    return {site: seen[one] for site, one in watched.items() if one in seen}
+        if one not in seen:
+            seen[one] = Gathering(f"in {one.name!r}", parts)
+        seen[one].add(rows, batch=index)
+    stats = {one: found for one, gathering in seen.items() if (found := gathering.stats()) is not None}
+    return {site: stats[one] for site, one in watched.items() if one in stats}
 
 
 def watch_products(
@@ -74,16 +76,9 @@ def watch_products(
         wide = rows.double()
         product = wide.T @ wide
         if not bool(torch.isfinite(product).all()):
-            raise _not_finite(index, one.name, rows)
+            raise not_finite(index, f"in {one.name!r}", rows)
         seen[one] = seen[one].add_(product) if one in seen else product
     return {site: seen[one] for site, one in watched.items() if one in seen}
-
-
-def _not_finite(index: int, name: str, rows: Tensor) -> CalibrationError:
-    return CalibrationError(
-        f"batch {index} gives NaN or Inf in {name!r} {list(rows.shape)}: check the batch and the float model's "
-        "weights, or leave the batch out"
-    )
 
 
 def _rows(

@@ -89,8 +89,12 @@ def test_any_cut_in_any_order_gives_the_stats_of_all_rows(seed: int) -> None:
     parts = [(i, part) for i, rows in batches for part in rows.split(17)]
     beside = None
     for i in order:
-        batch, rows = parts[i]
-        beside = extended(beside, rows, batch=batch, parts=ALL)
+        beside = extended(beside, [parts[i]], parts=ALL)
+    assert_same(beside, expected)
+    # some at a time
+    beside = None
+    for some in (order[:3], order[3:4], order[4:]):
+        beside = extended(beside, [parts[i] for i in some], parts=ALL)
     assert_same(beside, expected)
     # two processes, then one
     halves = []

@@ -19,6 +19,7 @@ from qcompile.backends.onnx import calibrate
 from qcompile.backends.onnx.calibrate import watch_onnx, watch_products
 from qcompile.backends.onnx.export import export_model
 from qcompile.errors import CalibrationError
+from qcompile.gathering import Gathering
 from qcompile.observers import Part, Stats
 from qcompile.watch import watch
 from tests.families import build, tokens
@@ -104,8 +105,8 @@ X = torch.linspace(-2, 2, 20).reshape(5, 4)
 def test_values_are_observed_once_each(monkeypatch: pytest.MonkeyPatch, limit: int, kind: type) -> None:
     made, values = chain()
     calls: list[Tensor] = []
-    plain = calibrate.extended
-    monkeypatch.setattr(calibrate, "extended", lambda s, x, **more: calls.append(x.clone()) or plain(s, x, **more))
+    plain = Gathering.add
+    monkeypatch.setattr(Gathering, "add", lambda s, x, **more: calls.append(x.clone()) or plain(s, x, **more))
     monkeypatch.setattr(calibrate, "_BYTES", limit)
     found = watch_onnx(made, values, [{"x": X if kind is torch.Tensor else X.numpy()}], Part.NONE)
     assert found["a"] is found["b"]
