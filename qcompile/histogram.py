@@ -96,7 +96,20 @@ class Histogram:
 
     def reaching(self, threshold: float) -> Tensor:
         """How many values of each line may have a magnitude of at least `threshold`: never too few.  int64 [C]."""
-        return ((self.edges[:, None, 1:] > threshold) * self.counts).sum((1, 2))
+        if self.divisor is None:
+            reach = torch.arange(self.resolution.bins, device=self.top.device) >= self._place(threshold)[:, None]
+        else:
+            reach = self.edges[:, 1:] > threshold
+        return (self.counts.sum(1) * reach).sum(1)
+
+    def begins_at(self, threshold: float) -> bool:
+        """Whether a bin of each line begins at `threshold`, so that `reaching` is exact.  The divisor is 1."""
+        whole = _bits(threshold) % (1 << self.resolution.shift) == 0
+        return self.divisor is None and whole and bool((self._place(threshold) > 0).all())
+
+    def _place(self, threshold: float) -> Tensor:
+        """The bin of each line that holds `threshold`, int32 [C]; the one at zero, and below, if it is under all."""
+        return (_bits(threshold) >> self.resolution.shift) - _base(self.top, self.resolution)
 
     def lines(self, low: Tensor, high: Tensor) -> Distribution:
         """Each line as a distribution.  low, high: [C], its known extremes."""
@@ -182,6 +195,11 @@ def _folded(histogram: Histogram, top: Tensor) -> Tensor:
 def _top(amax: Tensor, resolution: Resolution) -> Tensor:
     # below, the window would reach beyond the smallest normal number
     return (amax.view(torch.int32) >> FLOAT32_MANTISSA).clamp(min=resolution.octaves)
+
+
+def _bits(x: float) -> int:
+    """Of a float32."""
+    return int(torch.tensor(x, dtype=torch.float32, device="cpu").view(torch.int32))
 
 
 def _base(top: Tensor, resolution: Resolution) -> Tensor:

@@ -148,13 +148,18 @@ def observe(x: Tensor, *, batch: int = 0, parts: Part = Part.TENSOR, beside: Sta
     if not bool((((amax > _LEAST) & (amax < _MOST)) | (amax == 0)).all()):
         squares, fourths = _careful_sums(rows, amax)
     largest = amax.amax()
+    channels = None
+    if Part.CHANNELS in parts:
+        known = None if beside is None else beside.channels
+        resolution = channel_resolution(rows.shape[1])
+        channels = count_channels(rows, resolution, amax=amax, finite=finite, beside=known)
     return Stats(
         count=len(rows),
         low=low,
         high=high,
         squares=squares,
         fourths=fourths,
-        exceeding=_exceeding(rows, amax),
+        exceeding=_exceeding(rows, amax, channels),
         tokens=count(
             peaks[:, None], TOKENS, amax=largest, finite=finite, beside=None if beside is None else beside.tokens
         ),
@@ -163,15 +168,7 @@ def observe(x: Tensor, *, batch: int = 0, parts: Part = Part.TENSOR, beside: Sta
         tensor=count(rows, FINE, amax=largest, finite=finite, beside=None if beside is None else beside.tensor)
         if Part.TENSOR in parts
         else None,
-        channels=count_channels(
-            rows,
-            channel_resolution(rows.shape[1]),
-            amax=amax,
-            finite=finite,
-            beside=None if beside is None else beside.channels,
-        )
-        if Part.CHANNELS in parts
-        else None,
+        channels=channels,
     )
 
 
@@ -265,14 +262,19 @@ def _careful_sums(rows: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
     return squares / back, fourths / back.square()
 
 
-def _exceeding(rows: Tensor, amax: Tensor) -> Tensor:
-    """Rows in which each channel reaches the threshold, int64 [K]; few channels have any."""
+def _exceeding(rows: Tensor, amax: Tensor, channels: Histogram | None) -> Tensor:
+    """Rows in which each channel reaches the threshold, int64 [K]; few channels have any.
+
+    channels: of the same rows; it knows, unless a window of its does not reach down to the threshold.
+    """
     large = (amax >= THRESHOLD).nonzero().flatten()
     exceeding = torch.zeros_like(amax, dtype=torch.int64)
     if len(large) == 0:
         return exceeding
     # to gather many columns takes longer than to look at all
     gathered = 8 * len(large) < len(amax)
+    if not gathered and channels is not None and channels.begins_at(THRESHOLD):
+        return torch.where(amax >= THRESHOLD, channels.reaching(THRESHOLD), 0)
     for part in rows.split(max(1, CHUNK // (len(large) if gathered else len(amax)))):
         chosen = part.index_select(1, large) if gathered else part
         found = (chosen.abs() >= THRESHOLD).float().sum(0).long()

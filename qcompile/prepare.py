@@ -127,7 +127,9 @@ class _Preparing(Generic[V]):
         self.notes: list[str] = []
         self.foldable: dict[str, Tensor] = {}
         self.names: set[str] = set()
-        self.groups = list(outlier_groups(captured.open(), seen.stats))
+        # to look at; what changes a graph opens its own
+        self._graph = captured.open()
+        self.groups = list(outlier_groups(self._graph, seen.stats))
         self._captured, self._seen, self._recipe = captured, seen, recipe
         self._model, self._failures = model, failures
         # what folds divide the rows of linears by: channels and scales
@@ -135,7 +137,7 @@ class _Preparing(Generic[V]):
 
     def decide(self) -> None:
         """Choose for each activation, last ones first: a fold behind changes rows of the weights before it."""
-        graph = self._captured.open()
+        graph = self._graph
         for edge in reversed(find_edges(graph)):
             self.names |= {found.site.name for found in edge.consumers}
             by_rule = self._by_rule(edge)
@@ -207,7 +209,7 @@ class _Preparing(Generic[V]):
     @cached_property
     def _reference(self) -> Any:
         """What the graph gives before anything is changed."""
-        return run_graph(self._captured.open(), self._captured.args)
+        return run_graph(self._graph, self._captured.args)
 
     def verify(self) -> None:
         """Undo what does not leave the graph's outputs as they were."""

@@ -160,6 +160,21 @@ def test_values_that_may_reach_a_threshold_are_never_too_few() -> None:
     assert bool((found.reaching(1.7) <= upper).all())
 
 
+def test_where_a_bin_begins_at_a_threshold_the_count_is_exact() -> None:
+    x = 6 * torch.randn(300, 11, generator=torch.Generator().manual_seed(5))
+    x[:7] = 6.0
+    x[7:9] = -6.0
+    found = of_channels(x, channel_resolution(11))
+    assert found.begins_at(6.0)
+    assert torch.equal(found.reaching(6.0), (x.abs() >= 6.0).sum(0))
+    # between two edges, below a window of 12 octaves, and under a divisor
+    assert not found.begins_at(6.1)
+    assert not found.begins_at(2.0**-20)
+    assert found.reaching(2.0**-20).tolist() == [300] * 11
+    assert not found.divided(torch.full((11,), 2.0)).begins_at(6.0)
+    assert torch.equal(found.divided(torch.full((11,), 2.0)).reaching(3.0), found.reaching(6.0))
+
+
 def test_lines_together_are_the_tensor() -> None:
     x = wide(rows=500, seed=3, spread=1.0)[:, 3:]
     low, high = x.amin(), x.amax()

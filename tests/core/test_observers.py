@@ -41,6 +41,20 @@ def assert_same(a: Stats, b: Stats) -> None:
         assert torch.equal(left.top, right.top)
 
 
+@pytest.mark.parametrize("loudest", [1.0, 50.0, 2.0**14])
+@pytest.mark.parametrize("channels", [2, 40])
+def test_rows_that_reach_the_threshold_are_counted_whatever_else_is_seen(channels: int, loudest: float) -> None:
+    x = 5 * torch.randn(200, 40, generator=torch.Generator().manual_seed(channels))
+    x[:, channels:] /= 100
+    x[:9, 0], x[9, 1] = 6.0, -loudest
+    expected = (x.abs() >= THRESHOLD).sum(0)
+    for parts in (Part.NONE, Part.CHANNELS):
+        assert torch.equal(observe(x, parts=parts).exceeding, expected)
+    # the window of what was seen before may not reach down to the threshold
+    loud = observe(x * 2.0**16, parts=Part.CHANNELS)
+    assert torch.equal(observe(x, parts=Part.CHANNELS, beside=loud).exceeding, expected)
+
+
 def test_stats_are_what_they_are_called(x: Tensor) -> None:
     stats = observe(x, batch=7, parts=ALL)
     rows = x.reshape(-1, 5)
