@@ -22,7 +22,7 @@ def insert_qdq(graph: Graph[V], plan: Plan) -> int:
     running (see `split_outliers`) reads its site's quantized weight. What a solver raises passes through.
     """
     pairs: dict[V, list[tuple[QParams | Spec, V]]] = {}
-    solved: dict[tuple[V, Spec, str], QParams] = {}
+    solved: dict[tuple[V, Spec, str, str], QParams] = {}
     found_sites = find_sites(graph, SITE_OPS)
     addends = _addends(graph, found_sites, plan)
     for found in found_sites:
@@ -31,9 +31,9 @@ def insert_qdq(graph: Graph[V], plan: Plan) -> int:
         if decision is None or x is None or weight is None:
             continue
         if decision.weight is not None:
-            key = (weight, decision.weight, decision.solver)
+            key = (weight, decision.weight, decision.solver, decision.importance_digest)
             if key not in solved:
-                qparams = SOLVERS[decision.solver](found.site.weight, decision.weight)
+                qparams = SOLVERS[decision.solver](found.site.weight, decision.weight, decision.importance)
                 solved[key] = over_dimensions(qparams, len(graph.shape(weight)))
             _quantize_input(graph, found, 1, solved[key], pairs)
         if decision.input is not None:

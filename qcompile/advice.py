@@ -234,7 +234,9 @@ def _after(case: Case, seen: Probe, remedy: Remedy) -> float:
             weight = case.weight()
             scale = smoothing(stats.amax, weight, case.channels, remedy.alpha).to(weight.device)
             stats = stats.divided(scale.to(stats.low.device))
-            return seen.scaled(scale).after(replace(treatment, input=_input(case, stats, treatment.channels)))
+            importance = None if treatment.importance is None else stats.importance
+            given = _input(case, stats, treatment.channels)
+            return seen.scaled(scale).after(replace(treatment, input=given, importance=importance))
         case Kind.DYNAMIC | Kind.INPUT:
             return seen.after(replace(treatment, input=parse_spec(remedy.spec)))
         case Kind.WEIGHT:

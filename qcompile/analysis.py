@@ -176,14 +176,12 @@ def _changed(plan: Plan, decision: Decision, remedy: Remedy, stats: Stats) -> De
             channels = tuple(sorted({*_treatment(decision, stats).channels, *remedy.channels}))
             static = _static(plan, decision.name)
             qparams = None if static is None else static(without(stats, channels))
-            return replace(decision, outliers=channels, threshold=None, input_qparams=qparams)
+            importance = _importance(decision, without(stats, channels))
+            return replace(decision, outliers=channels, threshold=None, input_qparams=qparams, importance=importance)
         case Kind.SMOOTH:
-            static = _static(plan, decision.name)
-            return (
-                decision
-                if static is None
-                else replace(decision, input_qparams=static(without(stats, decision.outliers)))
-            )
+            static, left = _static(plan, decision.name), without(stats, decision.outliers)
+            qparams = None if static is None else static(left)
+            return replace(decision, input_qparams=qparams, importance=_importance(decision, left))
         case Kind.WEIGHT:
             return replace(decision, weight=parse_spec(remedy.spec))
         case Kind.FLOAT:
@@ -191,6 +189,11 @@ def _changed(plan: Plan, decision: Decision, remedy: Remedy, stats: Stats) -> De
             return replace(decision, weight=None, input=None, input_qparams=None, outliers=(), reason=reason)
         case _:
             return replace(decision, input=parse_spec(remedy.spec), input_qparams=None)
+
+
+def _importance(decision: Decision, stats: Stats) -> Tensor | None:
+    """Of the columns of a weight, for a solver that asks for it, under other stats of its input."""
+    return None if decision.importance is None else stats.importance
 
 
 def _is_quantized(decision: Decision | None) -> bool:
@@ -208,6 +211,7 @@ def _treatment(decision: Decision, stats: Stats) -> Treatment:
         solver=decision.solver,
         # only a weight that is quantized is split
         channels=channels if decision.weight is not None else (),
+        importance=decision.importance,
     )
 
 
@@ -249,7 +253,8 @@ class _Seen:
             )
 
     def _unfolded(self, name: str, treatment: Treatment) -> Treatment:
-        """What the site would get without folds: a static range is that of the activation as it was."""
+        """What the site would get without folds: ranges and importance are those of the activation as it was."""
+        treatment = replace(treatment, importance=_importance(self._plan.decisions[name], self._stats))
         static = _static(self._plan, name)
         if static is None:
             return treatment

@@ -159,6 +159,9 @@ def _decision_table(decision: Decision, tensors: dict[str, Tensor]) -> dict[str,
         held = _tensors_of(decision.output)
         table |= {"output": str(decision.output.spec), "output_qparams": sorted(held)}
         tensors |= {f"{decision.name}.output.{part}": tensor for part, tensor in held.items()}
+    if decision.importance is not None:
+        table["importance"] = True
+        tensors[_importance_name(decision.name)] = decision.importance
     if decision.outliers:
         table["outliers"] = list(decision.outliers)
     if decision.threshold is not None:
@@ -166,6 +169,10 @@ def _decision_table(decision: Decision, tensors: dict[str, Tensor]) -> dict[str,
     if decision.reason:
         table["reason"] = decision.reason
     return table
+
+
+def _importance_name(site: str) -> str:
+    return f"{site}.importance"
 
 
 def _fold_table(fold: Fold, number: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -221,6 +228,7 @@ def _decision(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Decisi
         reason=table.get("reason", ""),
         outliers=tuple(table.get("outliers", ())),
         threshold=table.get("threshold"),
+        importance=tensors[_importance_name(table["name"])] if table.get("importance") else None,
     )
     return replace(
         decision,

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from qcompile.errors import CalibrationError
+from qcompile.methods import check_methods
 from qcompile.observers import Part
-from qcompile.plan import Plan, check_methods, make_plan
+from qcompile.plan import Plan, make_plan
 from qcompile.prepare import prepare
 from qcompile.presets import parse_recipe
 from qcompile.ranges import needed_parts

@@ -15,7 +15,7 @@ from qcompile.channels import tied
 from qcompile.formats import Integer
 from qcompile.noise import Probe, Treatment
 from qcompile.numerics import QParams, qparams_of_range
-from qcompile.observers import Stats
+from qcompile.observers import Stats, importance_of
 from qcompile.recipe import Rule
 from qcompile.smooth import smooth_scale
 from qcompile.spec import ALL, Spec
@@ -200,13 +200,24 @@ def _snr_db(case: Case, choice: Choice) -> float:
     """Of the outputs, in dB; a static input has its whole range, which is found at once and serves to compare."""
     probe = case.probe if choice.scale is None else case.probe.scaled(choice.scale.to(case.probe.weight.device))
     treatment = Treatment(
-        weight=case.rule.weight, input=choice.input, solver=case.rule.solver, channels=tuple(choice.outliers)
+        weight=case.rule.weight,
+        input=choice.input,
+        solver=case.rule.solver,
+        channels=tuple(choice.outliers),
+        importance=_importance(case, choice) if case.rule.weighs_columns else None,
     )
     if choice.input is None or choice.input.granularity.rows != ALL:
         return probe.after(treatment)
     noise = 10 ** (-probe.after(replace(treatment, input=_whole_range(case, choice, choice.input))) / 10)
     noise += _beyond(case, choice, choice.input)
     return -10 * log10(noise) if noise > 0 else inf
+
+
+def _importance(case: Case, choice: Choice) -> Tensor:
+    """Of the channels that are left after scale and split, as `prepared_stats` would give it, and sooner."""
+    stats = case.stats
+    squares = stats.squares if choice.scale is None else stats.squares / choice.scale.double().square()
+    return importance_of(squares.index_fill(0, _indices(choice.outliers, stats), 0.0), stats.count)
 
 
 def _beyond(case: Case, choice: Choice, spec: Spec) -> float:

@@ -28,10 +28,11 @@ from qcompile.calibrate import parts_for
 from qcompile.errors import CalibrationError, CoverageError, OptionsError, PlanError, UnsupportedError, nearest
 from qcompile.expected import expected_report
 from qcompile.graph import Op
+from qcompile.methods import check_methods
 from qcompile.observers import Part, Stats, merge
 from qcompile.outliers import outlier_notes
 from qcompile.passes.fold_batch_norm import fold_batch_norm
-from qcompile.plan import Plan, check_methods, make_plan
+from qcompile.plan import Plan, make_plan
 from qcompile.prepare import prepare_graphs
 from qcompile.presets import parse_recipe
 from qcompile.recipe import Recipe

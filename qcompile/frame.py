@@ -311,7 +311,8 @@ class _Quantized:
             snr = snr_db(self._prepared[site, constant.rpartition("_codes")[0]], dequantize(codes, qparams))
             return Pack(tensors=kernel.pack(codes, qparams, problem.dtype), snr_db=snr)
 
-        key = (f"{decision.weight} {decision.solver} {problem.dtype} {self._variant(site, constant)}", kernel.name)
+        how = f"{decision.weight} {decision.solver} {decision.importance_digest}"
+        key = (f"{how} {problem.dtype} {self._variant(site, constant)}", kernel.name)
         return self._pack(site, key, make, at_hand=not codes.is_meta)
 
     def tail(self, site: str, constant: str, weight: Tensor) -> Mapping[str, Tensor]:

@@ -4,7 +4,7 @@ The output is X @ W.T for rows X [R, K] of an activation, each standing for as m
 [N, K]. Nothing of the model runs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf, log10
 
@@ -28,13 +28,14 @@ LISTED = 8
 class Treatment:
     """How a site is quantized: specs, None for float; a QParams as input is static.
 
-    channels: those that bypass quantization, on both sides.
+    channels: those that bypass quantization, on both sides.  importance: float32 [K], of columns, for the solver.
     """
 
     weight: Spec | None = None
     input: Spec | QParams | None = None
     solver: str = "round"
     channels: tuple[int, ...] = ()
+    importance: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +170,7 @@ def _without(x: Tensor, channels: list[int]) -> Tensor:
 def _weight(weight: Tensor, treatment: Treatment) -> Tensor:
     if treatment.weight is None:
         return weight
-    qparams = SOLVERS[treatment.solver](weight, treatment.weight)
+    qparams = SOLVERS[treatment.solver](weight, treatment.weight, treatment.importance)
     return dequantize(quantize(weight, qparams), qparams)
 
 

@@ -80,6 +80,11 @@ class Stats:
         """Largest magnitude of each channel, float32 [K]."""
         return torch.maximum(-self.low, self.high)
 
+    @cached_property
+    def importance(self) -> Tensor:
+        """What errors in the weights of each channel cost, float32 [K]: see `importance_of`."""
+        return importance_of(self.squares, self.count)
+
     @property
     def is_finite(self) -> bool:
         """Whether no NaN and no Inf was among the data; histograms hold only what is finite."""
@@ -128,6 +133,18 @@ class Stats:
             tensor=None,
             channels=None if self.channels is None else self.channels.without(channels),
         )
+
+
+def importance_of(squares: Tensor, count: int) -> Tensor:
+    """What errors in the weights of each channel cost: its mean square, over that of all channels.
+
+    squares: float64 [K], sums over that many rows.  Returns float32 [K], positive.
+    One row in which all channels are alike counts beside those that were seen: that a channel was silent in few rows
+    does not make its weights worthless.
+    """
+    mean = squares.mean()
+    relative = torch.where(mean > 0, squares / mean, 1.0)
+    return ((relative * count + 1) / (count + 1)).float()
 
 
 def observe(x: Tensor, *, batch: int = 0, parts: Part = Part.TENSOR, beside: Stats | None = None) -> Stats:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,14 @@ from qcompile.errors import CalibrationError, PlanError, RecipeError, SpecError,
 from qcompile.fitting import check_tiles, check_weight
 from qcompile.folds import Fold
 from qcompile.graph import Op
+from qcompile.methods import check_methods
 from qcompile.numerics import QParams
 from qcompile.observers import Stats
 from qcompile.outliers import Outliers
 from qcompile.ranges import parse_observer
 from qcompile.recipe import Recipe, Rule
-from qcompile.sites import CHANNEL_AXIS, LeftOver, Site
-from qcompile.solvers import SOLVERS
+from qcompile.sites import CHANNEL_AXIS, LeftOver, Site, digest
+from qcompile.solvers import WEIGHTED
 from qcompile.spec import ALL, Spec
 
 # what was found from stats (by identity), by an observer, for a spec: sites that read one activation share it
@@ -41,7 +43,8 @@ class Decision:
     output: of a convolution's result, and of what is added to it; None leaves them float.
     outliers: channels of the input that stay in the model's dtype, with their columns of the weight.
     threshold: instead, the channels are found in each input: those in which any magnitude reaches it (LLM.int8).
-    Raises PlanError if outliers are not distinct channels of the input.
+    importance: float32 [K], what errors in each column of the weight cost, for solvers that ask for it.
+    Raises PlanError if outliers are not distinct channels of the input, or importance is missing or of other channels.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Decision:
     outliers: tuple[int, ...] = ()
     threshold: float | None = None
     output: QParams | None = field(default=None, hash=False)
+    importance: Tensor | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if self.outliers and not (
@@ -64,15 +68,29 @@ class Decision:
                 f"the outliers of {self.name!r} must be distinct channels from 0 to {self.shape[-1] - 1}, got "
                 f"{list(self.outliers[:8])}; calibrate again with qcompile.calibrate"
             )
+        weighed = self.op is Op.LINEAR and self.weight is not None and self.solver in WEIGHTED
+        channels = None if self.importance is None else list(self.importance.shape)
+        if channels != [self.shape[-1]] and (weighed or channels is not None):
+            raise PlanError(
+                f"{self.name!r} with solver {self.solver!r} takes the importance of {self.shape[-1]} channels, got "
+                f"{channels}; calibrate again with qcompile.calibrate"
+            )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Decision):
             return NotImplemented
         found = ("input_qparams", "output")
-        names = (f.name for f in fields(self) if f.name not in found)
-        return all(getattr(self, name) == getattr(other, name) for name in names) and all(
-            equal_qparams(getattr(self, name), getattr(other, name)) for name in found
+        names = (f.name for f in fields(self) if f.name not in (*found, "importance"))
+        return (
+            all(getattr(self, name) == getattr(other, name) for name in names)
+            and all(equal_qparams(getattr(self, name), getattr(other, name)) for name in found)
+            and _equal(self.importance, other.importance)
         )
+
+    @cached_property
+    def importance_digest(self) -> str:
+        """Tells apart what a solver makes of one weight under several importances; empty without one."""
+        return "" if self.importance is None else digest(self.importance.tolist())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +268,7 @@ def _decide(site: Site, number: int | None, recipe: Recipe, seen: _Seen, prepare
         input_qparams=_static_qparams(site, rule, seen) if input_spec is not None and rule.static_input else None,
         output=_output_qparams(site, rule, seen),
         solver=rule.solver,
+        importance=_importance(site, rule, seen) if site.op is Op.LINEAR and rule.weighs_columns else None,
         outliers=prepared.outliers.get(site.name, ()),
         threshold=rule.threshold if input_spec is not None and site.op is Op.LINEAR else None,
         reason="" if rule.weight is not None else f"rule {number} quantizes its input only",
@@ -268,6 +287,18 @@ def _static_qparams(site: Site, rule: Rule, seen: _Seen) -> QParams:
     return _range(stats, rule.observer, rule.input, f"the input of {site.name!r}", seen.ranges)
 
 
+def _importance(site: Site, rule: Rule, seen: _Seen) -> Tensor:
+    stats = seen.inputs.get(site.name)
+    if stats is None:
+        raise CalibrationError(
+            f"{site.name!r} gets solver {rule.solver!r}, which weighs columns by data, and none was seen there: call "
+            "qcompile.calibrate(model, batches, recipe) with batches that reach it, or give the site a rule with "
+            "solver 'mse'"
+        )
+    _require_finite(stats, f"the input of {site.name!r}")
+    return stats.importance
+
+
 def _output_qparams(site: Site, rule: Rule, seen: _Seen) -> QParams | None:
     stats = seen.results.get(site.name)
     if site.op is not Op.CONV or rule.output is None or stats is None:
@@ -275,12 +306,16 @@ def _output_qparams(site: Site, rule: Rule, seen: _Seen) -> QParams | None:
     return _range(stats, rule.observer, rule.output, f"the result of {site.name!r}", seen.ranges)
 
 
-def _range(stats: Stats, observer: str, spec: Spec, what: str, ranges: _Ranges) -> QParams:
+def _require_finite(stats: Stats, what: str) -> None:
     if not stats.is_finite:
         raise CalibrationError(
             f"{what} held NaN or Inf (range {float(stats.low.amin())} to {float(stats.high.amax())}): calibrate with "
             "batches for which the float model gives finite values"
         )
+
+
+def _range(stats: Stats, observer: str, spec: Spec, what: str, ranges: _Ranges) -> QParams:
+    _require_finite(stats, what)
     key = (id(stats), observer, spec)
     try:
         if key not in ranges:
@@ -289,50 +324,6 @@ def _range(stats: Stats, observer: str, spec: Spec, what: str, ranges: _Ranges) 
     except (CalibrationError, SpecError) as e:
         e.add_note(f"while finding the range of {what}")
         raise
-
-
-def check_methods(recipe: Recipe) -> None:
-    """Raise RecipeError for rules that no model could follow."""
-    for number, rule in enumerate(recipe.rules, start=1):
-        where = f"rule {number} ({rule.match!r}) of recipe {recipe.name!r}"
-        if rule.solver not in SOLVERS:
-            raise RecipeError(
-                f"{where} names the unknown solver {rule.solver!r}; nearest: {nearest(rule.solver, SOLVERS)}"
-            )
-        try:
-            observer = parse_observer(rule.observer)
-        except RecipeError as e:
-            raise RecipeError(f"{where}: {e}") from e
-        if observer.ordered and rule.static_input and (rule.smooth is not None or rule.split is not None):
-            raise RecipeError(
-                f"{where} smooths or splits, after which the extremes of single batches are not known, and observer "
-                f"{rule.observer!r} finds ranges from them: take 'mse', 'minmax' or 'percentile'"
-            )
-        if problem := _input_problem(rule):
-            raise RecipeError(f"{where} gives inputs the spec {rule.input}, but {problem}")
-        if problem := _output_problem(rule):
-            raise RecipeError(f"{where} gives results the spec {rule.output}, but {problem}")
-
-
-def _input_problem(rule: Rule) -> str:
-    """What speaks against the input spec of a rule, and what to take; empty if nothing does."""
-    if rule.input is None:
-        return ""
-    fmt, tile = rule.input.format, rule.input.granularity
-    if tile.rows > 1:
-        return f"blocks of several rows are for weights; take groups along K: {fmt.name}/g{tile.columns}"
-    return ""
-
-
-def _output_problem(rule: Rule) -> str:
-    """What speaks against the output spec of a rule, and what to take; empty if nothing does."""
-    if rule.output is None:
-        return ""
-    if rule.output.granularity.rows != ALL:
-        return f"they have one calibrated scale: take {rule.output.format.name}/tensor"
-    if Op.CONV not in rule.ops or not rule.static_input:
-        return "only convolutions with a static input give codes: add ops = ['conv'] and an input spec"
-    return ""
 
 
 def _require_use(recipe: Recipe, sites: Sequence[Site], used: set[int]) -> None:
@@ -369,7 +360,13 @@ def _bound(decision: Decision, parameters: Mapping[str, Tensor]) -> Decision | s
         decision,
         input_qparams=_on_device(decision.input_qparams, weight.device),
         output=_on_device(decision.output, weight.device),
+        importance=None if decision.importance is None else _moved(decision.importance, weight.device),
     )
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on that device; values are not given up for a weight that has none."""
+    return tensor if device.type == "meta" else tensor.to(device)
 
 
 def _on_device(qparams: QParams | None, device: torch.device) -> QParams | None:

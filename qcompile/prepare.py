@@ -183,6 +183,9 @@ class _Preparing(Generic[V]):
             readers = tuple(found.site.name for found in edge.consumers)
             fold = Fold(sites=readers, scale=choice.scale, into=edge.into, method=method)
             self.folds.append(fold)
+            # who reads the activation beside the members gets it divided, too
+            others = (name for name in readers if name not in names and name in self._seen.stats)
+            self.stats |= {name: self._seen.stats[name].divided(choice.scale) for name in others}
             if edge.producer is not None:
                 self._taken.setdefault(edge.producer, []).append((edge.channels, choice.scale))
         self._take(names, stats, choice, rule)

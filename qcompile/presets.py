@@ -64,6 +64,13 @@ PRESETS: dict[str, Recipe] = {
         _linears("int8", "int8/channel", _INT8, "8-bit integers, inputs scaled token by token"),
         _linears("int8-weight", "int8/channel", None, "8-bit integer weights, inputs as they are", **_CONV),
         _linears("int4-weight", "int4/g128/asym/bf16", None, "4-bit integer weights in groups of 128"),
+        _linears(
+            "int4-imatrix",
+            "int4/g32/asym/bf16",
+            None,
+            "4-bit integer weights in groups of 32, precise where inputs are large",
+            "imatrix",
+        ),
         _linears("fp8", "fp8_e4m3/channel", _FP8, "8-bit floats, inputs scaled token by token"),
         _linears("nf4", "nf4/g64", None, "4-bit NormalFloat weights in groups of 64 (QLoRA)", solver="mse"),
         _linears("int4-token", "int4/channel", "int4/token/asym", "4-bit integers, inputs too", "mse", head=_INT8),

@@ -12,6 +12,7 @@ from qcompile.errors import RecipeError, SpecError, nearest
 from qcompile.graph import Op
 from qcompile.sites import SITE_OPS, Site
 from qcompile.smooth import Smooth, parse_smooth
+from qcompile.solvers import WEIGHTED
 from qcompile.spec import ALL, Spec, parse_spec
 
 
@@ -53,6 +54,11 @@ class Rule:
         """Whether one scale serves all inputs: then it must be known beforehand, from calibration."""
         return self.input is not None and self.input.granularity.rows == ALL
 
+    @property
+    def weighs_columns(self) -> bool:
+        """Whether the weight's codes are chosen by what its input looks like, which calibration must show."""
+        return self.weight is not None and self.solver in WEIGHTED and Op.LINEAR in self.ops
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -65,7 +71,7 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether the recipe can be followed only after calibration."""
-        return self.prepares or any(rule.static_input for rule in self.rules)
+        return self.prepares or any(rule.static_input or rule.weighs_columns for rule in self.rules)
 
     @property
     def prepares(self) -> bool:

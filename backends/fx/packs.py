@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qcompile.errors import WeightError
 
-# of a pack: (spec and solver of the weight, kernel)
+# of a pack: (spec, solver and importance of the weight, kernel)
 Key = tuple[str, str]
 Stamp = tuple[int, int]
 State = tuple[object, ...]

@@ -19,7 +19,7 @@ from qcompile.report.quality import EmbeddingQuality, mean_pooled
 
 RECIPES = (
     *("int8", "int8-weight", "llm-int8", "int8-smooth", "int8-split", "int8-smooth-split"),
-    *("int8-static", "int8-smooth-static", "int8-smooth-split-static"),
+    *("int8-static", "int8-smooth-static", "int8-smooth-split-static", "int4-weight", "int4-imatrix"),
 )
 # batches to calibrate on, more than there are
 ALL = 64

@@ -35,7 +35,7 @@ from qcompile.report.timing import time_in_turns
 FLOAT, BASELINE = "float32", "onnxruntime quantize_dynamic, per channel"
 RECIPES = (
     *("int8", "int8-split", "int8-smooth-split", "int8-static", "int8-smooth-split-static"),
-    *("int8-weight", "int4-weight"),
+    *("int8-weight", "int4-weight", "int4-imatrix"),
 )
 SHAPES = ((1, 128), (8, 128))
 ALL = 64

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.calibrate import parts_for, require_data
+from qcompile.methods import check_methods
 from qcompile.numerics import snr_db
 from qcompile.observers import Part
 from qcompile.outliers import Group
-from qcompile.plan import Plan, check_methods, make_plan
+from qcompile.plan import Plan, make_plan
 from qcompile.prepare import prepare
 from qcompile.recipe import Recipe
 from qcompile.sites import LeftOver, Site

@@ -1,17 +1,26 @@
 """Solvers: how a weight's qparams are chosen, by name. A solver is a file here and a line in `SOLVERS`."""
 
-from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor
 
 from qcompile.numerics import QParams
+from qcompile.solvers.imatrix import solve_imatrix
 from qcompile.solvers.mse import solve_mse
 from qcompile.solvers.round import solve_round
 from qcompile.spec import Spec
 
-Solver = Callable[[Tensor, Spec], QParams]
+
+class Solver(Protocol):
+    """The qparams of a weight [N, K]; importance: float32 [K], what errors of each column cost, None for all alike."""
+
+    def __call__(self, weight: Tensor, spec: Spec, importance: Tensor | None = None) -> QParams: ...
+
 
 SOLVERS: dict[str, Solver] = {
     "round": solve_round,
     "mse": solve_mse,
+    "imatrix": solve_imatrix,
 }
+# those that ask for the importance of columns, which calibration finds
+WEIGHTED = frozenset({"imatrix"})

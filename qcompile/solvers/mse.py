@@ -4,7 +4,9 @@ Source: Nagel 2021 (A White Paper on Neural Network Quantization), section 3.1; 
 is a saw-tooth with the period of one octave (Kuzmin 2022), so that the first search covers octaves densely.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -23,11 +25,12 @@ POWERS_OF_TWO = tuple(2.0**i for i in (1, 0, -1, -2, -3, -4))
 CHUNK = 2**22
 
 
-def solve_mse(weight: Tensor, spec: Spec) -> QParams:
+def solve_mse(weight: Tensor, spec: Spec, importance: Tensor | None = None) -> QParams:
     """Scales whose clip, a part of the tile's range, gives the least squared error; never more than `round`.
 
-    weight: [N, K].  Both ends of an asymmetric range shrink together; the levels of a learned code book stay
-    those of the whole range. A scale that is a power of two is searched among its neighbours.
+    weight: [N, K].  importance: see `squared_error`; the error is then never more than that without it, either.
+    Both ends of an asymmetric range shrink together; the levels of a learned code book stay those of the whole range.
+    A scale that is a power of two is searched among its neighbours.
     Raises SpecError if the spec's tiles do not divide the weight.
     """
     base = find_qparams(weight, spec)
@@ -39,23 +42,39 @@ def solve_mse(weight: Tensor, spec: Spec) -> QParams:
     def candidate(clip: Tensor | float, spec: Spec = alone) -> QParams:
         return replace(qparams_of_range(low, high, spec, clip=clip), levels=base.levels)
 
-    best = torch.ones_like(low)
-    error = squared_error(weight, candidate(best))
-    coarse = COARSE[: 6 * OCTAVES.get(spec.format.bits, 1) + 1]
-    for ratios in (POWERS_OF_TWO,) if spec.scale == "e8m0" else (coarse, FINE):
-        centre = best if ratios is FINE else torch.ones_like(low)
-        for ratio in ratios:
-            tried = squared_error(weight, candidate(centre * ratio))
-            best = torch.where(tried < error, centre * ratio, best)
-            error = torch.minimum(tried, error)
-    found = candidate(best, spec)
-    if alone is spec or squared_error(weight, found).sum() < squared_error(weight, base).sum():
-        return found
-    return base
+    def searched(importance: Tensor | None, known: Sequence[Tensor] = ()) -> Tensor:
+        best = torch.ones_like(low)
+        error = squared_error(weight, candidate(best), importance)
+        steps = (POWERS_OF_TWO,) if spec.scale == "e8m0" else (clips(spec), FINE)
+        for ratios in steps:
+            centre = best if ratios is FINE else torch.ones_like(low)
+            for clip in chain((centre * ratio for ratio in ratios), () if ratios is FINE else known):
+                tried = squared_error(weight, candidate(clip), importance)
+                best = torch.where(tried < error, clip, best)
+                error = torch.minimum(tried, error)
+        return best
+
+    found = [searched(None)]
+    if importance is not None:
+        found = [searched(importance, found), *found]
+    if alone is spec:
+        return candidate(found[0])
+    return min(
+        (*(candidate(clip, spec) for clip in found), base),
+        key=lambda q: float(squared_error(weight, q, importance).sum()),
+    )
 
 
-def squared_error(weight: Tensor, qparams: QParams) -> Tensor:
-    """Sum of squared errors of each tile under qparams, slice by slice of rows.  Returns float32 like the scale."""
+def clips(spec: Spec) -> tuple[float, ...]:
+    """Parts of a tile's range that are worth trying, the largest first."""
+    return COARSE[: 6 * OCTAVES.get(spec.format.bits, 1) + 1]
+
+
+def squared_error(weight: Tensor, qparams: QParams, importance: Tensor | None = None) -> Tensor:
+    """Sum of squared errors of each tile under qparams, slice by slice of rows.  Returns float32 like the scale.
+
+    importance: float32 [K], how much the errors of each column count; None for all alike.
+    """
     rows = qparams.spec.granularity.rows
     unit = max(rows, 1)
     count = unit * max(1, CHUNK // (unit * weight[0].numel()))
@@ -63,7 +82,9 @@ def squared_error(weight: Tensor, qparams: QParams) -> Tensor:
     for start in range(0, len(weight), count):
         part = weight[start : start + count].float()
         held = qparams if rows == ALL else _of_rows(qparams, slice(start // unit, (start + count) // unit))
-        view, dims = tiles((dequantize(quantize(part, held), held) - part).square(), qparams.spec.granularity)
+        errors = (dequantize(quantize(part, held), held) - part).square()
+        errors = errors if importance is None else errors * importance
+        view, dims = tiles(errors, qparams.spec.granularity)
         parts.append(view.sum(dims))
     return torch.stack(parts).sum(0) if rows == ALL else torch.cat(parts)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompile.advice import Kind
+from qcompile.advice import Advice, Kind, Remedy
 from qcompile.analysis import Analysis, analyze, folded_stats, remedied
 from qcompile.errors import PlanError
 from qcompile.folds import Fold
@@ -115,6 +115,32 @@ def test_an_advice_that_is_followed_gives_what_it_predicts(
     assert gains[2] == 0
     assert after.sites[0].split == advice.remedy.channels
     assert len(followed.folds) == halved + (kind is Kind.SMOOTH)
+
+
+@pytest.mark.parametrize("kind", [Kind.SPLIT, Kind.SMOOTH, Kind.WEIGHT, Kind.FLOAT])
+@pytest.mark.parametrize("given", ["int8/token", "int8/tensor/asym"])
+def test_importance_follows_an_advice(x: Tensor, sites: list[Site], kind: Kind, given: str) -> None:
+    rule = Rule(weight=parse_spec("int3/g32"), input=parse_spec(given), solver="imatrix")
+    recipe, found = Recipe(name="weighted", rules=(rule,)), groups(x)
+
+    def plan_under(*folds: Fold) -> Plan:
+        stats = {name: folded_stats(group, folds) for group in found for name in group.sites}
+        return replace(make_plan(sites, recipe, stats), folds=folds)
+
+    plan = plan_under()
+    analysis = analyze(sites, found, plan)
+    remedy = Remedy(kind=kind, channels=(LOUD,) if kind is Kind.SPLIT else (), alpha=0.5, spec="int4/g32")
+    gained = {"before_db": 0.0, "predicted_db": 0.0, "bytes": 0}
+    advice = Advice(sites=("q", "k"), cause="", action="", remedy=remedy, **gained)
+    followed = remedied(plan, advice, sites, found)
+    expected = plan_under(*followed.folds).decisions["q"].importance
+    if kind is Kind.SPLIT:
+        expected = found[0].stats.without(torch.tensor([LOUD])).importance
+    assert torch.equal(followed.decisions["q"].importance, expected)
+    after = analyze(sites, found, followed).sites
+    assert after[-1] == analysis.sites[-1]
+    if kind is Kind.SMOOTH:
+        assert after[0].unfolded_db == pytest.approx(analysis.sites[0].noise.snr_db)
 
 
 def test_smoothing_serves_all_that_read_the_activation(x: Tensor, sites: list[Site]) -> None:

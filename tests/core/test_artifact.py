@@ -87,6 +87,29 @@ def test_outliers_and_thresholds_are_kept(tmp_path: Path) -> None:
     assert [sorted(table.keys() & {"outliers", "threshold"}) for table in tables] == [["outliers"], ["threshold"], []]
 
 
+def test_importance_is_kept(model: Net, tmp_path: Path) -> None:
+    recipe = {"rules": [{"weight": "int4/g16/asym", "solver": "imatrix"}]}
+    plan = calibrate(model, [torch.arange(11)[None]], recipe, progress=False)
+    save(plan, tmp_path / "p")
+    found, fc = load(tmp_path / "p", model), plan.decisions["fc"]
+    assert found == plan
+    assert fc.importance is not None
+    assert torch.equal(found.decisions["fc"].importance, fc.importance)
+    assert found.decisions["fc"].importance_digest == fc.importance_digest
+    (tmp_path / "p" / "plan.safetensors").write_bytes(artifact.serialize({}))
+    with pytest.raises(PlanError, match=r"is broken .KeyError: 'fc\.importance'.*save it again"):
+        load(tmp_path / "p")
+
+
+def test_a_plan_whose_importance_was_lost_is_refused(model: Net, tmp_path: Path) -> None:
+    recipe = {"rules": [{"weight": "int4/g16/asym", "solver": "imatrix"}]}
+    save(calibrate(model, [torch.arange(11)[None]], recipe, progress=False), tmp_path / "p")
+    path = tmp_path / "p" / "plan.json"
+    path.write_text(path.read_text().replace(', "importance": true', ""))
+    with pytest.raises(PlanError, match=r"'fc' with solver 'imatrix' takes the importance of 16 channels, got None"):
+        load(tmp_path / "p")
+
+
 def prepared() -> Plan:
     """A plan with all that calibration may find."""
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))

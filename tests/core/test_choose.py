@@ -18,11 +18,12 @@ from qcompile.choose import (
     prepared_stats,
     probe_part,
 )
-from qcompile.numerics import dequantize, qparams_of_range, quantize
+from qcompile.numerics import QParams, dequantize, qparams_of_range, quantize
 from qcompile.observers import observe
 from qcompile.recipe import Rule
 from qcompile.smooth import Smooth, parse_smooth
-from qcompile.spec import parse_spec
+from qcompile.solvers import SOLVERS
+from qcompile.spec import Spec, parse_spec
 
 INT8, TOKEN, STATIC = parse_spec("int8/channel"), parse_spec("int8/token/asym"), parse_spec("int8/tensor/asym")
 K, LOUD = 64, 13
@@ -91,6 +92,24 @@ def test_a_split_holds_no_more_than_its_share() -> None:
     x[:, [2, 40]] *= 50
     chosen = choose(case(x, replace(PLAIN, split=3.5 / K))).outliers
     assert chosen == (2, LOUD, 40)
+
+
+def test_choices_are_tried_with_the_importance_that_they_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def solve(weight: Tensor, spec: Spec, importance: Tensor | None = None) -> QParams:
+        assert importance is not None
+        seen.append(importance)
+        return SOLVERS["round"](weight, spec)
+
+    monkeypatch.setitem(SOLVERS, "imatrix", solve)
+    rule = replace(PLAIN, solver="imatrix", smooth=Smooth(strength=0.5), split=0.01)
+    one = case(rows(60.0), rule)
+    choice = choose(one)
+    assert choice.scale is not None
+    for outliers in ((), (LOUD,)):
+        expected = prepared_stats(one.stats, replace(choice, outliers=outliers)).importance
+        assert any(torch.equal(tried, expected) for tried in seen)
 
 
 def test_a_split_of_all_channels_is_none() -> None:

@@ -257,3 +257,23 @@ def test_derived_stats_of_two_processes_merge(x: Tensor) -> None:
     assert torch.equal(found.channels.counts, whole.channels.counts)
     assert torch.equal(found.sample.rows, whole.sample.rows)
     assert torch.equal(found.low, whole.low)
+
+
+def test_importance_is_the_mean_square_of_each_channel_over_that_of_all() -> None:
+    x = torch.randn(1000, 8) * torch.tensor([0.0, 1, 1, 1, 2, 2, 3, 100])
+    stats = observe(x)
+    squares = x.double().square().mean(0)
+    assert_close(stats.importance.double(), (squares / squares.mean() * 1000 + 1) / 1001, rtol=1e-6, atol=0)
+    # what was silent is worth as much as one row in a thousand, and the sum is that of channels alike
+    assert float(stats.importance[0]) == pytest.approx(1 / 1001)
+    assert float(stats.importance.sum()) == pytest.approx(8)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+def test_importance_is_finite_for_all_sizes(size: float) -> None:
+    stats = observe(torch.tensor([[1.0, 1.0, 2.0]]) * size)
+    expected = [1.0, 1.0, 1.0] if size == 0 else [0.75, 0.75, 1.5]
+    assert stats.importance.tolist() == pytest.approx(expected)
+    assert observe(torch.tensor([[1.0, 1.0, 2.0]])).without(torch.tensor([2])).importance.tolist() == pytest.approx(
+        [1.25, 1.25, 0.5]
+    )

@@ -201,6 +201,10 @@ def test_groups_of_the_input_must_divide_too() -> None:
         (Rule(solver="msee"), ["rule 1", "unknown solver 'msee'", "'mse'"]),
         (Rule(observer="absmx"), ["rule 1", "unknown observer 'absmx'", "'absmax'"]),
         (Rule(input=parse_spec("int8/b32x32")), ["rule 1", "int8/b32x32", "blocks of several rows", "int8/g32"]),
+        (
+            Rule(ops=(Op.LINEAR, Op.CONV), weight=INT8, solver="imatrix"),
+            ["rule 1", "convolutions the solver 'imatrix'", "ops = ['conv']", "'mse'"],
+        ),
         (Rule(observer="percentile/40"), ["rule 1", "percentile/40", "above 50, at most 100", "percentile/99.99"]),
     ],
 )
@@ -221,6 +225,52 @@ def test_stats_that_are_not_finite_are_refused() -> None:
     assert_says(
         CalibrationError, words, lambda: make_plan([site("fc")], recipe(Rule(weight=INT8, input=STATIC)), stats)
     )
+
+
+IMATRIX = Rule(ops=(Op.LINEAR, Op.EMBEDDING), weight=parse_spec("int4/g32/asym"), solver="imatrix")
+
+
+def test_a_solver_that_asks_gets_the_importance_of_columns() -> None:
+    seen = observe(torch.randn(50, 64) * torch.linspace(0.1, 3, 64))
+    sites = [site("fc"), site("emb", op=Op.EMBEDDING), site("other")]
+    rules = recipe(replace(IMATRIX, match="fc|emb"), Rule(weight=INT8))
+    found = make_plan(sites, rules, {"fc": seen, "other": seen}).decisions
+    assert found["fc"].importance is not None
+    assert torch.equal(found["fc"].importance, seen.importance)
+    # indices say nothing of the columns of a table, and other solvers do not ask
+    assert (found["emb"].importance, found["other"].importance) == (None, None)
+    assert make_plan(sites[1:2], recipe(IMATRIX)).decisions["emb"].weight == IMATRIX.weight
+
+
+def test_decisions_differ_by_importance() -> None:
+    a, b, c = (
+        make_plan([site("fc")], recipe(IMATRIX), {"fc": observe(x)}).decisions["fc"]
+        for x in (torch.eye(64), torch.eye(64), torch.eye(64) + torch.eye(64)[:1])
+    )
+    assert a == b
+    assert a.importance_digest == b.importance_digest
+    assert a != c
+    assert a.importance_digest != c.importance_digest
+    assert replace(a, solver="mse", importance=None).importance_digest == ""
+
+
+def test_importance_without_data_says_how_to_get_it() -> None:
+    words = ["'fc'", "solver 'imatrix'", "qcompile.calibrate", "'mse'"]
+    assert_says(CalibrationError, words, lambda: make_plan([site("fc")], recipe(IMATRIX)))
+    other = {"other": observe(torch.ones(1, 64))}
+    assert_says(CalibrationError, words, lambda: make_plan([site("fc")], recipe(IMATRIX), other))
+    poisoned = {"fc": observe(torch.full((2, 64), float("nan")))}
+    words = ["input of 'fc'", "NaN or Inf"]
+    assert_says(CalibrationError, words, lambda: make_plan([site("fc")], recipe(IMATRIX), poisoned))
+
+
+def test_importance_of_other_channels_is_refused() -> None:
+    decision = make_plan([site("fc")], recipe(IMATRIX), {"fc": observe(torch.ones(1, 64))}).decisions["fc"]
+    for importance, got in ((None, "got None"), (torch.ones(63), "got [63]")):
+        words = ["'fc'", "'imatrix'", "importance of 64 channels", got, "qcompile.calibrate"]
+        assert_says(PlanError, words, lambda importance=importance: replace(decision, importance=importance))
+    # what stays float needs none
+    assert replace(decision, weight=None, importance=None).weight is None
 
 
 class Net(nn.Module):

@@ -98,6 +98,22 @@ def test_what_changes_the_graph_needs_data(rule: Rule, prepares: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rule", "needs"),
+    [
+        (Rule(weight=parse_spec("int4/g32"), solver="imatrix"), True),
+        (Rule(weight=parse_spec("int4/g32"), solver="mse"), False),
+        (Rule(solver="imatrix"), False),
+        (Rule(ops=(Op.EMBEDDING,), weight=parse_spec("int4/g32"), solver="imatrix"), False),
+    ],
+)
+def test_a_solver_that_weighs_columns_of_linears_needs_data(rule: Rule, needs: bool) -> None:
+    recipe = Recipe(name="r", rules=(Rule(), rule))
+    assert rule.weighs_columns is needs
+    assert recipe.needs_data is needs
+    assert recipe.prepares is False
+
+
+@pytest.mark.parametrize(
     ("table", "words"),
     [
         ({"rules": [{}], "sumary": "x"}, ["unknown key 'sumary'", "'summary'"]),

@@ -168,7 +168,7 @@ def test_each_weight_is_solved_once(recipe: str, source: Path, tmp_path: Path, m
     assert isinstance(plan, Plan)
     solved = []
 
-    def solve(weight: Tensor, spec: Spec) -> QParams:
+    def solve(weight: Tensor, spec: Spec, importance: Tensor | None = None) -> QParams:
         solved.append(tuple(weight.shape))
         return solve_round(weight, spec)
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from qcompile.calibrate import calibrate
 from qcompile.graph import Graph, Op
-from qcompile.numerics import fake_quantize
+from qcompile.numerics import dequantize, fake_quantize, quantize
 from qcompile.observers import Part, observe
 from qcompile.passes.insert_qdq import insert_qdq
 from qcompile.passes.merge_qdq import merge_qdq
@@ -17,6 +17,7 @@ from qcompile.plan import Plan, make_plan
 from qcompile.presets import parse_recipe
 from qcompile.recipe import Recipe, Rule
 from qcompile.sites import SITE_OPS, find_sites, result_of
+from qcompile.solvers import SOLVERS
 from qcompile.spec import parse_spec
 from tests.hosts import FX, HOSTS, Host, ordered_text, result
 
@@ -143,6 +144,35 @@ def test_a_shared_weight_is_quantized_once(host: Host) -> None:
     assert insert_qdq(graph, plan_for(graph, parse_recipe("int8"))) == 3
     assert ordered_text(graph).count('quantize const[32, 32] "fc.weight"') == 1
     assert kinds(graph, Op.QUANTIZE) == kinds(graph, Op.DEQUANTIZE) == 3
+
+
+class Tied(nn.Module):
+    """Two linears with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Linear(32, 32, bias=False) for _ in range(2))
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)))
+
+
+def test_a_shared_weight_is_quantized_for_each_importance(host: Host) -> None:
+    model, x = Tied(), torch.randn(50, 32)
+    rule = Rule(weight=parse_spec("int4/g32/asym"), solver="imatrix")
+    loud, alike = observe(x * torch.linspace(0.1, 3, 32)), observe(x)
+    for second, pairs in ((loud, 1), (alike, 2)):
+        graph = host.open(model, x)
+        sites = [found.site for found in find_sites(graph)]
+        plan = make_plan(sites, Recipe(name="r", rules=(rule,)), {"a": loud, "b": second})
+        assert insert_qdq(graph, plan) == pairs
+        with torch.no_grad():
+            first, then = (
+                dequantize(quantize(model.a.weight, q), q)
+                for q in (SOLVERS["imatrix"](model.a.weight, rule.weight, s.importance) for s in (loud, second))
+            )
+            host.assert_equal(result(graph, x), F.linear(torch.relu(F.linear(x, first)), then))
 
 
 def test_sites_that_the_plan_leaves_or_does_not_name_stay(host: Host, model: Attention) -> None:

@@ -1,6 +1,7 @@
 """Outliers move to the end where linears make the activation, and nowhere else."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,6 +131,18 @@ def test_weights_that_stay_float_are_not_copied(host: Host, left: str, x: Tensor
     decisions = {name: d for name, d in plan.decisions.items() if name != left}
     linears = [found.value for found in find_sites(graph) if found.site.name == "down"]
     assert permute_outliers(graph, Plan(recipe=plan.recipe, decisions=decisions), linears) == {}
+
+
+def test_channels_whose_importance_is_known_by_number_stay(host: Host, x: Tensor) -> None:
+    model = Gated()
+    graph = host.open(model, x)
+    plan = plan_of(graph)
+    down = replace(plan.decisions["down"], solver="imatrix", importance=torch.rand(H) + 0.1)
+    plan = replace(plan, decisions={**plan.decisions, "down": down})
+    linears = [found.value for found in find_sites(graph) if found.site.name == "down"]
+    assert permute_outliers(graph, plan, linears) == {}
+    quantize(graph, plan)
+    assert float((result(graph, x) - model(x)).norm() / model(x).norm()) < 0.03
 
 
 def test_the_whole_flow_as_text(host: Host, assert_text, x: Tensor) -> None:

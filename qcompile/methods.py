@@ -1,0 +1,57 @@
+"""Whether the methods that a recipe names exist, and go together."""
+
+from qcompile.errors import RecipeError, nearest
+from qcompile.graph import Op
+from qcompile.ranges import parse_observer
+from qcompile.recipe import Recipe, Rule
+from qcompile.solvers import SOLVERS
+from qcompile.spec import ALL
+
+
+def check_methods(recipe: Recipe) -> None:
+    """Raise RecipeError for rules that no model could follow."""
+    for number, rule in enumerate(recipe.rules, start=1):
+        where = f"rule {number} ({rule.match!r}) of recipe {recipe.name!r}"
+        if rule.solver not in SOLVERS:
+            raise RecipeError(
+                f"{where} names the unknown solver {rule.solver!r}; nearest: {nearest(rule.solver, SOLVERS)}"
+            )
+        if rule.weighs_columns and Op.CONV in rule.ops:
+            raise RecipeError(
+                f"{where} gives convolutions the solver {rule.solver!r}, which weighs the columns of linears by what "
+                "their inputs look like: write a rule of its own for ops = ['conv'], with solver = 'mse'"
+            )
+        try:
+            observer = parse_observer(rule.observer)
+        except RecipeError as e:
+            raise RecipeError(f"{where}: {e}") from e
+        if observer.ordered and rule.static_input and (rule.smooth is not None or rule.split is not None):
+            raise RecipeError(
+                f"{where} smooths or splits, after which the extremes of single batches are not known, and observer "
+                f"{rule.observer!r} finds ranges from them: take 'mse', 'minmax' or 'percentile'"
+            )
+        if problem := _input_problem(rule):
+            raise RecipeError(f"{where} gives inputs the spec {rule.input}, but {problem}")
+        if problem := _output_problem(rule):
+            raise RecipeError(f"{where} gives results the spec {rule.output}, but {problem}")
+
+
+def _input_problem(rule: Rule) -> str:
+    """What speaks against the input spec of a rule, and what to take; empty if nothing does."""
+    if rule.input is None:
+        return ""
+    fmt, tile = rule.input.format, rule.input.granularity
+    if tile.rows > 1:
+        return f"blocks of several rows are for weights; take groups along K: {fmt.name}/g{tile.columns}"
+    return ""
+
+
+def _output_problem(rule: Rule) -> str:
+    """What speaks against the output spec of a rule, and what to take; empty if nothing does."""
+    if rule.output is None:
+        return ""
+    if rule.output.granularity.rows != ALL:
+        return f"they have one calibrated scale: take {rule.output.format.name}/tensor"
+    if Op.CONV not in rule.ops or not rule.static_input:
+        return "only convolutions with a static input give codes: add ops = ['conv'] and an input spec"
+    return ""
