@@ -1,4 +1,4 @@
-"""Quantized ONNX files of MiniLM beside onnxruntime's own quantizer: size, cosine, kernels and milliseconds on the CPU.
+"""Quantized ONNX files of MiniLM beside those of onnxruntime's quantizers: size, cosine, kernels and CPU milliseconds.
 
     python examples/benchmarks/onnx_models.py
 
@@ -16,9 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    HQQWeightOnlyQuantConfig,
+    MatMulNBitsQuantizer,
+)
 from result_files import RESULTS, machine, write_result
 from torch import Tensor
 
@@ -37,6 +43,11 @@ RECIPES = (
     *("int8", "int8-split", "int8-smooth-split", "int8-static", "int8-smooth-split-static"),
     *("int8-weight", "int4-weight", "int4-imatrix"),
 )
+# onnxruntime's own weights of 4 bits, in the blocks and with the zero points that int4-imatrix has
+NARROW = {
+    "onnxruntime int4, blocks of 32, rounded": partial(DefaultWeightOnlyQuantConfig, block_size=32),
+    "onnxruntime int4, blocks of 32, HQQ": partial(HQQWeightOnlyQuantConfig, block_size=32),
+}
 SHAPES = ((1, 128), (8, 128))
 ALL = 64
 # cosine below which a file is broken, and nothing is timed
@@ -71,6 +82,11 @@ def main() -> None:
         files = {FLOAT: Path(place) / "float.onnx", BASELINE: Path(place) / "dynamic.onnx"}
         export_model(model.eval(), calibrate[0], files[FLOAT])
         quantize_dynamic(files[FLOAT], files[BASELINE], per_channel=True, weight_type=QuantType.QInt8)
+        for name, config in NARROW.items():
+            files[name] = Path(place) / f"narrow{len(files)}.onnx"
+            narrow = MatMulNBitsQuantizer(onnx.load(files[FLOAT]), algo_config=config())
+            narrow.process()
+            narrow.model.save_model_to_file(str(files[name]))
         for name in RECIPES:
             files[name] = Path(place) / f"{name}.onnx"
             qcompile.quantize_onnx(files[FLOAT], files[name], f"{name}+embeddings", batches=calibrate)
