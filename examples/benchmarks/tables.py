@@ -142,6 +142,34 @@ def onnx_cuda_table() -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def onnx_language_table() -> str:
+    """Quantized ONNX files of a language model beside torch.compile under the same plans."""
+    found = result("onnx_language")
+    machine, (count, length) = found["machine"], found["windows"]
+    lines = [
+        f"ONNX files and torch.compile under the same plans: {found['model']}, {count} windows of {length} tokens of "
+        f"WikiText-2, calibrated on {found['calibration_windows']}, {machine['processor']}, {machine['threads']} "
+        f"threads, onnxruntime {machine['onnxruntime']}, torch {machine['torch']}; median milliseconds of onnxruntime, "
+        "all files in turns. How far the two are apart in perplexity, and the standard error of that, is with inputs "
+        "as planned; files with narrow weights alone round them to int8 in blocks, which their own perplexity and KL "
+        "to the float model include (`examples/benchmarks/onnx_language.py`).",
+        "",
+        "| file | MB | perplexity | in torch | apart, as planned | KL | ms, 1 x 16 | ms, 1 x 512 | fused kernels |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in found["rows"].items():
+        kernels = ", ".join(f"{count} {kernel}" for kernel, count in row["fused"].items())
+        same = row["as_planned"]
+        # a difference that rounds to nothing has no sign
+        kl, difference = (round(x, 5) + 0.0 for x in (row["kl"], same["apart"]))
+        apart = f"{difference:+.3%} ± {same['standard_error_of_apart']:.3%}"
+        lines.append(
+            f"| {name} | {row['megabytes']:.1f} | {row['perplexity']:.3f} | {row['perplexity_in_torch']:.3f} | {apart} "
+            f"| {kl:.4f} | {row['ms_1x16']:.1f} | {row['ms_1x512']:.1f} | {kernels} |"
+        )
+    return "\n".join(lines)
+
+
 def calibration_table() -> str:
     """Time beside the plain run, and memory."""
     found = result("calibration_cost")
@@ -165,7 +193,7 @@ def calibration_table() -> str:
 def tables() -> str:
     made = (
         *(speed_table, quality_table, embedding_table, outlier_table, calibration_table),
-        *(onnx_table, onnx_cuda_table),
+        *(onnx_table, onnx_language_table, onnx_cuda_table),
     )
     return "\n\n".join(make() for make in made) + "\n"
 
