@@ -227,16 +227,18 @@ def _after(case: Case, seen: Probe, remedy: Remedy) -> float:
     match remedy.kind:
         case Kind.SPLIT:
             channels = (*treatment.channels, *remedy.channels)
-            return seen.after(replace(treatment, channels=channels, input=_input(case, stats, channels)))
+            weighed = importance_left(treatment.importance, stats, channels)
+            given = _input(case, stats, channels)
+            return seen.after(replace(treatment, channels=channels, input=given, importance=weighed))
         case Kind.SMOOTH:
             assert remedy.alpha is not None
             assert case.channels is not None
             weight = case.weight()
             scale = smoothing(stats.amax, weight, case.channels, remedy.alpha).to(weight.device)
             stats = stats.divided(scale.to(stats.low.device))
-            importance = None if treatment.importance is None else stats.importance
+            weighed = importance_left(treatment.importance, stats, treatment.channels)
             given = _input(case, stats, treatment.channels)
-            return seen.scaled(scale).after(replace(treatment, input=given, importance=importance))
+            return seen.scaled(scale).after(replace(treatment, input=given, importance=weighed))
         case Kind.DYNAMIC | Kind.INPUT:
             return seen.after(replace(treatment, input=parse_spec(remedy.spec)))
         case Kind.WEIGHT:
@@ -256,6 +258,11 @@ def _input(case: Case, stats: Stats, channels: Sequence[int]) -> Spec | QParams 
 def without(stats: Stats, channels: Sequence[int]) -> Stats:
     """The stats when these channels bypass quantization."""
     return stats.without(torch.tensor(channels, device=stats.low.device)) if channels else stats
+
+
+def importance_left(known: Tensor | None, stats: Stats, channels: Sequence[int]) -> Tensor | None:
+    """The importance of the channels that do not bypass quantization; None for a solver that does not ask for it."""
+    return None if known is None else without(stats, channels).importance
 
 
 def _cause(case: Case, seen: Probe, gains: dict[Remedy, float]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.advice import Advice, Case, Kind, Remedy, advise, smoothing, without
+from qcompile.advice import Advice, Case, Kind, Remedy, advise, importance_left, smoothing, without
 from qcompile.errors import PlanError
 from qcompile.folds import Fold, scale_before
 from qcompile.noise import Noise, Treatment, measure_noise, probe, shares_rows
@@ -176,12 +176,13 @@ def _changed(plan: Plan, decision: Decision, remedy: Remedy, stats: Stats) -> De
             channels = tuple(sorted({*_treatment(decision, stats).channels, *remedy.channels}))
             static = _static(plan, decision.name)
             qparams = None if static is None else static(without(stats, channels))
-            importance = _importance(decision, without(stats, channels))
+            importance = importance_left(decision.importance, stats, channels)
             return replace(decision, outliers=channels, threshold=None, input_qparams=qparams, importance=importance)
         case Kind.SMOOTH:
-            static, left = _static(plan, decision.name), without(stats, decision.outliers)
-            qparams = None if static is None else static(left)
-            return replace(decision, input_qparams=qparams, importance=_importance(decision, left))
+            static = _static(plan, decision.name)
+            qparams = None if static is None else static(without(stats, decision.outliers))
+            importance = importance_left(decision.importance, stats, decision.outliers)
+            return replace(decision, input_qparams=qparams, importance=importance)
         case Kind.WEIGHT:
             return replace(decision, weight=parse_spec(remedy.spec))
         case Kind.FLOAT:
@@ -189,11 +190,6 @@ def _changed(plan: Plan, decision: Decision, remedy: Remedy, stats: Stats) -> De
             return replace(decision, weight=None, input=None, input_qparams=None, outliers=(), reason=reason)
         case _:
             return replace(decision, input=parse_spec(remedy.spec), input_qparams=None)
-
-
-def _importance(decision: Decision, stats: Stats) -> Tensor | None:
-    """Of the columns of a weight, for a solver that asks for it, under other stats of its input."""
-    return None if decision.importance is None else stats.importance
 
 
 def _is_quantized(decision: Decision | None) -> bool:
@@ -254,7 +250,8 @@ class _Seen:
 
     def _unfolded(self, name: str, treatment: Treatment) -> Treatment:
         """What the site would get without folds: ranges and importance are those of the activation as it was."""
-        treatment = replace(treatment, importance=_importance(self._plan.decisions[name], self._stats))
+        importance = importance_left(treatment.importance, self._stats, treatment.channels)
+        treatment = replace(treatment, importance=importance)
         static = _static(self._plan, name)
         if static is None:
             return treatment

@@ -30,8 +30,8 @@ ROWS, FEATURES = 128, 128
 # noise over signal of which a split must rid the outputs, as it costs a thin matmul and a sum: noise adds up behind
 # the sites, and where there is little, even a decibel of it is not worth that
 LEAST_RID = 6e-5
-# dB that smoothing must gain: less is within what other rows would show
-LEAST_SMOOTHING = 0.5
+# dB that a split and that smoothing must gain: less is within what other rows would show
+LEAST_GAIN, LEAST_SMOOTHING = 0.3, 0.5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,7 +171,8 @@ def _split(case: Case, choice: Choice) -> Choice:
     split = [replace(choice, outliers=outliers) for outliers in _candidates(case, choice)]
     tried = [replace(one, snr_db=_snr_db(case, one)) for one in split]
     best = max(tried, key=lambda one: one.snr_db, default=whole)
-    return best if _noise(whole) > _noise(best) + LEAST_RID else whole
+    gains = best.snr_db > whole.snr_db + LEAST_GAIN and _noise(whole) > _noise(best) + LEAST_RID
+    return best if gains else whole
 
 
 def _noise(choice: Choice) -> float:

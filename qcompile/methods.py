@@ -4,7 +4,7 @@ from qcompile.errors import RecipeError, nearest
 from qcompile.graph import Op
 from qcompile.ranges import parse_observer
 from qcompile.recipe import Recipe, Rule
-from qcompile.solvers import SOLVERS
+from qcompile.solvers import SOLVERS, WEIGHTED
 from qcompile.spec import ALL
 
 
@@ -16,7 +16,7 @@ def check_methods(recipe: Recipe) -> None:
             raise RecipeError(
                 f"{where} names the unknown solver {rule.solver!r}; nearest: {nearest(rule.solver, SOLVERS)}"
             )
-        if rule.weighs_columns and Op.CONV in rule.ops:
+        if rule.solver in WEIGHTED and Op.CONV in rule.ops:
             raise RecipeError(
                 f"{where} gives convolutions the solver {rule.solver!r}, which weighs the columns of linears by what "
                 "their inputs look like: write a rule of its own for ops = ['conv'], with solver = 'mse'"

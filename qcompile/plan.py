@@ -75,6 +75,11 @@ class Decision:
                 f"{self.name!r} with solver {self.solver!r} takes the importance of {self.shape[-1]} channels, got "
                 f"{channels}; calibrate again with qcompile.calibrate"
             )
+        if self.importance is not None and not bool((torch.isfinite(self.importance) & (self.importance >= 0)).all()):
+            raise PlanError(
+                f"the importance of channels of {self.name!r} holds NaN, Inf or negative numbers; calibrate again with "
+                "qcompile.calibrate"
+            )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Decision):

@@ -4,7 +4,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -264,7 +264,8 @@ class _Preparing(Generic[V]):
             self.split.pop(name, None)
             self.inputs.pop(name, None)
             if name in self._seen.stats:
-                self.stats[name] = self._seen.stats[name]
+                scales = (fold.scale for fold in self.folds if name in fold.sites)
+                self.stats[name] = reduce(Stats.divided, scales, self._seen.stats[name])
 
     def _checked(
         self,

@@ -137,7 +137,7 @@ def parse_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
         return recipe_from_table(source)
     if not isinstance(source, str | Path):
         raise RecipeError(f"a recipe is a preset's name, the path of a TOML file or a Recipe, got {source!r}")
-    preset, *additions = str(source).split("+")
+    preset, *additions = dict.fromkeys(str(source).split("+"))
     if isinstance(source, str) and preset in PRESETS:
         return _with_additions(PRESETS[preset], additions)
     path = Path(source)
@@ -145,7 +145,8 @@ def parse_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
         return read_recipe(path)
     raise RecipeError(
         f"unknown recipe {source!r}; nearest presets: {nearest(source, PRESETS)}; "
-        "the path of a TOML file (ending in .toml) or a Recipe works too"
+        f"the path of a TOML file (ending in .toml) or a Recipe works too; behind a preset may stand "
+        f"{', '.join('+' + name for name in ADDITIONS)}"
     )
 
 

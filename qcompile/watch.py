@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from qcompile.binding import Binding, require_values
 from qcompile.errors import CalibrationError
-from qcompile.gathering import Gathering
+from qcompile.gathering import Gathering, Room
 from qcompile.graph import Op
 from qcompile.observers import Part, Stats, merge
 from qcompile.sites import LeftOver, Site
@@ -110,6 +110,7 @@ class _Watch(TorchFunctionMode):
         self._first: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         # what a site read first, and for each site the sites that read its inputs first
         self._seen: dict[str, Gathering] = {}
+        self._room = Room()
         self._shared: dict[str, dict[str, None]] = {}
         self._index = 0
         self._mask: Tensor | None = None
@@ -184,7 +185,7 @@ class _Watch(TorchFunctionMode):
         if rows.numel() == 0:
             return
         if name not in self._seen:
-            self._seen[name] = Gathering(f"at the input of {name!r}", self._parts)
+            self._seen[name] = Gathering(f"at the input of {name!r}", self._parts, self._room)
         self._seen[name].add(rows, batch=self._index)
 
     def _real_rows(self, name: str, x: Tensor) -> Tensor:
@@ -273,7 +274,7 @@ def run_batch(model: Callable[..., Any], batch: Any, index: int) -> Any:
         raise
 
 
-def first_rows(batch: Any, count: int = 1) -> Any:
+def first_rows(batch: Any, count: int = 2) -> Any:
     """The first rows of a batch [B, ...] whose tensors all have B rows; any other batch as it is."""
     values = list(batch.values()) if isinstance(batch, Mapping) else batch
     tensors = [x for x in (values if isinstance(values, list | tuple) else [values]) if isinstance(x, Tensor)]

@@ -18,7 +18,7 @@ from torch import Tensor
 from qcompile.backends.onnx.feeds import inputs_of, sizes_of, to_feed
 from qcompile.backends.onnx.runtime import results_of, session
 from qcompile.errors import CalibrationError, nearest
-from qcompile.gathering import Gathering, not_finite
+from qcompile.gathering import Gathering, Room, not_finite
 from qcompile.observers import Part, Stats
 from qcompile.watch import mask_of, real_rows
 
@@ -54,10 +54,11 @@ def watch_onnx(
     compute, or an activation with NaN or Inf; UnsupportedError if onnxruntime cannot run the model.
     """
     seen: dict[_Watched, Gathering] = {}
+    room = Room()
     watched = {site: _Watched(name=str(v.name), axis=(axes or {}).get(site, -1)) for site, v in values.items()}
     for index, one, rows in _rows(model, values, watched, batches):
         if one not in seen:
-            seen[one] = Gathering(f"in {one.name!r}", parts)
+            seen[one] = Gathering(f"in {one.name!r}", parts, room)
         seen[one].add(rows, batch=index)
     stats = {one: found for one, gathering in seen.items() if (found := gathering.stats()) is not None}
     return {site: stats[one] for site, one in watched.items() if one in stats}

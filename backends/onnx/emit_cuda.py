@@ -103,6 +103,7 @@ def _finish(
     w: Writer, node: ir.Node, weight: Weight, kernel: str, x: ir.Value, constants: list[ir.Value | None]
 ) -> Planned:
     """The kernel's node in 16 bits, with the bias if the model has 16 bits itself."""
+    w.note(f"{kernel} is in onnxruntime since 1.31, and faster than a float16 matmul for few tokens only")
     dtype = _D.BFLOAT16 if weight.dtype == _D.FLOAT else weight.dtype
     if dtype != weight.dtype:
         w.note(f"inputs and results are bfloat16 inside {kernel}, which has no float32")

@@ -56,6 +56,11 @@ def start(
     settings, provider_settings: of onnxruntime's session and of its provider, by their keys.  provider: that runs all
     of the file.  Raises UnsupportedError if it cannot.
     """
+    if provider not in ort.get_available_providers():
+        raise UnsupportedError(
+            f"onnxruntime {ort.__version__} has no {provider} here, only {', '.join(ort.get_available_providers())}: "
+            "install the package that has it"
+        )
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = _FATAL_ONLY if quiet else _ERRORS_ONLY
@@ -68,16 +73,21 @@ def start(
         started = ort.InferenceSession(path, options, providers=[(provider, dict(provider_settings or {}))])
     except RUNTIME_ERRORS as e:
         raise UnsupportedError(
-            f"onnxruntime {ort.__version__} cannot run {name}: {str(e).strip()}; export it at another opset, or "
-            "in float32"
+            f"onnxruntime {ort.__version__} cannot run {name} on {provider}: {str(e).strip()}; {_remedy(provider)}"
         ) from e
     # a provider whose libraries are missing is left out without an exception
     if started.get_providers()[:1] != [provider]:
         raise UnsupportedError(
-            f"onnxruntime {ort.__version__} runs {name} on {started.get_providers()}, not on {provider}: install the "
-            "package and the libraries that this provider needs"
+            f"onnxruntime {ort.__version__} runs {name} on {started.get_providers()}, not on {provider}; "
+            f"{_remedy(provider)}"
         )
     return started
+
+
+def _remedy(provider: str) -> str:
+    if provider == CPU:
+        return "export it at another opset, or in float32"
+    return f"see that the libraries of {provider} can be loaded, and that the file was written for it"
 
 
 def results_of(

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,7 +44,8 @@ def export(
     ] = 16,
     target: TargetOption = "ort-cpu",
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of what stays float; without it float16 for ort-cuda, else float32.")
+        Dtype | None,
+        typer.Option(help="Of what stays float; without it float16 for ort-cuda, else float32; not of a .pt2 file."),
     ] = None,
     opset: Annotated[int, typer.Option(help="The opset to export at.")] = 21,
     min_coverage: CoverageOption = 0.0,
@@ -59,7 +60,7 @@ def export(
     from qcompile.backends.onnx.export import export_model
 
     console = Console()
-    opened = _in_dtype(_opened(model, data, windows), dtype, target)
+    opened = _opened(model, data, windows, dtype, target)
     with tempfile.TemporaryDirectory() as folder:
         source = output if recipe == "float" else Path(folder) / "float.onnx"
         with console.status(f"exporting {model} ..."):
@@ -94,18 +95,10 @@ class _Opened:
     held_out: Sequence[Batch] | None = None
 
 
-def _in_dtype(opened: _Opened, dtype: Dtype | None, target: str) -> _Opened:
-    """The model in that dtype, or in the one that the target is made for; a program has its own."""
-    if isinstance(opened.model, ExportedProgram):
+def _opened(path: Path, data: Path | None, windows: int, dtype: Dtype | None, target: str) -> _Opened:
+    if path.suffix == ".pt2":
         if dtype is not None:
             raise UnsupportedError("--dtype is for model folders: a .pt2 file has the dtype that it was exported with")
-        return opened
-    chosen = _DTYPES.get(target, Dtype.FLOAT32) if dtype is None else dtype
-    return replace(opened, model=opened.model.to(getattr(torch, chosen.value)))
-
-
-def _opened(path: Path, data: Path | None, windows: int) -> _Opened:
-    if path.suffix == ".pt2":
         if data is not None:
             raise UnsupportedError(
                 "--data of a .pt2 file is not known to be tokens: export with --recipe float, then give batches of its "
@@ -113,12 +106,13 @@ def _opened(path: Path, data: Path | None, windows: int) -> _Opened:
             )
         program = torch.export.load(path)
         return _Opened(model=program, example=_example(program))
+    chosen = getattr(torch, _DTYPES.get(target, Dtype.FLOAT32) if dtype is None else dtype)
     if data is None:
-        model = load_model(path)
+        model = load_model(path, chosen)
         tokens = torch.arange(2 * TOKENS).view(2, TOKENS) % int(model.config.vocab_size)
         masked = {} if is_causal(model) else {"attention_mask": torch.ones_like(tokens)}
         return _Opened(model=model, example={"input_ids": tokens, **masked})
-    subject = open_subject(str(path), data, windows)
+    subject = open_subject(str(path), data, windows, chosen)
     return _Opened(
         model=subject.model, example=subject.calibrate[0], calibrate=subject.calibrate, held_out=subject.measure
     )

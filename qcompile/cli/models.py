@@ -22,15 +22,16 @@ def quiet_transformers() -> ModuleType:
     return transformers
 
 
-def load_model(folder: Path) -> Any:
-    """The model of a Hugging Face folder with the head it was saved with, float32, for inference.
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of a Hugging Face folder with the head it was saved with, in that dtype, for inference.
 
+    What a model wants in float32 whatever its dtype, as the frequencies of rotary embeddings, stays so.
     Raises UnsupportedError if the folder holds no such model.
     """
     transformers = quiet_transformers()
     config = _from_folder(transformers.AutoConfig, folder)
     name = next(iter(config.architectures or ()), "AutoModel")
-    return _from_folder(getattr(transformers, name, transformers.AutoModel), folder, dtype=torch.float32).eval()
+    return _from_folder(getattr(transformers, name, transformers.AutoModel), folder, dtype=dtype).eval()
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -32,17 +32,17 @@ class Subject:
     measure: Sequence[Batch]
 
 
-def open_subject(name: str, data: Path | None, windows: int) -> Subject:
+def open_subject(name: str, data: Path | None, windows: int, dtype: torch.dtype = torch.float32) -> Subject:
     """The model of a Hugging Face folder, or the demo's, with the first half of the data to calibrate on.
 
     data: a file or a folder of files: tokens or .txt for a causal language model, .txt with a sentence a line for any
-    other; only the demo brings its own. windows: most batches to calibrate on.
+    other; only the demo brings its own. windows: most batches to calibrate on. dtype: of the model.
     Raises OptionsError without data, UnsupportedError if there is no such model, CalibrationError if data is short.
     """
     folder = minilm_folder() if name == DEMO else Path(name)
     if data is None and name != DEMO:
         raise OptionsError("--data is missing: give tokens or text that the model is used on")
-    model = load_model(folder)
+    model = load_model(folder, dtype)
     if is_causal(model):
         if data is None:
             raise OptionsError("--data is missing: give tokens or text that the model is used on")

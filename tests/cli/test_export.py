@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
@@ -73,8 +74,13 @@ def test_what_stays_float_has_the_dtype_of_the_target_or_the_users(
     given = () if dtype is None else ("--dtype", dtype)
     result = run("export", tiny_llama, output, "--recipe", "int8-weight+embeddings", "--target", target, *given)
     assert result.exit_code == 0, result.output
-    (logits,) = ir.load(output).graph.outputs
+    graph = ir.load(output).graph
+    (logits,) = graph.outputs
     assert logits.dtype == ir.DataType[expected]
+    # frequencies of rotary embeddings stay what they are: in 16 bits, late positions would turn by other angles
+    kept = [v.const_value.numpy().ravel() for v in graph.initializers.values() if v.const_value is not None]
+    frequencies = 10000.0 ** -(np.arange(0, 16, 2, dtype=np.float32) / 16)
+    assert any(len(x) == 8 and np.allclose(x.astype(np.float64), frequencies, rtol=1e-6, atol=0) for x in kept)
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,10 @@ def groups(x: Tensor) -> list[Group]:
     ]
 
 
-def plan_of(sites: list[Site], found: list[Group], *folds: Fold) -> Plan:
+def plan_of(sites: list[Site], found: list[Group], *folds: Fold, solver: str = "round") -> Plan:
     stats = {name: folded_stats(group, folds) for group in found for name in group.sites}
-    return replace(make_plan(sites, RECIPE, stats), folds=folds)
+    recipe = replace(RECIPE, rules=tuple(replace(rule, solver=solver) for rule in RECIPE.rules))
+    return replace(make_plan(sites, recipe, stats), folds=folds)
 
 
 def analyzed(x: Tensor, sites: list[Site]) -> tuple[Analysis, Plan, list[Group]]:
@@ -98,13 +99,14 @@ def test_a_fold_is_measured_before_and_after(x: Tensor, sites: list[Site]) -> No
 
 
 @pytest.mark.parametrize("kind", [Kind.SPLIT, Kind.DYNAMIC, Kind.SMOOTH])
+@pytest.mark.parametrize("solver", ["round", "imatrix"])
 @pytest.mark.parametrize("halved", [False, True], ids=["nothing folded", "folded before"])
 def test_an_advice_that_is_followed_gives_what_it_predicts(
-    x: Tensor, sites: list[Site], kind: Kind, halved: bool
+    x: Tensor, sites: list[Site], kind: Kind, halved: bool, solver: str
 ) -> None:
     found = groups(x)
     halves = Fold(sites=("q", "k"), scale=torch.rand(K, generator=torch.Generator().manual_seed(2)) + 0.5)
-    plan = plan_of(sites, found, *([halves] if halved else []))
+    plan = plan_of(sites, found, *([halves] if halved else []), solver=solver)
     analysis = analyze(sites, found, plan)
     advice = next(a for a in analysis.advice if a.remedy.kind is kind and a.sites == ("q", "k"))
     followed = remedied(plan, advice, sites, found)

@@ -212,6 +212,14 @@ def test_a_split_must_rid_the_outputs_of_noise_worth_its_matmul() -> None:
     assert gains[-1] > LEAST_RID
 
 
+@pytest.mark.parametrize("weight", ["int4/channel", "int3/g32", "int2/channel"])
+def test_coarse_weights_are_no_reason_to_split_what_has_no_outliers(weight: str) -> None:
+    rule = replace(PLAIN, weight=parse_spec(weight), split=0.01)
+    for seed in range(3):
+        x = torch.randn(300, 512, generator=torch.Generator().manual_seed(seed))
+        assert choose(case(x, rule)).outliers == ()
+
+
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_what_few_rows_promise_of_a_static_input_holds_for_others(strength: float) -> None:
     """Channels that are levelled to the largest that was seen clip the next rows, the more the fewer rows were seen."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qcompile import gathering
 from qcompile.errors import CalibrationError
-from qcompile.gathering import Gathering
+from qcompile.gathering import ENOUGH, Gathering, Room
 from qcompile.observers import Part, Stats, observe
 
 PARTS = Part.TENSOR | Part.CHANNELS
@@ -30,7 +30,7 @@ def gathered(rows: list[Tensor], monkeypatch: pytest.MonkeyPatch, enough: int) -
         return plain(*args, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(gathering, "extended", counted)
-    seen = Gathering("at x", PARTS)
+    seen = Gathering("at x", PARTS, Room())
     for batch, piece in enumerate(rows):
         seen.add(piece, batch=batch)
     stats = seen.stats()
@@ -62,7 +62,7 @@ def test_all_pieces_count_once_whenever_they_are_looked_at(
 
 def test_what_waits_is_not_changed_with_its_source() -> None:
     (rows,) = pieces(4)
-    kept, seen = rows.clone(), Gathering("at x", Part.NONE)
+    kept, seen = rows.clone(), Gathering("at x", Part.NONE, Room())
     seen.add(rows, batch=0)
     rows.zero_()
     stats = seen.stats()
@@ -72,7 +72,7 @@ def test_what_waits_is_not_changed_with_its_source() -> None:
 
 def test_more_may_follow_after_a_look() -> None:
     first, second = pieces(4, 3)
-    seen = Gathering("at x", Part.NONE)
+    seen = Gathering("at x", Part.NONE, Room())
     assert seen.stats() is None
     seen.add(first, batch=0)
     assert seen.stats() is seen.stats()
@@ -82,12 +82,29 @@ def test_more_may_follow_after_a_look() -> None:
     assert stats.count == 7
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_the_batch_that_is_not_finite_is_named(value: float) -> None:
-    rows = pieces(4, 3, 2)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e39])
+@pytest.mark.parametrize("enough", [1, ENOUGH])
+def test_the_batch_that_is_not_finite_is_named_at_once(
+    value: float, enough: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gathering, "ENOUGH", enough)
+    rows = [piece.double() for piece in pieces(4, 3)]
     rows[1][2, 5] = value
-    seen = Gathering("at the input of 'fc'", Part.NONE)
-    for batch, piece in enumerate(rows):
-        seen.add(piece, batch=10 + batch)
+    seen = Gathering("at the input of 'fc'", Part.NONE, Room())
+    seen.add(rows[0], batch=10)
     with pytest.raises(CalibrationError, match=r"batch 11 gives NaN or Inf at the input of 'fc' \[3, 6\]"):
-        seen.stats()
+        seen.add(rows[1], batch=11)
+
+
+def test_what_waits_in_many_activations_has_one_room() -> None:
+    room, rows = Room(left=10 * K), pieces(4, 4, 4, 4)
+    seen = [Gathering(f"at {i}", PARTS, room) for i in range(4)]
+    for one, piece in zip(seen, rows, strict=True):
+        one.add(piece, batch=0)
+    # the last two found none
+    assert room.left == 2 * K
+    for one, piece in zip(seen, rows, strict=True):
+        stats = one.stats()
+        assert stats is not None
+        assert torch.equal(stats.high, piece.amax(0))
+    assert room.left == 10 * K

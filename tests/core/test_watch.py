@@ -13,9 +13,9 @@ IDS, MASK = torch.arange(12).view(4, 3), torch.ones(4, 3)
 @pytest.mark.parametrize(
     ("batch", "expected"),
     [
-        ({"ids": IDS, "mask": MASK, "use_cache": False}, {"ids": IDS[:1], "mask": MASK[:1], "use_cache": False}),
-        ((IDS, MASK, None), (IDS[:1], MASK[:1], None)),
-        (IDS, IDS[:1]),
+        ({"ids": IDS, "mask": MASK, "use_cache": False}, {"ids": IDS[:2], "mask": MASK[:2], "use_cache": False}),
+        ((IDS, MASK, None), (IDS[:2], MASK[:2], None)),
+        (IDS, IDS[:2]),
     ],
 )
 def test_the_first_rows_of_every_tensor_are_taken(batch: Any, expected: Any) -> None:
