@@ -1,71 +1,16 @@
-"""Files for onnxruntime on CUDA: its narrow matmuls, computed here by the words of their schemas."""
+"""Files for onnxruntime on CUDA hold its narrow matmuls, which give what the plan says."""
 
-import warnings
-from typing import Any
-
-import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from torch import Tensor
 
 from qcompile.backends.onnx.emit import emit
 from qcompile.numerics import QParams, dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
-from tests.onnx.canonical import linear_model, to_tensor
-
-E4M3 = ir.DataType.FLOAT8E4M3FN.numpy()
-# sign and magnitude; source: OCP microscaling formats 1.0
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-
-
-def spread(scale: Any, block: int, k: int) -> Any:
-    return np.repeat(scale.astype(np.float32), block, 1)[:, :k]
-
-
-def product(x: Any, weight: Any, bias: Any) -> tuple[Any]:
-    y = x.astype(np.float64) @ weight.T.astype(np.float64)
-    return ((y if bias is None else y + bias.astype(np.float64)).astype(x.dtype),)
-
-
-class MatMulBlockQuantizedFp8Weight(OpRun):  # type: ignore[misc]
-    op_domain = "com.microsoft"
-
-    def _run(self, a: Any, b: Any, b_scale: Any, a_scale: Any = None, bias: Any = None, block_size: int = 128) -> Any:
-        n, k = b.shape
-        assert b.dtype == E4M3
-        assert b_scale.shape == (n, -(-k // block_size))
-        if a_scale is not None:
-            assert a_scale.shape == ()
-            a = ((a.astype(np.float32) / a_scale).clip(-448, 448).astype(E4M3).astype(np.float32) * a_scale).astype(
-                a.dtype
-            )
-        return product(a, b.astype(np.float32) * spread(b_scale, block_size, k), bias)
-
-
-class MatMulBlockQuantizedFp4Weight(OpRun):  # type: ignore[misc]
-    op_domain = "com.microsoft"
-
-    def _run(
-        self, a: Any, b: Any, scale: Any, outer: Any, given: Any = None, bias: Any = None, block_size: int = 16
-    ) -> Any:
-        n, k = b.shape[0], 2 * b.shape[1]
-        assert (b.dtype, scale.dtype, outer.shape) == (np.uint8, np.uint8, ())
-        assert scale.shape == (n, -(-k // block_size))
-        assert given is None
-        values = E2M1[np.stack([b & 15, b >> 4], -1).reshape(n, k)]
-        return product(a, values * (outer * spread(scale.view(E4M3), block_size, k)), bias)
-
-
-def run(model: ir.Model, x: Tensor) -> Tensor:
-    """What a file gives, in float64."""
-    ops = [MatMulBlockQuantizedFp8Weight, MatMulBlockQuantizedFp4Weight]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        (y,) = ReferenceEvaluator(ir.to_proto(model), new_ops=ops).run(None, {"x": to_tensor(x).numpy()})
-    return torch.from_numpy(np.asarray(y).astype(np.float64))
+from tests.onnx.canonical import linear_model
+from tests.onnx.cuda_kernels import MatMulBlockQuantizedFp4Weight, MatMulBlockQuantizedFp8Weight, run_by_schema
 
 
 def model_of(
@@ -107,7 +52,7 @@ def test_narrow_floats_stay_narrow(weight: str, kernel: type[OpRun], dtype: torc
         if inner is dtype
         else more == [f"block.q: inputs and results are bfloat16 inside {kernel.__name__}, which has no float32"]
     )
-    found = run(emitted.model, x)
+    found = run_by_schema(emitted.model, x)
     seen, half_step = x.to(inner).double(), torch.finfo(inner).eps / 2
     # the expected numbers are weights in the model's dtype; and the product, and the sum where it stands apart, are
     # rounded once each
@@ -125,7 +70,7 @@ def test_odd_sizes_are_right(weight: str, k: int) -> None:
     # two codes fill a byte
     assert (emitted.planned[0].kernel == "MatMulNBits") == (weight.startswith("fp4") and k % 2 == 1)
     if emitted.planned[0].kernel != "MatMulNBits":
-        torch.testing.assert_close(run(emitted.model, x), x.double() @ weights.T + bias, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(run_by_schema(emitted.model, x), x.double() @ weights.T + bias, rtol=2e-3, atol=2e-3)
 
 
 def test_a_static_fp8_input_goes_into_the_kernel() -> None:
@@ -138,7 +83,7 @@ def test_a_static_fp8_input_goes_into_the_kernel() -> None:
     assert [node.op_type for node in emitted.model.graph] == ["MatMulBlockQuantizedFp8Weight"]
     seen = dequantize(quantize(x.float(), given), given, torch.float16).double()
     # the expected weights are those of a float16 model
-    torch.testing.assert_close(run(emitted.model, x), seen @ weights.T + bias, rtol=1e-3, atol=5e-3)
+    torch.testing.assert_close(run_by_schema(emitted.model, x), seen @ weights.T + bias, rtol=1e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("given", ["fp8_e4m3/token", "int8/token/asym"])
