@@ -53,9 +53,10 @@ def _all_quantized(graph: Graph[V], plan: Plan, way: Way[V]) -> bool:
 def _agree(graph: Graph[V], plan: Plan, way: Way[V]) -> bool:
     """Whether all that read the channels mean the same outliers, and nothing in the plan goes by their numbers."""
     decisions = [plan.decisions[graph.name(value)] for value in way.consumers]
-    one_scale = all(d.input_qparams is None or d.input_qparams.scale.numel() == 1 for d in decisions)
-    one_scale = one_scale and all(d.importance is None for d in decisions)
-    return one_scale and len({frozenset(d.outliers) for d in decisions if d.outliers}) == 1
+    unnumbered = all(
+        (d.input_qparams is None or d.input_qparams.scale.numel() == 1) and d.importance is None for d in decisions
+    )
+    return unnumbered and len({frozenset(d.outliers) for d in decisions if d.outliers}) == 1
 
 
 def _renumber(graph: Graph[V], way: Way[V], order: Sequence[int], made: dict[tuple[V, int, str], V]) -> None:

@@ -97,6 +97,7 @@ class Histogram:
     def reaching(self, threshold: float) -> Tensor:
         """How many values of each line may have a magnitude of at least `threshold`: never too few.  int64 [C]."""
         if self.divisor is None:
+            # as the edges say, and found sooner
             reach = torch.arange(self.resolution.bins, device=self.top.device) >= self._place(threshold)[:, None]
         else:
             reach = self.edges[:, 1:] > threshold

@@ -1,8 +1,10 @@
 """The plan: what every site gets, or why it gets nothing. Pure data, the same for every host."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,12 +86,11 @@ class Decision:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Decision):
             return NotImplemented
-        found = ("input_qparams", "output")
-        names = (f.name for f in fields(self) if f.name not in (*found, "importance"))
-        return (
-            all(getattr(self, name) == getattr(other, name) for name in names)
-            and all(equal_qparams(getattr(self, name), getattr(other, name)) for name in found)
-            and _equal(self.importance, other.importance)
+        # tensors do not compare to one truth
+        special: dict[str, Callable[[Any, Any], bool]]
+        special = {"input_qparams": equal_qparams, "output": equal_qparams, "importance": _equal}
+        return all(
+            special.get(f.name, operator.eq)(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
         )
 
     @cached_property

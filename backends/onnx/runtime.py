@@ -64,6 +64,8 @@ def start(
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = _FATAL_ONLY if quiet else _ERRORS_ONLY
+    # threads that wait for a next run keep the cores busy for whoever else computes: torch, and other sessions
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     for key, value in (settings or {}).items():
         options.add_session_config_entry(key, value)
     if provider != CPU:

@@ -49,8 +49,6 @@ NARROW = {
     "onnxruntime int4, blocks of 32, HQQ": partial(HQQWeightOnlyQuantConfig, block_size=32),
 }
 SHAPES = ((1, 128), (8, 128))
-# else the threads of a session that has just run keep the cores busy while the other one is timed
-QUIET = {"session.force_spinning_stop": "1"}
 ALL = 64
 # cosine below which a file is broken, and nothing is timed
 BROKEN = 0.8
@@ -94,7 +92,7 @@ def main() -> None:
             qcompile.quantize_onnx(files[FLOAT], files[name], f"{name}+embeddings", batches=calibrate)
         reference = start(files[FLOAT], FLOAT)
         rows = {name: row(name, path, reference, measure) for name, path in files.items()}
-        baseline = start(files[BASELINE], BASELINE, settings=QUIET)
+        baseline = start(files[BASELINE], BASELINE)
         for name, path in files.items():
             rows[name] |= times(path, baseline, given.rounds)
     for name, found in rows.items():
@@ -110,7 +108,7 @@ def main() -> None:
 
 def times(path: Path, baseline: onnxruntime.InferenceSession, rounds: int) -> dict[str, float]:
     """Milliseconds of a file for each shape, and its time over that of the baseline, in turns with it alone."""
-    running = start(path, path.name, settings=QUIET)
+    running = start(path, path.name)
     found = {}
     for batch, length in SHAPES:
         ids = torch.randint(1000, 20000, (batch, length), generator=torch.Generator().manual_seed(0))

@@ -5,8 +5,11 @@ python examples/benchmarks/tables.py     # writes them into README.md
 
 import json
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from qcompile.cli.tables import markdown_table
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "README.md"
@@ -18,156 +21,167 @@ def result(name: str) -> dict[str, Any]:
     return loaded
 
 
+def under(text: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """What was measured and where, and the table."""
+    return f"{text}\n\n{markdown_table(columns, list(rows))}"
+
+
 def speed_table() -> str:
     """Milliseconds of whole models on the CPU."""
     found = result("cpu_models")
     machine = found["machine"]
-    lines = [
+    text = (
         f"CPU: {machine['processor']} ({', '.join(machine['features'])}), {machine['threads']} threads, "
         f"torch {machine['torch']}; median milliseconds, all candidates under `torch.compile`, in turns "
-        "(`examples/benchmarks/cpu_models.py`).",
-        "",
-        "| model | tokens | fp32 | bf16 | qcompile int8 on the fp32 model | over fp32 |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in found["rows"]:
-        ms, (batch, length) = row["ms"], row["shape"]
-        lines.append(
-            f"| {row['model']} | {batch} x {length} | {ms['fp32']:.1f} | {ms['bf16']:.1f} | {ms['int8']:.1f} "
-            f"| {row['speed_over_fp32']['int8']:.2f}x |"
+        "(`examples/benchmarks/cpu_models.py`)."
+    )
+    rows = (
+        (
+            row["model"],
+            " x ".join(map(str, row["shape"])),
+            *(f"{row['ms'][name]:.1f}" for name in ("fp32", "bf16", "int8")),
+            f"{row['speed_over_fp32']['int8']:.2f}x",
         )
-    return "\n".join(lines)
+        for row in found["rows"]
+    )
+    return under(text, ("model", "tokens", "fp32", "bf16", "qcompile int8 on the fp32 model", "over fp32"), rows)
 
 
 def quality_table() -> str:
     """Perplexity and divergence of a language model under every preset."""
     found = result("language_quality_cuda")
     machine, (count, length) = found["machine"], found["windows"]
-    lines = [
+    text = (
         f"Quality: {found['model']} in {found['dtype'].removeprefix('torch.')}, {count} windows of {length} tokens of "
         f"WikiText-2, {machine['device']}, torch {machine['torch']} (`examples/benchmarks/language_quality.py`). "
-        f"Perplexity of the float model {found['rows']['float']['perplexity']:.2f}.",
-        "",
-        "| recipe | perplexity | KL to float, nats a token | weights, MB | runs as |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for name, row in found["rows"].items():
-        if name != "float":
-            before, after = row["weight_bytes"]
-            lines.append(
-                f"| {name} | {row['change']:+.2%} | {row['kl']:.4f} | {before / 1e6:.0f} -> {after / 1e6:.0f} "
-                f"| {', '.join(row['kernels'])} |"
-            )
-    return "\n".join(lines)
+        f"Perplexity of the float model {found['rows']['float']['perplexity']:.2f}."
+    )
+    rows = (
+        (
+            name,
+            f"{row['change']:+.2%}",
+            f"{row['kl']:.4f}",
+            " -> ".join(f"{size / 1e6:.0f}" for size in row["weight_bytes"]),
+            ", ".join(row["kernels"]),
+        )
+        for name, row in found["rows"].items()
+        if name != "float"
+    )
+    return under(text, ("recipe", "perplexity", "KL to float, nats a token", "weights, MB", "runs as"), rows)
 
 
 def outlier_table() -> str:
     """Divergence of a language model with and without injected outliers, smoothed and split."""
     found = result("outliers_cuda")
     machine, (count, length) = found["machine"], found["windows"]
-    lines = [
+    text = (
         f"Outliers: {found['model']} with six channels of every norm made 20 to 60 times larger, its function kept; "
         f"{count} windows of {length} tokens, calibrated on {found['calibration_windows']}; {machine['device']}, torch "
         f"{machine['torch']} (`examples/benchmarks/outliers.py`). KL to float in nats a token (change of perplexity), "
-        "with the outliers, and KL without them.",
-        "",
-        "| input | method | with outliers | without |",
-        "| --- | --- | --- | --- |",
-    ]
-    for name, row in found["injected"].items():
-        if name != "float":
-            spec, _, method = name.rpartition(", ")
-            plain = found["plain"][name]
-            lines.append(f"| {spec} | {method} | {row['kl']:.4f} ({row['change']:+.2%}) | {plain['kl']:.4f} |")
-    return "\n".join(lines)
+        "with the outliers, and KL without them."
+    )
+    rows = (
+        (*name.rsplit(", ", 1), f"{row['kl']:.4f} ({row['change']:+.2%})", f"{found['plain'][name]['kl']:.4f}")
+        for name, row in found["injected"].items()
+        if name != "float"
+    )
+    return under(text, ("input", "method", "with outliers", "without"), rows)
 
 
 def embedding_table() -> str:
     """Cosines of sentence embeddings."""
     found = result("embedding_quality")
-    machine, rows = found["machine"], found["rows"]
-    count = next(iter(rows.values()))["sentences"]
-    lines = [
+    machine = found["machine"]
+    count = next(iter(found["rows"].values()))["sentences"]
+    text = (
         f"Embeddings: {found['model']}, {machine['processor']}, torch {machine['torch']}, cosine to the "
         f"float model's on {count} sentences that calibration did not see "
-        "(`examples/benchmarks/embedding_quality.py`).",
-        "",
-        "| recipe | mean | lowest | multiplications left by folds |",
-        "| --- | --- | --- | --- |",
-    ]
-    for name, row in rows.items():
-        lines.append(f"| {name} | {row['mean']:.5f} | {row['lowest']:.5f} | {row['multiplications_left']} |")
-    return "\n".join(lines)
+        "(`examples/benchmarks/embedding_quality.py`)."
+    )
+    rows = (
+        (name, f"{row['mean']:.5f}", f"{row['lowest']:.5f}", str(row["multiplications_left"]))
+        for name, row in found["rows"].items()
+    )
+    return under(text, ("recipe", "mean", "lowest", "multiplications left by folds"), rows)
 
 
 def onnx_table() -> str:
-    """Quantized ONNX files beside onnxruntime's quantizer."""
+    """Quantized ONNX files beside onnxruntime's quantizers."""
     found = result("onnx_models")
     machine = found["machine"]
-    lines = [
+    text = (
         f"ONNX: {found['model']}, {machine['processor']}, {machine['threads']} threads, onnxruntime "
         f"{machine['onnxruntime']}; cosine to the float file's embeddings on 32 sentences that calibration did not "
         "see; median milliseconds, each file in turns with quantize_dynamic's (its time over that one's); our recipes "
-        "with embeddings in 8 bits, as the baseline has them (`examples/benchmarks/onnx_models.py`).",
-        "",
-        "| file | MB | mean | lowest | ms, 1 x 128 | ms, 8 x 128 | fused kernels |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in found["rows"].items():
-        kernels = ", ".join(f"{count} {kernel}" for kernel, count in row["fused"].items())
-        times = " | ".join(f"{row[f'ms_{s}']:.1f} ({row[f'over_baseline_{s}']:.2f}x)" for s in ("1x128", "8x128"))
-        lines.append(
-            f"| {name} | {row['megabytes']:.1f} | {row['mean']:.4f} | {row['lowest']:.4f} | {times} | {kernels} |"
+        "with embeddings in 8 bits, as the baseline has them (`examples/benchmarks/onnx_models.py`)."
+    )
+    rows = (
+        (
+            name,
+            f"{row['megabytes']:.1f}",
+            f"{row['mean']:.4f}",
+            f"{row['lowest']:.4f}",
+            *(f"{row[f'ms_{shape}']:.1f} ({row[f'over_baseline_{shape}']:.2f}x)" for shape in ("1x128", "8x128")),
+            kernels(row),
         )
-    return "\n".join(lines)
+        for name, row in found["rows"].items()
+    )
+    return under(text, ("file", "MB", "mean", "lowest", "ms, 1 x 128", "ms, 8 x 128", "fused kernels"), rows)
+
+
+def kernels(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{count} {kernel}" for kernel, count in row["fused"].items())
 
 
 def onnx_cuda_table() -> str:
     """Narrow weights in onnxruntime on CUDA."""
     found = result("onnx_cuda")
-    machine, shapes, rows = found["machine"], found["shapes"], found["rows"]
-    columns = [key for key in rows["float16"] if key.startswith("us_")]
-    lines = [
+    machine, shapes = found["machine"], found["shapes"]
+    measured = [key for key in found["rows"]["float16"] if key.startswith("us_")]
+    text = (
         f"ONNX on CUDA: {shapes['layers']} SwiGLU layers ({shapes['K']}, {shapes['inner']}), target `ort-cuda`, "
         f"{machine['device']}, onnxruntime-gpu {machine['onnxruntime']}, torch {machine['torch']}; error to torch's "
         "float32 under the same rounded weights, relative, and median microseconds of a replayed CUDA graph "
-        "(`examples/benchmarks/onnx_cuda.py`).",
-        "",
-        "| weights | MB | error | " + " | ".join(f"{key.removeprefix('us_')} tokens" for key in columns) + " |",
-        "| --- | --- | --- | " + "--- | " * len(columns),
-    ]
-    for name, row in rows.items():
-        times = " | ".join(f"{row[key]:.0f}" for key in columns)
-        lines.append(f"| {name} | {row['megabytes']:.0f} | {row['error']:.1e} | {times} |")
-    return "\n".join(line.rstrip() for line in lines)
+        "(`examples/benchmarks/onnx_cuda.py`)."
+    )
+    rows = (
+        (name, f"{row['megabytes']:.0f}", f"{row['error']:.1e}", *(f"{row[key]:.0f}" for key in measured))
+        for name, row in found["rows"].items()
+    )
+    return under(text, ("weights", "MB", "error", *(f"{key.removeprefix('us_')} tokens" for key in measured)), rows)
 
 
 def onnx_language_table() -> str:
     """Quantized ONNX files of a language model beside torch.compile under the same plans."""
     found = result("onnx_language")
     machine, (count, length) = found["machine"], found["windows"]
-    lines = [
+    text = (
         f"ONNX files and torch.compile under the same plans: {found['model']}, {count} windows of {length} tokens of "
         f"WikiText-2, calibrated on {found['calibration_windows']}, {machine['processor']}, {machine['threads']} "
         f"threads, onnxruntime {machine['onnxruntime']}, torch {machine['torch']}; median milliseconds of onnxruntime, "
         "all files in turns. How far the two are apart in perplexity, and the standard error of that, is with inputs "
         "as planned; files with narrow weights alone round them to int8 in blocks, which their own perplexity and KL "
-        "to the float model include (`examples/benchmarks/onnx_language.py`).",
-        "",
-        "| file | MB | perplexity | in torch | apart, as planned | KL | ms, 1 x 16 | ms, 1 x 512 | fused kernels |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in found["rows"].items():
-        kernels = ", ".join(f"{count} {kernel}" for kernel, count in row["fused"].items())
-        same = row["as_planned"]
-        # a difference that rounds to nothing has no sign
-        kl, difference = (round(x, 5) + 0.0 for x in (row["kl"], same["apart"]))
-        apart = f"{difference:+.3%} ± {same['standard_error_of_apart']:.3%}"
-        lines.append(
-            f"| {name} | {row['megabytes']:.1f} | {row['perplexity']:.3f} | {row['perplexity_in_torch']:.3f} | {apart} "
-            f"| {kl:.4f} | {row['ms_1x16']:.1f} | {row['ms_1x512']:.1f} | {kernels} |"
-        )
-    return "\n".join(lines)
+        "to the float model include (`examples/benchmarks/onnx_language.py`)."
+    )
+    columns = ("file", "MB", "perplexity", "in torch", "apart, as planned", "KL", "ms, 1 x 16", "ms, 1 x 512")
+    return under(text, (*columns, "fused kernels"), (language_row(*named) for named in found["rows"].items()))
+
+
+def language_row(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    planned = row["as_planned"]
+    # a difference that rounds to nothing has no sign
+    kl, difference = (round(x, 5) + 0.0 for x in (row["kl"], planned["apart"]))
+    return (
+        name,
+        f"{row['megabytes']:.1f}",
+        f"{row['perplexity']:.3f}",
+        f"{row['perplexity_in_torch']:.3f}",
+        f"{difference:+.3%} ± {planned['standard_error_of_apart']:.3%}",
+        f"{kl:.4f}",
+        f"{row['ms_1x16']:.1f}",
+        f"{row['ms_1x512']:.1f}",
+        kernels(row),
+    )
 
 
 def calibration_table() -> str:
@@ -175,19 +189,21 @@ def calibration_table() -> str:
     found = result("calibration_cost")
     machine, (count, length) = found["machine"], found["windows"]
     few, many = next(iter(found["most_resident_megabytes"].values()))
-    lines = [
+    text = (
         f"Calibration: {found['model']} on {count} windows of {length} tokens, {machine['processor']}, "
         f"{machine['threads']} threads, torch {machine['torch']}: time over that of running the float model, and "
         f"the most memory that the process ever held for {few} and for {many} batches of one window "
-        "(`examples/benchmarks/calibration_cost.py`).",
-        "",
-        "| recipe | " + " | ".join(f"batches of {row['batch']}" for row in found["time"]) + f" | {few} | {many} |",
-        "| --- | " + "--- | " * (len(found["time"]) + 1) + "--- |",
-    ]
-    for recipe, memory in found["most_resident_megabytes"].items():
-        over = " | ".join(f"{row[recipe]['over_plain']:.2f}x" for row in found["time"])
-        lines.append(f"| {recipe} | {over} | {memory[few]:.0f} MB | {memory[many]:.0f} MB |")
-    return "\n".join(lines)
+        "(`examples/benchmarks/calibration_cost.py`)."
+    )
+    rows = (
+        (
+            recipe,
+            *(f"{row[recipe]['over_plain']:.2f}x" for row in found["time"]),
+            *(f"{memory[batches]:.0f} MB" for batches in (few, many)),
+        )
+        for recipe, memory in found["most_resident_megabytes"].items()
+    )
+    return under(text, ("recipe", *(f"batches of {row['batch']}" for row in found["time"]), few, many), rows)
 
 
 def tables() -> str:

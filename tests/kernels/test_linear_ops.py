@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses import FakeTensorMode
 
 from qcompile.backends.fx import ops as fx_ops
@@ -176,4 +176,4 @@ def test_opcheck(dtype: torch.dtype) -> None:
             packed = kernel.pack(quantize(W, qparams), qparams, dtype)
             checks.append((kernel.op, kernel.arguments(p, (x,), packed, bias)))
     for op, args in checks:
-        torch.library.opcheck(op if isinstance(op, torch._ops.OpOverload) else op.default, args)
+        library.opcheck(op if isinstance(op, torch._ops.OpOverload) else op.default, args)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
@@ -135,7 +135,7 @@ def test_opcheck(dtype: torch.dtype, threshold: float) -> None:
         (ops.linear_tail, (x[:, :20], torch.randn(20, 8, dtype=dtype))),
     ]
     for op, args in checks:
-        torch.library.opcheck(op.default, args)
+        library.opcheck(op.default, args)
 
 
 def test_only_what_depends_on_data_is_kept_out_of_cuda_graphs() -> None:
