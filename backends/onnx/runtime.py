@@ -77,7 +77,7 @@ def start(
         raise UnsupportedError(
             f"onnxruntime {ort.__version__} cannot run {name} on {provider}: {str(e).strip()}; {_remedy(provider)}"
         ) from e
-    # a provider whose libraries are missing is left out without an exception
+    # onnxruntime may also leave a provider out without an exception
     if started.get_providers()[:1] != [provider]:
         raise UnsupportedError(
             f"onnxruntime {ort.__version__} runs {name} on {started.get_providers()}, not on {provider}; "
