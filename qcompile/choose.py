@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf, log10
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from qcompile.recipe import Rule
 from qcompile.smooth import smooth_scale
 from qcompile.spec import ALL, Spec
 
-# first every third of these, the second being first, then the neighbours of the best
+# first every third of these, the second being first, then both neighbours of the best
 STRENGTHS = tuple(i / 20 for i in range(6, 21))
 # dB of a site's output below which a static input is rescued (noise of 2 % of the signal's amplitude), if that gains
 # so much: rows that were not seen fare worse under a scale found beforehand
@@ -135,19 +136,19 @@ def _best(case: Case, spec: Spec | None) -> Choice:
     strength = case.rule.smooth.strength if case.strength is None else case.strength
     if not isinstance(strength, str):
         return _split(case, _smoothed(case, spec, strength))
-    tried = {s: _roughly(case, _smoothed(case, spec, s)) for s in STRENGTHS[1::3]}
-    middle = STRENGTHS.index(max(tried, key=tried.__getitem__))
-    around = STRENGTHS[max(0, middle - 1) : middle + 2]
-    tried |= {s: _roughly(case, _smoothed(case, spec, s)) for s in around if s not in tried}
-    best = _split(case, _smoothed(case, spec, max(tried, key=tried.__getitem__)))
+    coarse = _least_noisy(case, [_rough(case, spec, s) for s in STRENGTHS[1::3]])
+    assert coarse.strength is not None
+    middle = STRENGTHS.index(coarse.strength)
+    fine = _least_noisy(case, [_rough(case, spec, STRENGTHS[i]) for i in (middle - 1, middle + 1)])
+    found = max(coarse, fine, key=lambda choice: choice.snr_db)
+    best = _split(case, replace(found, outliers=()))
     return best if best.snr_db > plain.snr_db + LEAST_SMOOTHING else plain
 
 
-def _roughly(case: Case, choice: Choice) -> float:
-    """The signal-to-noise ratio with the channels in 16 bit that come first to mind: enough to compare strengths."""
-    if case.rule.split is not None:
-        choice = replace(choice, outliers=next(_candidates(case, choice), ()))
-    return _snr_db(case, choice)
+def _rough(case: Case, spec: Spec | None, strength: float) -> Choice:
+    """Smoothed, with the channels in 16 bit that come first to mind: enough to compare strengths."""
+    choice = _smoothed(case, spec, strength)
+    return choice if case.rule.split is None else replace(choice, outliers=next(_candidates(case, choice), ()))
 
 
 def _smoothed(case: Case, spec: Spec | None, strength: float) -> Choice:
@@ -165,12 +166,11 @@ def _scale(case: Case, amax: Tensor, strength: float) -> Tensor:
 
 def _split(case: Case, choice: Choice) -> Choice:
     """The choice with the channels that are worth 16 bit, and its signal-to-noise ratio."""
-    whole = replace(choice, snr_db=_snr_db(case, choice))
-    if case.rule.split is None:
+    whole = _least_noisy(case, [choice])
+    split = [] if case.rule.split is None else [replace(choice, outliers=o) for o in _candidates(case, choice)]
+    if not split:
         return whole
-    split = [replace(choice, outliers=outliers) for outliers in _candidates(case, choice)]
-    tried = [replace(one, snr_db=_snr_db(case, one)) for one in split]
-    best = max(tried, key=lambda one: one.snr_db, default=whole)
+    best = _least_noisy(case, split)
     gains = best.snr_db > whole.snr_db + LEAST_GAIN and _noise(whole) > _noise(best) + LEAST_RID
     return best if gains else whole
 
@@ -197,21 +197,35 @@ def _candidates(case: Case, choice: Choice) -> Iterator[tuple[int, ...]]:
         yield tuple(sorted(metric.topk(count).indices.tolist()))
 
 
-def _snr_db(case: Case, choice: Choice) -> float:
-    """Of the outputs, in dB; a static input has its whole range, which is found at once and serves to compare."""
+def _least_noisy(case: Case, choices: Sequence[Choice]) -> Choice:
+    """The choice of least noise, of equals the first, with its signal-to-noise ratio."""
+    inside = [_inside(case, choice) for choice in choices]
+    best, least = -1, inf
+    for i in sorted(range(len(choices)), key=inside.__getitem__):
+        # clipping only adds noise: those behind it are no better
+        if best >= 0 and inside[i] > least:
+            break
+        noise = inside[i] + _beyond(case, choices[i])
+        if best < 0 or (noise, i) < (least, best):
+            best, least = i, noise
+    return replace(choices[best], snr_db=-10 * log10(least) if least > 0 else inf)
+
+
+def _inside(case: Case, choice: Choice) -> float:
+    """Noise over signal of the outputs; a static input has its whole range, which is found at once and serves."""
     probe = case.probe if choice.scale is None else case.probe.scaled(choice.scale.to(case.probe.weight.device))
     treatment = Treatment(
         weight=case.rule.weight,
-        input=choice.input,
+        input=_whole_range(case, choice, choice.input) if _is_static(choice.input) else choice.input,
         solver=case.rule.solver,
         channels=tuple(choice.outliers),
         importance=_importance(case, choice) if case.rule.weighs_columns else None,
     )
-    if choice.input is None or choice.input.granularity.rows != ALL:
-        return probe.after(treatment)
-    noise = 10 ** (-probe.after(replace(treatment, input=_whole_range(case, choice, choice.input))) / 10)
-    noise += _beyond(case, choice, choice.input)
-    return -10 * log10(noise) if noise > 0 else inf
+    return 10 ** (-probe.after(treatment) / 10)
+
+
+def _is_static(spec: Spec | None) -> TypeGuard[Spec]:
+    return spec is not None and spec.granularity.rows == ALL
 
 
 def _importance(case: Case, choice: Choice) -> Tensor:
@@ -221,13 +235,14 @@ def _importance(case: Case, choice: Choice) -> Tensor:
     return importance_of(squares.index_fill(0, _indices(choice.outliers, stats), 0.0), stats.count)
 
 
-def _beyond(case: Case, choice: Choice, spec: Spec) -> float:
+def _beyond(case: Case, choice: Choice) -> float:
     """Noise over signal that a static range will add when it clips rows that calibration did not see.
 
     The sampled rows are new to each other: scale and range are found on half of them, and what they clip of the other
     half is that noise. The more rows were seen, the more rarely one reaches further: as often as 1 / count.
     """
-    if case.halves is None:
+    spec = choice.input
+    if case.halves is None or not _is_static(spec):
         return 0.0
     one, other = case.halves
     noise = (_clipped(case, choice, spec, one, other) + _clipped(case, choice, spec, other, one)) / 2

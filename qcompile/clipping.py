@@ -72,8 +72,9 @@ def _errors(values: Distribution, low: Tensor, high: Tensor, ratios: Tensor, spe
         part = slice(start, start + step)
         ends = ratios[part] * torch.stack([low[part], high[part]], 1)[:, None]
         levels = levels_of(qparams_of_range(ends[..., 0], ends[..., 1], spec))
-        line = Distribution(edges=values.edges[part], mass=values.mass[part])
-        found.append(line.squared_error(levels))
+        # what it has summed up serves all ratios
+        lines = values if step >= len(low) else Distribution(edges=values.edges[part], mass=values.mass[part])
+        found.append(lines.squared_error(levels))
     return torch.cat(found)
 
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import CalibrationError
-from qcompile.observers import Part, Stats, extended
+from qcompile.observers import History, Part, Stats, extended, range_of
 
 # numbers that are worth a look: below, its many small steps take longer than the numbers themselves
-ENOUGH = 2**20
+ENOUGH = 2**21
 # that may wait in all activations of a model together; where there are many, pieces are looked at one by one
 ROOM = 2**27
 
@@ -30,42 +30,67 @@ class Gathering:
     def __init__(self, where: str, parts: Part, room: Room) -> None:
         self._where, self._parts, self._room = where, parts, room
         self._stats: Stats | None = None
-        self._waiting: list[tuple[int, Tensor]] = []
-        self._numbers = 0
+        # where pieces wait, and how many rows do; memory of its own for each piece would cost more than to look at it
+        self._buffer: Tensor | None = None
+        self._filled = 0
+        self._ranges: list[History] = []
 
     def add(self, rows: Tensor, *, batch: int) -> None:
         """Rows [R, K] of batch number `batch`, at least one; they may change afterwards.
 
         Raises CalibrationError for NaN or Inf among them.
         """
-        if rows.numel() >= min(ENOUGH, self._room.left):
+        place = self._place(rows)
+        if place is None:
             self._look_at_waiting()
-            self._look([(batch, rows)])
+            self._stats = extended(self._stats, rows, batch=batch, parts=self._parts)
+            if not self._stats.is_finite:
+                raise not_finite(batch, self._where, rows)
             return
+        found = range_of(rows, batch)
         # at once, for what reads this activation may show the same NaN, and is not to blame
-        if not bool(torch.isfinite(torch.stack([rows.amin(), rows.amax()]).float()).all()):
+        if not bool(torch.isfinite(torch.cat([found.low, found.high])).all()):
             raise not_finite(batch, self._where, rows)
-        self._waiting.append((batch, rows.clone()))
-        self._numbers += rows.numel()
-        self._room.left -= rows.numel()
-        if self._numbers >= ENOUGH:
-            self._look_at_waiting()
+        place.copy_(rows)
+        self._filled += len(rows)
+        self._ranges.append(found)
 
     def stats(self) -> Stats | None:
         """Of all rows so far; None without any."""
-        self._look_at_waiting()
+        self._let_go()
         return self._stats
 
-    def _look_at_waiting(self) -> None:
-        if self._waiting:
-            self._look(self._waiting)
-        self._room.left += self._numbers
-        self._waiting, self._numbers = [], 0
+    def _place(self, rows: Tensor) -> Tensor | None:
+        """Where these rows may wait; None if they are enough by themselves, or if there is no room."""
+        if self._buffer is not None and not _alike(self._buffer, rows):
+            self._let_go()
+        if self._buffer is None:
+            if rows.numel() >= ENOUGH or self._room.left < ENOUGH:
+                return None
+            self._buffer = rows.new_empty(ENOUGH // rows.shape[1], rows.shape[1])
+            self._room.left -= ENOUGH
+        if len(rows) > len(self._buffer):
+            return None
+        if self._filled + len(rows) > len(self._buffer):
+            self._look_at_waiting()
+        return self._buffer[self._filled : self._filled + len(rows)]
 
-    def _look(self, pieces: list[tuple[int, Tensor]]) -> None:
-        self._stats = extended(self._stats, pieces, parts=self._parts)
-        if not self._stats.is_finite:
-            raise not_finite(pieces[0][0], self._where, pieces[0][1])
+    def _look_at_waiting(self) -> None:
+        if self._buffer is not None and self._filled:
+            rows = self._buffer[: self._filled]
+            self._stats = extended(self._stats, rows, ranges=self._ranges, parts=self._parts)
+        self._filled, self._ranges = 0, []
+
+    def _let_go(self) -> None:
+        """Look at what waits, and leave its room to others."""
+        self._look_at_waiting()
+        if self._buffer is not None:
+            self._buffer = None
+            self._room.left += ENOUGH
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape[1] == b.shape[1] and a.dtype == b.dtype and a.device == b.device
 
 
 def not_finite(batch: int, where: str, rows: Tensor) -> CalibrationError:

@@ -189,15 +189,16 @@ def observe(x: Tensor, *, batch: int = 0, parts: Part = Part.TENSOR, beside: Sta
     )
 
 
-def extended(known: Stats | None, pieces: Sequence[tuple[int, Tensor]], *, parts: Part) -> Stats:
-    """Stats of all rows so far and of these pieces, at least one: each the number of its batch, and rows [R, K].
+def extended(
+    known: Stats | None, rows: Tensor, *, batch: int = 0, ranges: Sequence[History] = (), parts: Part
+) -> Stats:
+    """Stats of all rows so far and of these, [R, K] with at least one: of one batch, or of those that have ranges.
 
     Other arguments and errors as of `observe` and `merge`.
     """
-    rows = pieces[0][1] if len(pieces) == 1 else torch.cat([piece for _, piece in pieces])
-    seen = observe(rows, batch=pieces[0][0], parts=parts, beside=known)
-    if len(pieces) > 1:
-        seen = replace(seen, history=reduce(_merge_histories, (_history(batch, piece) for batch, piece in pieces)))
+    seen = observe(rows, batch=batch, parts=parts, beside=known)
+    if ranges:
+        seen = replace(seen, history=reduce(_merge_histories, ranges))
     return seen if known is None else merge(known, seen)
 
 
@@ -228,7 +229,8 @@ def _merge_parts(a: Histogram | None, b: Histogram | None) -> Histogram | None:
     return None if a is None or b is None else merge_histograms(a, b)
 
 
-def _history(batch: int, rows: Tensor) -> History:
+def range_of(rows: Tensor, batch: int) -> History:
+    """The range of rows of one batch.  rows: floating [R, K], at least one."""
     return History(batches=(batch,), low=rows.amin().float()[None], high=rows.amax().float()[None])
 
 

@@ -38,7 +38,7 @@ def gathered(rows: list[Tensor], monkeypatch: pytest.MonkeyPatch, enough: int) -
     return stats, looks
 
 
-@pytest.mark.parametrize(("enough", "looks"), [(1, 5), (8 * K, 3), (10**9, 1)])
+@pytest.mark.parametrize(("enough", "looks"), [(1, 5), (8 * K, 3), (ENOUGH, 1)])
 def test_all_pieces_count_once_whenever_they_are_looked_at(
     enough: int, looks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,8 +96,9 @@ def test_the_batch_that_is_not_finite_is_named_at_once(
         seen.add(rows[1], batch=11)
 
 
-def test_what_waits_in_many_activations_has_one_room() -> None:
-    room, rows = Room(left=10 * K), pieces(4, 4, 4, 4)
+def test_what_waits_in_many_activations_has_one_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "ENOUGH", 5 * K)
+    room, rows = Room(left=12 * K), pieces(4, 4, 4, 4)
     seen = [Gathering(f"at {i}", PARTS, room) for i in range(4)]
     for one, piece in zip(seen, rows, strict=True):
         one.add(piece, batch=0)
@@ -107,4 +108,17 @@ def test_what_waits_in_many_activations_has_one_room() -> None:
         stats = one.stats()
         assert stats is not None
         assert torch.equal(stats.high, piece.amax(0))
-    assert room.left == 10 * K
+    assert room.left == 12 * K
+
+
+def test_pieces_of_another_dtype_do_not_wait_together() -> None:
+    rows = pieces(4, 3)
+    room = Room()
+    seen = Gathering("at x", Part.NONE, room)
+    seen.add(rows[0], batch=0)
+    seen.add(rows[1].double() * 3, batch=1)
+    stats = seen.stats()
+    assert stats is not None
+    assert stats.count == 7
+    assert torch.equal(stats.high, torch.maximum(rows[0].amax(0), (rows[1].double() * 3).float().amax(0)))
+    assert room == Room()

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from qcompile.errors import CalibrationError
 from qcompile.histogram import Histogram
-from qcompile.observers import BATCHES, THRESHOLD, Part, Stats, extended, merge, observe
+from qcompile.observers import BATCHES, THRESHOLD, Part, Stats, extended, merge, observe, range_of
 
 ALL = Part.TENSOR | Part.CHANNELS
 # each of R products is rounded to float32, and so are their partial sums
@@ -103,12 +103,14 @@ def test_any_cut_in_any_order_gives_the_stats_of_all_rows(seed: int) -> None:
     parts = [(i, part) for i, rows in batches for part in rows.split(17)]
     beside = None
     for i in order:
-        beside = extended(beside, [parts[i]], parts=ALL)
+        batch, rows = parts[i]
+        beside = extended(beside, rows, batch=batch, parts=ALL)
     assert_same(beside, expected)
     # some at a time
     beside = None
     for some in (order[:3], order[3:4], order[4:]):
-        beside = extended(beside, [parts[i] for i in some], parts=ALL)
+        ranges = [range_of(rows, batch) for batch, rows in (parts[i] for i in some)]
+        beside = extended(beside, torch.cat([parts[i][1] for i in some]), ranges=ranges, parts=ALL)
     assert_same(beside, expected)
     # two processes, then one
     halves = []
