@@ -108,6 +108,8 @@ class _Watch(TorchFunctionMode):
         self._binding = binding
         self._parts = parts
         self._readers: dict[str, str] = {}
+        # whether some parameter is left of which no reader is known: to look at every call for them takes time
+        self._asks = True
         # of each activation: its version, and the site that read it first
         self._first: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         # what a site read first, and for each site the sites that read its inputs first
@@ -121,6 +123,7 @@ class _Watch(TorchFunctionMode):
     def start(self, index: int, mask: Tensor | None) -> None:
         """The next batch has this number and this mask of real tokens, bool [B, T]."""
         self._index, self._mask = index, mask
+        self._asks = any(not found.reader for found in self.left_over())
 
     def left_over(self) -> list[LeftOver]:
         """Float parameters of two and more dimensions that no site reads, with who read them."""
@@ -140,7 +143,7 @@ class _Watch(TorchFunctionMode):
         # first, so that shapes that do not fit are the model's error
         result = func(*args, **kwargs)
         spelling = _SPELLINGS.get(func)
-        if spelling is None or not self._site(spelling, args, kwargs):
+        if (spelling is None or not self._site(spelling, args, kwargs)) and self._asks:
             self._reader(func, (*args, *kwargs.values()), result)
         return result
 
