@@ -44,12 +44,13 @@ def reshaped(channels: Tensor, before: Sequence[int], after: Sequence[int]) -> T
 
 
 def tied(scale: Tensor, channels: Tensor) -> Tensor:
-    """The smallest vector that is nowhere below `scale`, and equal wherever `channels` are equal; both [K]."""
+    """The smallest vectors that are nowhere below `scale` [..., K], and equal wherever `channels` [K] are equal."""
     if scale.numel() == 0:
         return scale
     where = channels.to(scale.device)
-    peak = scale.new_zeros(int(channels.max()) + 1).scatter_reduce(0, where, scale, "amax", include_self=False)
-    return peak[where]
+    none = scale.new_zeros(*scale.shape[:-1], int(channels.max()) + 1)
+    peak = none.scatter_reduce(-1, where.expand_as(scale), scale, "amax", include_self=False)
+    return peak[..., where]
 
 
 def _repeats(channels: Tensor, d: int) -> bool:

@@ -76,6 +76,12 @@ class Case:
         )
         return first, second
 
+    @cached_property
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """Least and greatest of each channel in either half, float32 [2, K]."""
+        assert self.halves is not None
+        return torch.stack([half.low for half in self.halves]), torch.stack([half.high for half in self.halves])
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Choice:
@@ -245,25 +251,30 @@ def _beyond(case: Case, choice: Choice) -> float:
     if case.halves is None or not _is_static(spec):
         return 0.0
     one, other = case.halves
-    noise = (_clipped(case, choice, spec, one, other) + _clipped(case, choice, spec, other, one)) / 2
+    least, most = _range_of_halves(case, choice, spec)
+    noise = (_clipped(other, least[0], most[0]) + _clipped(one, least[1], most[1])) / 2
     return noise * float(one.counts.sum()) / case.stats.count
 
 
-def _clipped(case: Case, choice: Choice, spec: Spec, seen: Probe, new: Probe) -> float:
-    """Noise over signal that scale and range of the seen rows leave to the new ones by clipping."""
-    low, high = seen.low, seen.high
+def _range_of_halves(case: Case, choice: Choice, spec: Spec) -> tuple[Tensor, Tensor]:
+    """The ends, float32 [2, K], between which numbers are not clipped by scale and range of each half of the rows."""
+    low, high = case.extremes
     scale = torch.ones_like(low)
     if choice.scale is not None:
         assert choice.strength is not None
         scale = _scale(case, torch.maximum(-low, high), choice.strength)
     outliers = _indices(choice.outliers, case.stats).to(low.device)
-    low = (low / scale).index_fill(0, outliers, 0.0).amin().clamp(max=0.0)
-    high = (high / scale).index_fill(0, outliers, 0.0).amax().clamp(min=0.0)
+    low = (low / scale).index_fill(1, outliers, 0.0).amin(1, keepdim=True).clamp(max=0.0)
+    high = (high / scale).index_fill(1, outliers, 0.0).amax(1, keepdim=True).clamp(min=0.0)
     if spec.symmetric:
         low, high = torch.minimum(low, -high), torch.maximum(high, -low)
     # what the scale takes from a row it gives to the weight: both are left as they are
-    least, most = ((end * scale).index_fill(0, outliers, far) for end, far in ((low, -inf), (high, inf)))
-    if bool(((new.low >= least) & (new.high <= most)).all()) or new.signal == 0:
+    return (low * scale).index_fill(1, outliers, -inf), (high * scale).index_fill(1, outliers, inf)
+
+
+def _clipped(new: Probe, least: Tensor, most: Tensor) -> float:
+    """Noise over signal in the outputs of these rows if they are clipped.  least, most: float32 [K]."""
+    if new.signal == 0 or bool(((new.low >= least) & (new.high <= most)).all()):
         return 0.0
     error = new.rows.clamp(least, most) - new.rows
     hit = error.any(1).nonzero().flatten()  # mostly few rows

@@ -157,7 +157,7 @@ class Frame:
         report = quantized.report()
         _require_coverage(report, self._options.min_coverage)
         module, constants = quantized.module, quantized.constants()
-        code, inputs, names = self._lowered(module) if self._options.lower else self._eager(module)
+        code, inputs, names = self._compiled(module)
         sources = (*(self._positions[name] for name in inputs), *(constants[name] for name in names))
         _write_report(report, self._options)
         return Bound(
@@ -169,14 +169,13 @@ class Frame:
             report=report,
         )
 
-    def _lowered(self, module: GraphModule) -> _Code:
+    def _compiled(self, module: GraphModule) -> _Code:
+        if not self._options.lower:
+            return module, [n.name for n in module.graph.find_nodes(op="placeholder")], []
         text = structure(module)
         if text not in self._code:
             self._code[text] = self._inductor.compile(module)
         return self._code[text]
-
-    def _eager(self, module: GraphModule) -> _Code:
-        return module, [n.name for n in module.graph.find_nodes(op="placeholder")], []
 
 
 class _Quantized:
@@ -305,15 +304,25 @@ class _Quantized:
         self, site: str, constant: str, kernel: Kernel, problem: Problem, codes: Tensor, qparams: QParams
     ) -> Mapping[str, Tensor]:
         """The pack of a site's kernel, from before or made now."""
-        decision = self.plan.decisions[site]
 
         def make() -> Pack:
             snr = snr_db(self._prepared[site, constant.rpartition("_codes")[0]], dequantize(codes, qparams))
             return Pack(tensors=kernel.pack(codes, qparams, problem.dtype), snr_db=snr)
 
+        return self._pack(site, self._key(site, constant, kernel, problem), make, at_hand=not codes.is_meta)
+
+    def joined(self, members: Sequence[tuple[str, str]], kernel: Kernel, problem: Problem) -> Mapping[str, Tensor]:
+        """The packs of several sites as one, of which theirs are views from now on."""
+        keys = [(site, self._key(site, constant, kernel, problem)) for site, constant in members]
+        whole, views = PACKS.joined([(self._weight(site), key) for site, key in keys])
+        for (site, key), view in zip(keys, views, strict=True):
+            self._packs[site][key] = view
+        return whole
+
+    def _key(self, site: str, constant: str, kernel: Kernel, problem: Problem) -> Key:
+        decision = self.plan.decisions[site]
         how = f"{decision.weight} {decision.solver} {decision.importance_digest}"
-        key = (f"{how} {problem.dtype} {self._variant(site, constant)}", kernel.name)
-        return self._pack(site, key, make, at_hand=not codes.is_meta)
+        return f"{how} {problem.dtype} {self._variant(site, constant)}", kernel.name
 
     def tail(self, site: str, constant: str, weight: Tensor) -> Mapping[str, Tensor]:
         """The pack of a site's outlier channels, from before or made now."""
@@ -384,10 +393,7 @@ def _require_coverage(report: Report, least: float) -> None:
 
 
 def _write_report(report: Report, options: Options) -> None:
-    match options.report:
-        case None:
-            return
-        case str() | Path():
-            report.to_json(options.report)
-        case receive:
-            receive(report)
+    if isinstance(options.report, str | Path):
+        report.to_json(options.report)
+    elif options.report is not None:
+        options.report(report)

@@ -1,6 +1,6 @@
 """Lowering on torch.fx: each quantized linear becomes one op of the kernel that runs it best."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +24,12 @@ class PackSource(Protocol):
         self, site: str, constant: str, kernel: Kernel, problem: Problem, codes: Tensor, qparams: QParams
     ) -> Mapping[str, Tensor]:
         """The tensors that the kernel's op reads."""
+
+    def joined(self, members: Sequence[tuple[str, str]], kernel: Kernel, problem: Problem) -> Mapping[str, Tensor]:
+        """The tensors of several sites, one behind the other along their first dimension.
+
+        members: site and constant of each, as they were given to `quantized` before.  problem: of one of them.
+        """
 
     def tail(self, site: str, constant: str, weight: Tensor) -> Mapping[str, Tensor]:
         """The tensors for the outlier channels of a site, whose columns `weight` [N, n] are."""
@@ -56,6 +62,22 @@ class _Weight:
     qparams: QParams
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Run:
+    """A linear and the kernel that will run it.
+
+    site: whose weight it reads.  beside: it is the linear of outliers beside that site's own.
+    """
+
+    linear: Node
+    site: str
+    beside: bool
+    weight: _Weight
+    problem: Problem
+    kernel: Kernel
+    refused: Mapping[str, str]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _FoundSplit:
     """total = linear + a linear of the same weight on `outliers`."""
@@ -76,11 +98,14 @@ def lower(graph: FxGraph, target: Target, packs: PackSource) -> list[Lowered]:
         if graph.op(value) is Op.ADD and (split := _found_split(graph, value)) is not None:
             lowered += _lower_found_split(graph, split, target, packs)
     graph.prune()
+    runs = []
     for value in list(graph.values()):
         if graph.op(value) is Op.LINEAR and (weight := _quantized_weight(graph, value)) is not None:
-            lowered += _lower_linear(graph, value, weight, target, packs)
+            runs.append(_run(graph, value, weight, target))
         elif graph.op(value) is Op.LINEAR:
             _lower_tail(graph, value, packs)
+    for together in _together(graph, runs):
+        lowered += _lower_linears(graph, together, packs)
     for value in list(graph.values()):
         if graph.op(value) is Op.SELECT:
             _lower_select(graph, value)
@@ -116,18 +141,77 @@ def _problem(graph: FxGraph, linear: Node, weight: _Weight, target: Target) -> P
     )
 
 
-def _lower_linear(graph: FxGraph, linear: Node, weight: _Weight, target: Target, packs: PackSource) -> list[Lowered]:
-    x, _, bias = graph.inputs(linear)
-    assert x is not None
+def _run(graph: FxGraph, linear: Node, weight: _Weight, target: Target) -> _Run:
     problem = _problem(graph, linear, weight, target)
     kernel, refused = choose(problem)
+    x = graph.inputs(linear)[0]
     # the linear of outliers that are found while running reads the weight of the site beside it
-    owner = tail_owner(graph.name(linear)) if graph.op(x) is Op.OUTLIERS else None
-    site = graph.name(linear) if owner is None else owner
-    packed = _packed(graph, site, weight, kernel, problem, packs)
-    taken = tuple(x.args[:3]) if kernel.takes_codes else (x,)
-    _replace(graph, linear, kernel.op, kernel.arguments(problem, taken, packed, bias))
-    return [Lowered(site=site, kernel=kernel.name, refused=refused)] if owner is None else []
+    owner = tail_owner(graph.name(linear)) if x is not None and graph.op(x) is Op.OUTLIERS else None
+    return _Run(
+        linear=linear,
+        site=graph.name(linear) if owner is None else owner,
+        beside=owner is not None,
+        weight=weight,
+        problem=problem,
+        kernel=kernel,
+        refused=refused,
+    )
+
+
+def _together(graph: FxGraph, runs: Sequence[_Run]) -> list[list[_Run]]:
+    """The linears in groups, each to be one matmul: of different weights alike that read one input, without biases.
+
+    A bias would have to be added behind, where it is rounded twice.
+    """
+    groups: dict[object, list[_Run]] = {}
+    for run in runs:
+        x, _, bias = graph.inputs(run.linear)
+        alike = (x, run.kernel.name, run.problem.weight, run.problem.input, run.problem.dtype)
+        alone = run.kernel.joins is None or bias is not None or run.beside
+        groups.setdefault(run if alone else alike, []).append(run)
+    found: list[list[_Run]] = []
+    for group in groups.values():
+        joins = group[0].kernel.joins
+        different = len({run.weight.constant for run in group}) == len(group)
+        fits = len(group) > 1 and different and joins is not None and joins([run.problem for run in group])
+        found += [group] if fits else [[run] for run in group]
+    return found
+
+
+def _lower_linears(graph: FxGraph, runs: Sequence[_Run], packs: PackSource) -> list[Lowered]:
+    """One op for linears that read one input."""
+    first = runs[0]
+    x, _, bias = graph.inputs(first.linear)
+    assert x is not None
+    names = [graph.name(run.weight.constant) for run in runs]
+    tensors = [
+        packs.quantized(run.site, name, run.kernel, run.problem, run.weight.codes, run.weight.qparams)
+        for run, name in zip(runs, names, strict=True)
+    ]
+    taken = tuple(x.args[:3]) if first.kernel.takes_codes else (x,)
+    if len(runs) == 1:
+        packed = _constants(graph, first.weight, first.kernel, tensors[0])
+        arguments = first.kernel.arguments(first.problem, taken, packed, bias)
+        _replace(graph, first.linear, first.kernel.op, arguments)
+    else:
+        sites = [run.site for run in runs]
+        whole_pack = packs.joined(list(zip(sites, names, strict=True)), first.kernel, first.problem)
+        packed = _constants(graph, first.weight, first.kernel, whole_pack)
+        arguments = first.kernel.arguments(first.problem, taken, packed, None)
+        with first.linear.graph.inserting_before(first.linear):
+            whole = first.linear.graph.call_function(first.kernel.op, arguments)
+        start = 0
+        for run in runs:
+            _replace_by_columns(graph, run.linear, whole, start, start + run.problem.N)
+            start += run.problem.N
+    return [Lowered(site=run.site, kernel=run.kernel.name, refused=run.refused) for run in runs if not run.beside]
+
+
+def _replace_by_columns(graph: FxGraph, value: Node, whole: Node, start: int, end: int) -> None:
+    with value.graph.inserting_before(value):
+        columns = value.graph.call_function(aten.slice.Tensor, (whole, -1, start, end))
+    # as contiguous as it was, for views that follow; Inductor fuses the copy with what reads it
+    _replace(graph, value, aten.clone.default, (columns,), memory_format=torch.contiguous_format)
 
 
 def _found_split(graph: FxGraph, total: Node) -> _FoundSplit | None:
@@ -151,7 +235,10 @@ def _lower_found_split(graph: FxGraph, split: _FoundSplit, target: Target, packs
     if kernel.why_not(problem) is not None:
         return []
     site = graph.name(split.linear)
-    packed = _packed(graph, site, split.weight, kernel, problem, packs)
+    tensors = packs.quantized(
+        site, graph.name(split.weight.constant), kernel, problem, split.weight.codes, split.weight.qparams
+    )
+    packed = _constants(graph, split.weight, kernel, tensors)
     x, threshold = graph.inputs(split.outliers)
     bias = graph.inputs(split.linear)[2]
     _replace(graph, split.total, kernel.op, kernel.arguments(problem, (x, threshold), packed, bias))
@@ -189,17 +276,15 @@ def _lower_select(graph: FxGraph, selected: Node) -> None:
         _replace(graph, selected, aten.slice.Tensor, (x, -1, first, last + 1))
 
 
-def _packed(
-    graph: FxGraph, site: str, weight: _Weight, kernel: Kernel, problem: Problem, packs: PackSource
-) -> dict[str, Node]:
+def _constants(graph: FxGraph, weight: _Weight, kernel: Kernel, tensors: Mapping[str, Tensor]) -> dict[str, Node]:
+    """A pack in the graph, by the names of its tensors."""
     constant = graph.name(weight.constant)
-    tensors = packs.quantized(site, constant, kernel, problem, weight.codes, weight.qparams)
     return {name: graph.add_constant(f"{constant}.{kernel.name}.{name}", tensor) for name, tensor in tensors.items()}
 
 
-def _replace(graph: FxGraph, value: Node, target: Any, args: tuple[Any, ...]) -> None:
+def _replace(graph: FxGraph, value: Node, target: Any, args: tuple[Any, ...], **kwargs: Any) -> None:
     with value.graph.inserting_before(value):
-        new = value.graph.call_function(target, args)
+        new = value.graph.call_function(target, args, kwargs)
     new.meta = dict(value.meta)
     graph.replace_uses(value, new)
 

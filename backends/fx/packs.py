@@ -1,8 +1,8 @@
 """Packs: the tensors that kernels read instead of weights, kept as long as the weight lives and is unchanged."""
 
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -89,6 +89,22 @@ class PackStore:
             entry.packs[key] = make()
         return entry.packs[key]
 
+    def joined(self, members: Sequence[tuple[Tensor, Key]]) -> tuple[dict[str, Tensor], list[Pack]]:
+        """The tensors of packs that are here one behind the other, along their first dimension; and the packs.
+
+        Those are views of them from now on. Packs that were joined in this order before share their memory already, and
+        none is taken.
+        """
+        entries = [self._entries[id(weight)] for weight, _ in members]
+        packs = [entry.packs[key] for entry, (_, key) in zip(entries, members, strict=True)]
+        whole = {name: _behind_each_other([pack.tensors[name] for pack in packs]) for name in packs[0].tensors}
+        views = []
+        parts = {name: tensor.split([len(pack.tensors[name]) for pack in packs]) for name, tensor in whole.items()}
+        for i, (entry, (_, key)) in enumerate(zip(entries, members, strict=True)):
+            entry.packs[key] = replace(packs[i], tensors={name: tensors[i] for name, tensors in parts.items()})
+            views.append(entry.packs[key])
+        return whole, views
+
     def keep_float(self, weight: Tensor) -> None:
         """Never free this weight: its float values are read."""
         (self._entry(weight) or self._new_entry(weight)).float_read = True
@@ -123,6 +139,15 @@ class PackStore:
                 del self._entries[key]
 
         return forget
+
+
+def _behind_each_other(parts: Sequence[Tensor]) -> Tensor:
+    first, place = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != place or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return torch.cat(list(parts))
+        place += part.nbytes
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
 
 
 def freed_error(name: str) -> WeightError:

@@ -1,6 +1,6 @@
 """What a quantized linear asks of a kernel, and what a kernel is."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,3 +43,6 @@ class Kernel:
     # input: (codes, scale, zero or None) if takes_codes, else (x,), dequantized where the input was quantized
     arguments: Callable[[Problem, tuple[Any, ...], Mapping[str, Any], Any], tuple[Any, ...]]
     takes_codes: bool = False
+    # whether problems that read one input may run as one, their packs one behind the other along the first dimension,
+    # which is that of N; None if they never do
+    joins: Callable[[Sequence[Problem]], bool] | None = None
