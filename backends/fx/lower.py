@@ -1,7 +1,7 @@
 """Lowering on torch.fx: each quantized linear becomes one op of the kernel that runs it best."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -197,7 +197,8 @@ def _lower_linears(graph: FxGraph, runs: Sequence[_Run], packs: PackSource) -> l
         sites = [run.site for run in runs]
         whole_pack = packs.joined(list(zip(sites, names, strict=True)), first.kernel, first.problem)
         packed = _constants(graph, first.weight, first.kernel, whole_pack)
-        arguments = first.kernel.arguments(first.problem, taken, packed, None)
+        problem = replace(first.problem, N=sum(run.problem.N for run in runs))
+        arguments = first.kernel.arguments(problem, taken, packed, None)
         with first.linear.graph.inserting_before(first.linear):
             whole = first.linear.graph.call_function(first.kernel.op, arguments)
         start = 0
