@@ -39,8 +39,7 @@ def insert_qdq(graph: Graph[V], plan: Plan) -> int:
         if decision.input is not None:
             _quantize_input(graph, found, 0, decision.input_qparams or decision.input, pairs)
             _share(graph, x, graph.inputs(found.value)[0], addends.get(x, ()))
-        if decision.output is not None:
-            result = result_of(graph, found.value)
+        if decision.output is not None and (result := _result(graph, found)) is not None:
             graph.replace_uses(result, _pair(graph, result, decision.output, pairs))
     return sum(len(made) for made in pairs.values())
 
@@ -53,15 +52,19 @@ def _decision(plan: Plan, name: str) -> Decision | None:
     return None if owner.threshold is None else replace(owner, input=None)
 
 
+def _result(graph: Graph[V], found: Found[V]) -> V | None:
+    """What is quantized behind a site; None if the model returns it, as one call of a shared convolution may be."""
+    result = result_of(graph, found.value)
+    return None if result in graph.outputs() else result
+
+
 def _addends(graph: Graph[V], sites: Sequence[Found[V]], plan: Plan) -> dict[V, list[tuple[V, int]]]:
     """Activations that are added to quantized results: the sums, and which of their inputs each is."""
     found: dict[V, list[tuple[V, int]]] = {}
     for site in sites:
         decision = _decision(plan, site.site.name)
-        if decision is None or decision.output is None:
-            continue
-        result = result_of(graph, site.value)
-        for total in graph.users(result):
+        result = None if decision is None or decision.output is None else _result(graph, site)
+        for total in () if result is None else graph.users(result):
             read = list(graph.inputs(total)) if graph.op(total) is Op.ADD else []
             for index, other in enumerate(read):
                 if other is not None and other is not result:

@@ -22,7 +22,7 @@ from qcompile.backends.onnx.files import read_model, require_place, write_model
 from qcompile.backends.onnx.graph import OnnxGraph
 from qcompile.backends.onnx.opsets import raised
 from qcompile.backends.onnx.planned import Kernels, as_written
-from qcompile.backends.onnx.prove import HeldOut, Proof, prove
+from qcompile.backends.onnx.prove import HeldOut, Proof, numeric_outputs, outputs, prove
 from qcompile.backends.onnx.runtime import session
 from qcompile.calibrate import parts_for
 from qcompile.errors import CalibrationError, CoverageError, OptionsError, PlanError, UnsupportedError, nearest
@@ -294,14 +294,13 @@ class _Ends:
 
 
 def run_onnx(path: str | Path, batches: Iterable[Batch]) -> Iterator[dict[str, Tensor]]:
-    """What onnxruntime's CPU makes of each batch, by name of output.  path: a float or quantized model.
+    """What onnxruntime's CPU makes of each batch, by name of numeric output.  path: a float or quantized model.
 
     Raises ModelError for a broken file, CalibrationError for batches that do not fit it.
     """
     model = read_model(path, quantized=True)
     inputs = inputs_of(model)
     with session(model, repr(str(path))) as running:
-        names = [output.name for output in running.get_outputs()]
+        names = numeric_outputs(running)
         for index, batch in enumerate(batches):
-            results = running.run(None, to_feed(batch, inputs, index))
-            yield {name: torch.from_numpy(result) for name, result in zip(names, results, strict=True)}
+            yield outputs(running, names, to_feed(batch, inputs, index), f"batch {index}")

@@ -254,7 +254,7 @@ def real_rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor, bool]:
 
     mask: see `mask_of`.
     """
-    rows = x.detach().reshape(-1, x.shape[-1] if x.dim() else 1)
+    rows = x.detach().flatten(end_dim=-2) if x.dim() > 1 else x.detach().reshape(1, -1)
     if mask is None or bool(mask.all()):
         return rows, True
     if x.shape[:-1] in (mask.shape, (mask.numel(),)):

@@ -25,6 +25,8 @@ from qcompile.spec import ALL
 _D = ir.DataType
 _CONTRIB = "com.microsoft"
 _FP8, _FP4 = "MatMulBlockQuantizedFp8Weight", "MatMulBlockQuantizedFp4Weight"
+# no kernel for narrow weights has float64
+_NARROWER = {_D.DOUBLE: _D.FLOAT}
 # the kernels for few tokens read so many codes at a time, and want as many under one scale
 _VECTOR = 16
 
@@ -48,7 +50,10 @@ def emit_cuda_linear(w: Writer, node: ir.Node) -> Planned:
         restored = dequantized_weight(w, weight, transposed=True, fold=True)
         return finish_linear(w, node, w.op("MatMul", x, restored), reason=reason)
     # the CUDA kernels have 4 and 8 bits
-    return emit_narrow(w, node, replace(integers, least_bits=4), given, weight.dtype, 0)
+    compute = _NARROWER.get(weight.dtype, weight.dtype)
+    if compute != weight.dtype:
+        w.note(f"inputs and results are {compute.name.lower()} inside MatMulNBits, which has no float64")
+    return emit_narrow(w, node, replace(integers, least_bits=4), given, compute, 0)
 
 
 def _note_input(w: Writer, given: Input | None) -> None:
@@ -104,7 +109,7 @@ def _finish(
 ) -> Planned:
     """The kernel's node in 16 bits, with the bias if the model has 16 bits itself."""
     w.note(f"{kernel} is in onnxruntime since 1.31, and faster than a float16 matmul for few tokens only")
-    dtype = _D.BFLOAT16 if weight.dtype == _D.FLOAT else weight.dtype
+    dtype = _D.BFLOAT16 if weight.dtype in (_D.FLOAT, _D.DOUBLE) else weight.dtype
     if dtype != weight.dtype:
         w.note(f"inputs and results are bfloat16 inside {kernel}, which has no float32")
     columns, k = weight.spec.granularity.columns, weight.codes.shape[1]

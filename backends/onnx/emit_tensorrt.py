@@ -40,6 +40,8 @@ def emit_linear(w: Writer, node: ir.Node) -> Planned:
 
 def require_symmetric(w: Writer, weight: Weight, given: Input | None) -> None:
     """Raise UnsupportedError for a weight or an input that TensorRT does not multiply."""
+    if weight.dtype == _D.DOUBLE:
+        raise w.unsupported("TensorRT has no quantized float64", "export the model in float32")
     if (why := _weight_refusal(weight.spec, given)) is not None:
         raise w.unsupported(f"TensorRT takes no weight {weight.spec}{why}", _WEIGHT)
     if given is not None and (why := _input_refusal(given)) is not None:

@@ -92,9 +92,11 @@ def _plain(weight: ir.Value | None) -> tuple[ir.Value, bool] | None:
         elif tuple(attribute(node, "perm", ())) != (0, 1):
             return None
         weight = node.inputs[0]
-    if weight is None or not is_constant(weight) or weight.const_value is None or len(weight.const_value.shape) != 2:
+    held = None if weight is None or not is_constant(weight) else weight.const_value
+    # of a weight without numbers there is nothing to quantize
+    if weight is None or held is None or len(held.shape) != 2 or not held.size:
         return None
-    return (weight, turned) if weight.const_value.dtype.is_floating_point() else None
+    return (weight, turned) if held.dtype.is_floating_point() else None
 
 
 def _prepared(edit: Editor, weight: ir.Value, turned: bool, alpha: float) -> ir.Value:
@@ -147,11 +149,13 @@ def _rewrite(edit: Editor, node: ir.Node, found: _Linear, weight: ir.Value) -> N
     assert weight.const_value is not None
     size = int(weight.const_value.shape[0])
     last = node.outputs[0]
+    _tell_type(weight.const_value.dtype, found.x, last)
     rest = None if found.rest is None else _scaled_rest(edit, node, found.rest, found.beta)
     x, bias = _rows(edit, node, found.x) if found.columns else found.x, None
     if rest is not None and (vector := _bias(edit, rest, size)) is not None:
         rest, bias = None, vector
     if found.rest is None and (total := _sum_of(last)) is not None:
+        _tell_type(weight.const_value.dtype, total[0])
         bias = _bias(edit, total[1], size, rank=None if last.shape is None else len(last.shape))
         last = last if bias is None else total[0]
     new = edit.node(LINEAR, [x, weight, *([] if bias is None else [bias])], name=str(last.name))
@@ -168,6 +172,13 @@ def _rewrite(edit: Editor, node: ir.Node, found: _Linear, weight: ir.Value) -> N
     new.name = name or new.name
     edit.graph.insert_before(node, new)
     edit.replace(last, edit.node("Add", [value, rest], name=str(last.name), domain=""))
+
+
+def _tell_type(dtype: ir.DataType, *values: ir.Value) -> None:
+    """What a linear reads and makes is of its weight's type, also where an op that onnx does not know hides it."""
+    for value in values:
+        if value.type is None:
+            value.type = ir.TensorType(dtype)
 
 
 def _sum_of(product: ir.Value) -> tuple[ir.Value, ir.Value] | None:

@@ -59,7 +59,7 @@ def _lines(path: Path) -> Iterator[Batch]:
 def _line(line: str, place: str) -> Batch:
     try:
         table = json.loads(line)
-    except json.JSONDecodeError as e:
+    except (json.JSONDecodeError, RecursionError) as e:
         raise CalibrationError(f"{place} is no JSON: {e}") from e
     if not isinstance(table, dict):
         raise CalibrationError(f'{place} is no table: write the model\'s inputs by name, as {{"input_ids": [[1, 2]]}}')

@@ -57,7 +57,8 @@ def _see(path: Path, seen: Shown) -> None:
         seen.add(open_exported(torch.export.load(path)))
     elif path.suffix == ".onnx":
         files = files_module()
-        seen.add(files.open_onnx(files.read_model(path)))
+        only_shown = seen.recipe is None and seen.dump is None
+        seen.add(files.open_onnx(files.read_model(path, quantized=only_shown)))
     elif path.is_dir():
         capture(load_model(path), seen)
     else:

@@ -43,6 +43,18 @@ def test_show_prints_the_graph(exported: Path) -> None:
     assert lines[-1] == "return %3"
 
 
+def test_show_prints_a_quantized_file(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    from qcompile import quantize_onnx
+    from qcompile.backends.onnx.export import export_model
+
+    export_model(nn.Linear(32, 16), torch.ones(2, 32), tmp_path / "float.onnx")
+    quantize_onnx(tmp_path / "float.onnx", tmp_path / "int8.onnx")
+    shown = run("show", tmp_path / "int8.onnx")
+    assert (shown.exit_code, "MatMulIntegerToFloat" in shown.output) == (0, True)
+    assert "quantized already" in run("show", tmp_path / "int8.onnx", "--recipe", "int8").output
+
+
 def test_show_dumps_the_text_after_every_pass(exported: Path, tmp_path: Path) -> None:
     folder = tmp_path / "dump"
     output = run("show", exported, "--recipe", "int8", "--dump", folder).output

@@ -1,11 +1,12 @@
 """The part of a batch that a model is looked at with."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from qcompile.watch import LONG, first_rows
+from qcompile.watch import LONG, first_rows, real_rows
 
 IDS, MASK = torch.arange(12).view(4, 3), torch.ones(4, 3)
 
@@ -39,3 +40,10 @@ def test_of_long_rows_one_is_taken() -> None:
 
 def test_a_batch_of_fewer_rows_stays_as_it_is() -> None:
     assert first_rows(IDS[:1]).shape == (1, 3)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0,), (2, 0), (0, 3), (2, 0, 3), (2, 4, 3)])
+def test_rows_of_every_shape(shape: tuple[int, ...]) -> None:
+    rows, told = real_rows(torch.ones(shape), None)
+    expected = (math.prod(shape[:-1]), shape[-1] if shape else 1)
+    assert (tuple(rows.shape), told) == (expected, True)

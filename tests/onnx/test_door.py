@@ -151,6 +151,28 @@ def test_a_factor_that_a_weight_has_no_room_for_stays() -> None:
     assert left.reader == "Gemm"
 
 
+def test_a_weight_without_numbers_is_left() -> None:
+    for size in ((0, N), (K, 0)):
+        source = model(
+            "y = MatMul(x, w)",
+            inputs=f"float[B, T, {size[0]}] x",
+            returns=f"float[B, T, {size[1]}] y",
+            w=torch.ones(size),
+        )
+        check(source, X[..., : size[0]])
+        (left,) = left_over(open_onnx(source))
+        assert left.reader == "MatMul"
+
+
+def test_types_that_an_op_of_onnxruntime_hides_are_those_of_the_weights() -> None:
+    body = "g = com.microsoft.Gelu(x) p = MatMul(g, w) q = Add(p, b) h = com.microsoft.Gelu(q) y = MatMul(h, u)"
+    source = model(body, returns="float[B, T, 4] y", w=W, b=B, u=torch.randn(N, N))
+    source.opset_imports["com.microsoft"] = 1
+    graph = open_onnx(source)
+    linears = ops_of(graph, Op.LINEAR)
+    assert [value.dtype for linear in linears for value in (graph.inputs(linear)[0], linear)] == [ir.DataType.FLOAT] * 4
+
+
 def test_two_activations_stay_a_matmul() -> None:
     text = check(model("t = Transpose<perm = [0, 2, 1]>(x) y = MatMul(x, t)", returns="float[B, T, T] y"), X)
     assert "matmul %0, %1" in text

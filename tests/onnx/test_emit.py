@@ -248,6 +248,12 @@ def test_what_tensorrt_refuses_is_refused_here_with_the_site(weight: str, given:
         emit(model, "tensorrt")
 
 
+def test_tensorrt_has_no_float64() -> None:
+    model, _ = linear_model(weight="int8/channel", shape=("M", 128), dtype=torch.float64)
+    with pytest.raises(UnsupportedError, match="no quantized float64; export the model in float32"):
+        emit(model, "tensorrt")
+
+
 def test_a_scale_that_float16_flushes_is_refused() -> None:
     qparams = find_qparams(torch.full((2, 128), 1e-7), parse_spec("int8/tensor"))
     model, _ = linear_model(weight="int8/channel", given=qparams, shape=("M", 128), dtype=torch.float16)

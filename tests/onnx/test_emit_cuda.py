@@ -86,6 +86,17 @@ def test_a_static_fp8_input_goes_into_the_kernel() -> None:
     torch.testing.assert_close(run_by_schema(emitted.model, x), seen @ weights.T + bias, rtol=1e-3, atol=5e-3)
 
 
+@pytest.mark.parametrize("weight", ["int8/channel", "fp8_e4m3/channel", "fp4_e2m1/b16/fp8_e4m3"])
+def test_float64_is_computed_in_what_the_kernel_has(weight: str) -> None:
+    model, _, _ = model_of(weight, None, torch.float64)
+    emitted = emit(model, "ort-cuda")
+    (matmul,) = (node for node in emitted.model.graph if node.domain == "com.microsoft")
+    inner = ir.DataType.FLOAT if matmul.op_type == "MatMulNBits" else ir.DataType.BFLOAT16
+    assert (matmul.inputs[0].dtype, matmul.outputs[0].dtype) == (inner, inner)
+    assert emitted.model.graph.outputs[0].dtype == ir.DataType.DOUBLE
+    assert f"block.q: inputs and results are {inner.name.lower()} inside {matmul.op_type}" in emitted.notes[-1]
+
+
 @pytest.mark.parametrize("given", ["fp8_e4m3/token", "int8/token/asym"])
 def test_inputs_that_no_kernel_reads_stay_as_they_are(given: str) -> None:
     model, _, _ = model_of("fp8_e4m3/channel", given, torch.float16)

@@ -249,6 +249,7 @@ def test_the_command_line_reads_batches_and_writes_reports(source: Path, tmp_pat
         ("a.txt", "1", "no .npz, no .jsonl"),
         ("a.npz", "no archive", "cannot be read as arrays"),
         ("a.jsonl", "{", "line 1 of"),
+        ("a.jsonl", "[" * 10**5, "line 1 of"),
         ("a.jsonl", "[1]", "is no table"),
         ("a.jsonl", '{"x": [[1], [1, 2]]}', "rows of one length"),
         ("a.jsonl", '{"y": [[1.0]]}', "y"),
@@ -331,6 +332,13 @@ def test_inputs_with_a_default_need_not_be_fed(ir_version: int, static: bool, tm
             next(run_onnx(source, [{"x": x, "w": w}]))
     with pytest.raises(CalibrationError, match="batch 0 lacks the input 'x'"):
         next(run_onnx(source, [{}]))
+
+
+def test_a_batch_that_onnxruntime_cannot_run_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "float.onnx"
+    ir.save(model("y = Gather(w, x)", inputs="int64[B] x", returns="float[B, N] y", w=torch.randn(K, N)), path)
+    with pytest.raises(CalibrationError, match=r"onnxruntime fails on batch 1 \(x \[1\]\)"):
+        list(run_onnx(path, [{"x": torch.tensor([0])}, {"x": torch.tensor([K])}]))
 
 
 def test_an_input_of_unknown_rank(tmp_path: Path) -> None:

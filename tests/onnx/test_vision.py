@@ -178,6 +178,32 @@ def test_weights_alone_make_a_small_file_of_float_convolutions(model: nn.Module,
     assert error(path, model) < 0.01
 
 
+class Shared(nn.Module):
+    """One convolution is called twice, and its second result is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.conv(x))
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda", "tensorrt", "portable"])
+def test_what_a_shared_convolution_returns_is_not_rounded(target: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shared, x = Shared().eval(), torch.randn(2, 3, 9, 9)
+    export_model(shared, x, tmp_path / "float.onnx")
+    report = qcompile.quantize_onnx(
+        tmp_path / "float.onnx", tmp_path / "out.onnx", SYMMETRIC, batches=[{"x": x}], target=target
+    )
+    assert report.coverage == 1
+    last = ir.load(tmp_path / "out.onnx").graph.outputs[0].producer()
+    assert last is not None
+    assert last.op_type == "Conv"
+    assert error(tmp_path / "out.onnx", shared) < 0.04
+
+
 def test_a_recipe_that_scales_token_by_token_leaves_convolutions_float(source: Path, tmp_path: Path) -> None:
     report = qcompile.quantize_onnx(source, tmp_path / "dynamic.onnx", "int8")
     reasons = {site.name: site.reason for site in report.sites if site.weight is None}
