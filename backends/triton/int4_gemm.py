@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.backends.triton.add_parts import add_parts
 from qcompile.backends.triton.int4_table import ManyRows
@@ -81,11 +82,13 @@ def many_rows_kernel(
     UNITS: gl.constexpr,
     STEPS: gl.constexpr,
     STAGES: gl.constexpr,
+    PENDING: gl.constexpr,
     BLOCKS: gl.constexpr,
     PARTS: gl.constexpr,
     GROUPS: gl.constexpr,
     BIAS: gl.constexpr,
     GROUP: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ):
     """Items pid, pid + programs, ...: each a tile on a slice of BLOCKS blocks of K."""
     W: gl.constexpr = gl.num_warps()
@@ -108,6 +111,16 @@ def many_rows_kernel(
     gl.thread_barrier()
 
     tile_n, tile_m = _tile(item // PARTS, tiles_n, tiles_m, GROUP)
+    block = 0
+    # past the end of K the last block again, against zeros of x
+    start = (tile_n * UNITS).to(gl.int64) * B + gl.minimum((item % PARTS) * BLOCKS, B - 1)
+    words = _load_words(words_ptr, start, B, UNITS)
+    layout: gl.constexpr = words.type.layout
+    scales = _load_scales(scales_ptr, start, B, UNITS, GROUPS, layout)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+
     # the next stage of x to ask for
     ahead = item
     x_row = tile_m * ROWS_OF_X
@@ -125,13 +138,8 @@ def many_rows_kernel(
             x_column = (ahead % PARTS) * (BLOCKS * 128)
             x_end = x_column + BLOCKS * 128
 
-    block = 0
-    # past the end of K the last block again, against zeros of x
-    start = (tile_n * UNITS).to(gl.int64) * B + gl.minimum((item % PARTS) * BLOCKS, B - 1)
-    words = _load_words(words_ptr, start, B, UNITS)
-    layout: gl.constexpr = words.type.layout
-    scales = _load_scales(scales_ptr, start, B, UNITS, GROUPS, layout)
     weight = exact_operand(words, scales[0], 0, STEPS, 4 * UNITS, mma, dtype)
+    flying = weight
     acc = gl.zeros([TILE, ROWS_OF_X], gl.float32, layout=mma)
     for it in range(0, total):
         next_block = block + 1
@@ -152,6 +160,9 @@ def many_rows_kernel(
                 mbarrier.wait(full.index(stage % STAGES), (stage // STAGES) & 1)
             x = xs.index(stage % STAGES).slice((step % HALF) * (128 // STEPS), 128 // STEPS, dim=1).permute((1, 0))
             acc = warpgroup_mma(weight, x, acc, use_acc=(block > 0) | (step > 0), is_async=True)
+            if PENDING == 1:
+                # the product before this one; this one runs while the next operand is unpacked
+                acc, flying = warpgroup_mma_wait(1, deps=[acc, flying])
             if step % HALF == 0:
                 # every warp is done with the stage before this one: ask for what comes into it
                 gl.thread_barrier()
@@ -170,14 +181,16 @@ def many_rows_kernel(
                         x_row = ahead_m * ROWS_OF_X
                         x_column = (ahead % PARTS) * (BLOCKS * 128)
                         x_end = x_column + BLOCKS * 128
+            flying = weight
             if step < STEPS - 1:
                 group_scales = scales[(step + 1) * GROUPS // STEPS]
-                coming = exact_operand(words, group_scales, step + 1, STEPS, 4 * UNITS, mma, dtype)
+                weight = exact_operand(words, group_scales, step + 1, STEPS, 4 * UNITS, mma, dtype)
             else:
-                coming = exact_operand(next_words, next_scales[0], 0, STEPS, 4 * UNITS, mma, dtype)
-            acc, weight, coming = warpgroup_mma_wait(0, deps=[acc, weight, coming])
-            weight = coming
+                weight = exact_operand(next_words, next_scales[0], 0, STEPS, 4 * UNITS, mma, dtype)
+            if PENDING == 0:
+                acc, flying, weight = warpgroup_mma_wait(0, deps=[acc, flying, weight])
         if next_block == 0:
+            acc, flying = warpgroup_mma_wait(0, deps=[acc, flying])
             n = tile_n * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, mma))
             if PARTS > 1:
                 m = tile_m * ROWS_OF_X + gl.arange(0, ROWS_OF_X, layout=gl.SliceLayout(0, mma))
@@ -211,7 +224,7 @@ def many_rows(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, N: 
     tile = 64 * config.units
     tiles_n, tiles_m = units // config.units, triton.cdiv(M, config.rows)
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count * config.resident
-    parts = max(1, min(config.slices, B, 2 * programs // (config.resident * tiles_n * tiles_m)))
+    parts = max(1, min(config.slices, B, programs // (tiles_n * tiles_m)))
     blocks = triton.cdiv(B, parts)
     parts = triton.cdiv(B, blocks)
     y = x.new_empty(M, N)
@@ -232,12 +245,16 @@ def many_rows(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, N: 
         UNITS=config.units,
         STEPS=max(config.steps, groups),
         STAGES=config.stages,
+        # measured: with slices the accumulators of a product in flight are copied, which costs more than it hides
+        PENDING=1 if parts == 1 else 0,
         BLOCKS=blocks,
         PARTS=parts,
         GROUPS=groups,
         BIAS=bias is not None,
         GROUP=TILES_IN_GROUP,
+        DEPENDENT=True,
         num_warps=config.warps,
+        launch_pdl=True,
     )
     if parts > 1:
         add_parts(to, bias, y)

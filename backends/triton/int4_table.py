@@ -1,6 +1,6 @@
 """Which configuration of the W4A16 kernels runs which problem: measured on sm_90, safe elsewhere.
 
-The first entry that takes a problem runs it. What was measured stands in examples/benchmarks/triton_kernels.md.
+The first entry that takes a problem runs it. examples/benchmarks/triton_kernels.py measures what it chooses.
 """
 
 from dataclasses import dataclass
@@ -43,9 +43,9 @@ class ManyRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Unpack:
-    """`int4_unpack`, then the library's matmul of floats."""
+    """`int4_unpack`, then the library's matmul of floats. blocks: of 128 columns, a program unpacks."""
 
-    warps: int
+    blocks: int
 
 
 # rows of y, of 16-bit floats, start at multiples of 16 bytes (CUDA driver API, cuTensorMapEncodeTiled)
@@ -68,6 +68,8 @@ class Entry:
 
 
 _HOPPER = (90, 90)
+# from so many columns on, tiles of N are few in the models that have them, and K is cut into slices
+_LONG = 8192
 TABLE = (
     Entry(
         capabilities=_HOPPER,
@@ -77,18 +79,23 @@ TABLE = (
     Entry(
         capabilities=_HOPPER,
         rows=16,
-        columns=8192,
-        config=FewRows(rows=16, units=2, warps=8, depth=2, blocks=14, resident=2),
-    ),
-    Entry(
-        capabilities=_HOPPER,
-        rows=16,
         config=FewRows(rows=16, units=4, warps=4, depth=2, blocks=8, resident=2),
     ),
     Entry(
         capabilities=_HOPPER,
+        rows=16,
+        config=FewRows(rows=16, units=1, warps=4, depth=4, blocks=8, resident=4),
+    ),
+    Entry(
+        capabilities=_HOPPER,
         rows=32,
+        columns=_LONG,
         config=ManyRows(rows=32, units=2, warps=4, steps=4, stages=4, slices=8, resident=3),
+    ),
+    Entry(
+        capabilities=_HOPPER,
+        rows=32,
+        config=ManyRows(rows=32, units=2, warps=4, steps=2, stages=8, slices=8, resident=3),
     ),
     Entry(
         capabilities=_HOPPER,
@@ -97,13 +104,18 @@ TABLE = (
     ),
     Entry(
         capabilities=_HOPPER,
+        rows=128,
+        config=ManyRows(rows=128, units=2, warps=4, steps=4, stages=4, slices=8, resident=2),
+    ),
+    Entry(
+        capabilities=_HOPPER,
         rows=4096,
-        config=ManyRows(rows=128, units=2, warps=4, steps=2, stages=4, slices=8, resident=2),
+        config=ManyRows(rows=256, units=2, warps=8, steps=4, stages=4, slices=4, resident=1),
     ),
     Entry(rows=8, config=FewRows(rows=8, units=1, warps=4, depth=2, blocks=8, resident=4)),
     Entry(rows=16, config=FewRows(rows=16, units=1, warps=4, depth=2, blocks=8, resident=4)),
     Entry(rows=32, config=FewRows(rows=32, units=1, warps=4, depth=2, blocks=4, resident=2)),
-    Entry(config=Unpack(warps=4)),
+    Entry(config=Unpack(blocks=4)),
 )
 
 

@@ -33,8 +33,8 @@ def cubin(config: Config, capability: int, dtype: torch.dtype, groups: int, *, w
         return _many_rows(config, capability, dtype, groups)
     pointers = {"words_ptr": "*i32", "scales_ptr": "*i32", "y_ptr": f"*{NAMES[dtype]}"}
     numbers = {"N": "i32", "K": "i32", "B": "i32"}
-    constants = {"GROUPS": groups, "WIDE": wide, "UNIT": 64}
-    return _compiled(ASTSource, int4_unpack.unpack_kernel, pointers | numbers, constants, capability, config.warps)
+    constants = {"GROUPS": groups, "WIDE": wide, "BLOCKS": config.blocks}
+    return _compiled(GluonASTSource, int4_unpack.unpack_kernel, pointers | numbers, constants, capability, 4)
 
 
 def reduce_cubin(capability: int, dtype: torch.dtype) -> bytes:
@@ -75,11 +75,13 @@ def _many_rows(config: ManyRows, capability: int, dtype: torch.dtype, groups: in
         "UNITS": config.units,
         "STEPS": max(config.steps, groups),
         "STAGES": config.stages,
+        "PENDING": 1,
         "BLOCKS": 4,
         "PARTS": 1,
         "GROUPS": groups,
         "BIAS": True,
         "GROUP": int4_gemm.TILES_IN_GROUP,
+        "DEPENDENT": True,
     }
     kernel = int4_gemm.many_rows_kernel
     return _compiled(GluonASTSource, kernel, pointers | numbers, constants, capability, config.warps)
