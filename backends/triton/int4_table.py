@@ -5,7 +5,7 @@ The first entry that takes a problem runs it. examples/benchmarks/triton_kernels
 
 from dataclasses import dataclass
 
-from qcompile.backends.triton.int4_words import ROWS
+from qcompile.backends.triton.int4_words import COLUMNS, ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ WITHOUT_LIMIT = 1 << 62
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A configuration. capabilities: first and last it is for; rows: of x at most; columns: least K.
+    """A configuration. capabilities: first and last it is for; rows: of x at most; columns: least K; work: least blocks.
 
     Tiles of several units are for weights whose units divide by it; wgmma is for scales that are bfloat16.
     """
@@ -65,11 +65,14 @@ class Entry:
     capabilities: tuple[int, int] = (80, 999)
     rows: int = WITHOUT_LIMIT
     columns: int = 0
+    work: int = 0
 
 
 _HOPPER = (90, 90)
 # from so many columns on, tiles of N are few in the models that have them, and K is cut into slices
 _LONG = 8192
+# blocks that keep all multiprocessors of an H200 busy with tiles of four units
+_LARGE = 5000
 TABLE = (
     Entry(
         capabilities=_HOPPER,
@@ -79,12 +82,13 @@ TABLE = (
     Entry(
         capabilities=_HOPPER,
         rows=16,
+        work=_LARGE,
         config=FewRows(rows=16, units=4, warps=4, depth=2, blocks=8, resident=2),
     ),
     Entry(
         capabilities=_HOPPER,
         rows=16,
-        config=FewRows(rows=16, units=1, warps=4, depth=4, blocks=8, resident=4),
+        config=FewRows(rows=16, units=1, warps=4, depth=2, blocks=4, resident=5),
     ),
     Entry(
         capabilities=_HOPPER,
@@ -109,8 +113,13 @@ TABLE = (
     ),
     Entry(
         capabilities=_HOPPER,
-        rows=4096,
-        config=ManyRows(rows=256, units=2, warps=8, steps=4, stages=4, slices=4, resident=1),
+        rows=256,
+        config=ManyRows(rows=256, units=2, warps=8, steps=4, stages=4, slices=8, resident=1),
+    ),
+    Entry(
+        capabilities=_HOPPER,
+        rows=2048,
+        config=ManyRows(rows=256, units=2, warps=8, steps=4, stages=4, slices=2, resident=1),
     ),
     Entry(rows=8, config=FewRows(rows=8, units=1, warps=4, depth=2, blocks=8, resident=4)),
     Entry(rows=16, config=FewRows(rows=16, units=1, warps=4, depth=2, blocks=8, resident=4)),
@@ -126,9 +135,10 @@ def choose(M: int, N: int, K: int, capability: int, *, wide: bool) -> Config:
 
 def _takes(entry: Entry, M: int, N: int, K: int, capability: int, wide: bool) -> bool:
     config = entry.config
+    units, blocks = -(-N // ROWS), -(-K // COLUMNS)
     low, high = entry.capabilities
-    if not low <= capability <= high or M > entry.rows or entry.columns > K:
+    if not low <= capability <= high or M > entry.rows or entry.columns > K or entry.work > units * blocks:
         return False
-    if not isinstance(config, Unpack) and -(-N // ROWS) % config.units:
+    if not isinstance(config, Unpack) and units % config.units:
         return False
     return not isinstance(config, ManyRows) or (not wide and N % TMA_MULTIPLE == 0)

@@ -65,8 +65,8 @@ def test_every_configuration(M: int, text: str) -> None:
     words, scales, weight = packed(text, N, K, torch.bfloat16)
     x = torch.randn(M, K, dtype=torch.bfloat16, device="cuda")
     for config in configs(M, N, scales.dim() == 4):
-        poison = torch.full((M * N * 8,), torch.nan, device="cuda")
-        del poison
+        # what the allocator hands out next holds NaN
+        torch.full((M * N * 8,), torch.nan, device="cuda")
         y = int4_linear(x, words, scales, None, N, config)
         assert y.isfinite().all(), name_of(config)
         check(y, x, weight, None)
@@ -75,7 +75,9 @@ def test_every_configuration(M: int, text: str) -> None:
 
 def test_no_rows() -> None:
     words, scales, _ = packed("int4/g128/asym/bf16", 64, 256, torch.bfloat16)
-    y = torch.ops.qcompile.linear_int4(torch.empty(0, 256, dtype=torch.bfloat16, device="cuda"), words, scales, None, 64)
+    y = torch.ops.qcompile.linear_int4(
+        torch.empty(0, 256, dtype=torch.bfloat16, device="cuda"), words, scales, None, 64
+    )
     assert y.shape == (0, 64)
 
 
@@ -90,7 +92,7 @@ def test_inputs_that_are_not_contiguous(M: int) -> None:
 @pytest.mark.parametrize("M", [4, 16, 48, 130])
 def test_rows_are_alone(M: int) -> None:
     N, K = 512, 1024
-    words, scales, weight = packed("int4/g128/asym/bf16", N, K, torch.bfloat16)
+    words, scales, _ = packed("int4/g128/asym/bf16", N, K, torch.bfloat16)
     x = torch.randn(M, K, dtype=torch.bfloat16, device="cuda")
     clean = int4_linear(x, words, scales, None, N)
     poisoned = x.clone()
@@ -115,7 +117,7 @@ def test_long_rows(M: int) -> None:
 @pytest.mark.parametrize("M", [1, 20, 140])
 def test_graph_replays(M: int) -> None:
     N, K = 512, 1024
-    words, scales, weight = packed("int4/g128/asym/bf16", N, K, torch.bfloat16)
+    words, scales, _ = packed("int4/g128/asym/bf16", N, K, torch.bfloat16)
     x = torch.randn(M, K, dtype=torch.bfloat16, device="cuda")
     int4_linear(x, words, scales, None, N)
     graph = torch.cuda.CUDAGraph()
