@@ -77,7 +77,13 @@ TABLE = (
     Entry(
         capabilities=_HOPPER,
         rows=8,
+        work=_LARGE,
         config=FewRows(rows=8, units=1, warps=4, depth=2, blocks=8, resident=7),
+    ),
+    Entry(
+        capabilities=_HOPPER,
+        rows=8,
+        config=FewRows(rows=8, units=1, warps=4, depth=2, blocks=4, resident=7),
     ),
     Entry(
         capabilities=_HOPPER,
