@@ -135,16 +135,14 @@ def few_rows_kernel(
     PADDED: gl.constexpr = triton.next_power_of_2(BLOCKS) * GROUPS
     sums = gl.allocate_shared_memory(gl.float32, [PADDED, ROWS_OF_X], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     table: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    _sums(
-        sums._reinterpret(gl.float32, [PADDED, ROWS_OF_X], table), x_ptr, first, M, K, ROWS_OF_X, BLOCKS, GROUPS
-    )
+    _sums(sums._reinterpret(gl.float32, [PADDED, ROWS_OF_X], table), x_ptr, first, M, K, ROWS_OF_X, BLOCKS, GROUPS)
     async_copy.wait_group(0)
     gl.thread_barrier()
 
     acc = gl.zeros([TILE, ROWS_OF_X], gl.float32, layout=mma)
     done = pid
     at_x = 0
-    for base in range(0, total, DEPTH):
+    for _ in range(0, total, DEPTH):
         if block == BLOCKS:
             block = 0
             tile += programs
@@ -164,11 +162,7 @@ def few_rows_kernel(
                 total_x = sums.index(at_x * GROUPS + g).load(gl.SliceLayout(0, mma))
                 acc += dot * scale[:, None] - shift[:, None] * total_x[None, :]
             at = gl.minimum(first + block + d, B - 1)
-            ring = (
-                ring[:d]
-                + (_block(words_ptr, scales_ptr, tile * UNITS, at, B, UNITS, GROUPS, WIDE),)
-                + ring[d + 1 :]
-            )
+            ring = ring[:d] + (_block(words_ptr, scales_ptr, tile * UNITS, at, B, UNITS, GROUPS, WIDE),) + ring[d + 1 :]
             at_x += 1
         block += DEPTH
         if at_x == BLOCKS:

@@ -56,7 +56,7 @@ WITHOUT_LIMIT = 1 << 62
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A configuration. capabilities: first and last it is for; rows: of x at most; columns: least K; work: least blocks.
+    """A configuration. capabilities: first and last it is for; rows: of x at most; columns, work: K, blocks at least.
 
     Tiles of several units are for weights whose units divide by it; wgmma is for scales that are bfloat16.
     """
@@ -143,7 +143,7 @@ def _takes(entry: Entry, M: int, N: int, K: int, capability: int, wide: bool) ->
     config = entry.config
     units, blocks = -(-N // ROWS), -(-K // COLUMNS)
     low, high = entry.capabilities
-    if not low <= capability <= high or M > entry.rows or entry.columns > K or entry.work > units * blocks:
+    if not low <= capability <= high or entry.rows < M or entry.columns > K or units * blocks < entry.work:
         return False
     if not isinstance(config, Unpack) and units % config.units:
         return False

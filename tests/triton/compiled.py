@@ -25,12 +25,12 @@ def name_of(config: Config) -> str:
     return type(config).__name__ + "-".join(str(getattr(config, f.name)) for f in fields(config))
 
 
-def cubin(config: Config, capability: int, dtype: torch.dtype, groups: int, *, wide: bool) -> bytes:
-    """The binary of the configuration's kernel, as its launcher would have it compiled."""
+def cubin(config: Config, capability: int, dtype: torch.dtype, groups: int, *, wide: bool, parts: int = 1) -> bytes:
+    """The binary of the configuration's kernel, as its launcher would have it compiled for K in that many slices."""
     if isinstance(config, FewRows):
-        return _few_rows(config, capability, NAMES[dtype], groups, wide)
+        return _few_rows(config, capability, NAMES[dtype], groups, wide, parts)
     if isinstance(config, ManyRows):
-        return _many_rows(config, capability, dtype, groups)
+        return _many_rows(config, capability, dtype, groups, parts)
     pointers = {"words_ptr": "*i32", "scales_ptr": "*i32", "y_ptr": f"*{NAMES[dtype]}"}
     numbers = {"N": "i32", "K": "i32", "B": "i32"}
     constants = {"GROUPS": groups, "WIDE": wide, "BLOCKS": config.blocks}
@@ -44,8 +44,9 @@ def reduce_cubin(capability: int, dtype: torch.dtype) -> bytes:
     return _compiled(ASTSource, kernel, pointers | {"size": "i32", "N": "i32"}, constants, capability, 4)
 
 
-def _few_rows(config: FewRows, capability: int, name: str, groups: int, wide: bool) -> bytes:
-    x = {"x_ptr": f"*{name}", "words_ptr": "*i32", "scales_ptr": "*i32", "bias_ptr": f"*{name}", "y_ptr": "*fp32"}
+def _few_rows(config: FewRows, capability: int, name: str, groups: int, wide: bool, parts: int) -> bytes:
+    x = {"x_ptr": f"*{name}", "words_ptr": "*i32", "scales_ptr": "*i32", "bias_ptr": f"*{name}"}
+    x |= {"y_ptr": "*fp32" if parts > 1 else f"*{name}"}
     numbers = dict.fromkeys(("M", "N", "K", "B", "tiles"), "i32")
     constants = {
         "ROWS_OF_X": config.rows,
@@ -54,15 +55,15 @@ def _few_rows(config: FewRows, capability: int, name: str, groups: int, wide: bo
         "BLOCKS": config.blocks,
         "GROUPS": groups,
         "WIDE": wide,
-        "WHOLE": False,
-        "BIAS": False,
+        "WHOLE": parts == 1,
+        "BIAS": parts == 1,
         "DEPENDENT": capability >= 90,
     }
     kernel = int4_matmul.few_rows_kernel
     return _compiled(GluonASTSource, kernel, x | numbers, constants, capability, config.warps)
 
 
-def _many_rows(config: ManyRows, capability: int, dtype: torch.dtype, groups: int) -> bytes:
+def _many_rows(config: ManyRows, capability: int, dtype: torch.dtype, groups: int, parts: int) -> bytes:
     name, kind = NAMES[dtype], int4_gemm.GLUON_TYPES[dtype]
     pointers = {}
     for tensor, block in (("x_desc", [config.rows, int4_gemm.STAGE]), ("y_desc", [config.rows, 64 * config.units])):
@@ -75,11 +76,11 @@ def _many_rows(config: ManyRows, capability: int, dtype: torch.dtype, groups: in
         "UNITS": config.units,
         "STEPS": max(config.steps, groups),
         "STAGES": config.stages,
-        "PENDING": 1,
+        "PENDING": 1 if parts == 1 else 0,
         "BLOCKS": 4,
-        "PARTS": 1,
+        "PARTS": parts,
         "GROUPS": groups,
-        "BIAS": True,
+        "BIAS": parts == 1,
         "GROUP": int4_gemm.TILES_IN_GROUP,
         "DEPENDENT": True,
     }

@@ -16,8 +16,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("config", "capability"), CASES)
-def test_configuration_compiles(config: Config, capability: int) -> None:
-    assert cubin(config, capability, torch.bfloat16, 1, wide=False)[:4] == b"\x7fELF"
+@pytest.mark.parametrize("parts", [1, 4])
+def test_configuration_compiles(config: Config, capability: int, parts: int) -> None:
+    assert cubin(config, capability, torch.bfloat16, 1, wide=False, parts=parts)[:4] == b"\x7fELF"
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

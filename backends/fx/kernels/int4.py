@@ -5,7 +5,7 @@ that chooses its kernel by the number of rows at each call, so that no number of
 """
 
 import functools
-import importlib
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,7 +79,7 @@ def why_not(p: Problem) -> str | None:
 
 def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
     """Codes and scales in the layouts of `int4_words`; groups of more columns than a block are several groups."""
-    N, K = codes.shape
+    K = codes.shape[1]
     if qparams.zero is None:
         codes, zero = codes + SIGNED_ZERO, torch.full_like(qparams.scale, SIGNED_ZERO)
     else:
