@@ -115,6 +115,7 @@ def test_poisoned_row_stays_in_its_row() -> None:
         ("int8/channel", None, {"dtype": torch.bfloat16}, "narrow", None),
         ("int8/channel", None, {"dtype": torch.bfloat16, "device": "cuda"}, "dense", "for the CPU"),
         ("int4/g32/asym", None, {"dtype": torch.bfloat16, "N": 24}, "dense", "multiple of 16"),
+        ("int4/g32/asym", None, {"device": "cuda", "capability": (9, 0)}, "dense", "tensor cores take bfloat16"),
         ("int8/channel", "int8/token", {"K": 133_200}, "dense", "overflow int32"),
         ("int8/channel", "int8/token", {"device": "cuda", "N": 12}, "dense", "divide by 8"),
         ("fp8_e4m3/channel", "fp8_e4m3/token", {}, "dense", "no fp8 matmul"),

@@ -1,11 +1,11 @@
 """The kernels of the FX host, in order of preference: the first that does not refuse runs a problem."""
 
-from qcompile.backends.fx.kernels import dense, fp8, int8, narrow, packed
+from qcompile.backends.fx.kernels import dense, fp8, int4, int8, narrow, packed
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 
 __all__ = ["KERNELS", "Kernel", "Problem", "choose"]
 
-KERNELS: tuple[Kernel, ...] = (int8.KERNEL, fp8.KERNEL, narrow.KERNEL, dense.KERNEL, packed.KERNEL)
+KERNELS: tuple[Kernel, ...] = (int8.KERNEL, fp8.KERNEL, int4.KERNEL, narrow.KERNEL, dense.KERNEL, packed.KERNEL)
 
 
 def choose(problem: Problem) -> tuple[Kernel, dict[str, str]]:

@@ -1,0 +1,106 @@
+"""4-bit weights under 16-bit inputs on NVIDIA GPUs: the Triton kernels of `qcompile.backends.triton.int4_linear`.
+
+x: [..., K] bfloat16 or float16; words and scales as `qcompile.backends.triton.int4_words` packs them. One opaque op
+that chooses its kernel by the number of rows at each call, so that no number of rows compiles a graph anew.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.backends.fx.kernels.problem import Kernel, Problem
+from qcompile.backends.fx.registry import REGISTRY
+from qcompile.backends.triton.int4_words import COLUMNS, SIGNED_ZERO, SMALL_GROUPS, pack_scales, pack_words
+from qcompile.formats import Integer
+from qcompile.numerics import QParams
+from qcompile.spec import ALL
+
+FIRST_CAPABILITY = (8, 0)
+# copies of 16 bytes
+MULTIPLE = 8
+# kinds of scales that bfloat16 holds
+BFLOAT16_SCALES = ("bf16", "e8m0")
+
+REGISTRY.define("int4_mm(Tensor x, Tensor words, Tensor scales, Tensor? bias, int N) -> Tensor")
+REGISTRY.define("linear_int4(Tensor x, Tensor words, Tensor scales, Tensor? bias, int N) -> Tensor")
+
+
+def _int4_mm(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, N: int) -> Tensor:
+    from qcompile.backends.triton.int4_linear import int4_linear
+
+    return int4_linear(x, words, scales, bias, N)
+
+
+def _linear_int4(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, N: int) -> Tensor:
+    y = torch.ops.qcompile.int4_mm(x.reshape(-1, x.shape[-1]), words, scales, bias, N)
+    return y.reshape(*x.shape[:-1], N)
+
+
+REGISTRY.impl("int4_mm", _int4_mm, "CUDA")
+REGISTRY.impl("int4_mm", lambda x, words, scales, bias, N: x.new_empty(x.shape[0], N), "Meta")
+REGISTRY.impl("linear_int4", _linear_int4, "CompositeImplicitAutograd")
+
+
+@functools.cache
+def missing() -> str | None:
+    """None if the kernels can be loaded, else what is missing."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        importlib.import_module("qcompile.backends.triton.int4_linear")
+    except (ImportError, AttributeError) as error:
+        return f"this triton lacks what the kernels need ({error}); 3.6 has it"
+    return None
+
+
+def why_not(p: Problem) -> str | None:
+    """None if the kernels can run `p`, else the reason."""
+    if p.input is not None:
+        return "the input is quantized"
+    fmt, columns = p.weight.format, p.weight.granularity.columns
+    if not isinstance(fmt, Integer) or fmt.bits != 4 or p.weight.granularity.rows != 1:
+        return f"weight {p.weight} is not 4-bit integers by channel or group"
+    if columns not in (ALL, *SMALL_GROUPS) and columns % COLUMNS:
+        return f"groups are {', '.join(map(str, SMALL_GROUPS))} or multiples of {COLUMNS} columns, got {columns}"
+    if p.device != "cuda" or torch.version.hip is not None:
+        return "these kernels are for NVIDIA GPUs"
+    if p.dtype not in (torch.bfloat16, torch.float16):
+        return f"the input is {str(p.dtype).removeprefix('torch.')}, and tensor cores take bfloat16 and float16"
+    if p.capability is None or p.capability < FIRST_CAPABILITY:
+        return f"the kernels begin with sm_80, this is sm_{''.join(map(str, p.capability or ()))}"
+    if p.K % MULTIPLE:
+        return f"K={p.K} is not a multiple of {MULTIPLE}"
+    return missing()
+
+
+def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Codes and scales in the layouts of `int4_words`; groups of more columns than a block are several groups."""
+    K = codes.shape[1]
+    if qparams.zero is None:
+        codes, zero = codes + SIGNED_ZERO, torch.full_like(qparams.scale, SIGNED_ZERO)
+    else:
+        zero = qparams.zero
+    columns = qparams.spec.granularity.columns
+    width = columns if columns in SMALL_GROUPS else COLUMNS
+    blocks = -(-K // COLUMNS) * (COLUMNS // width)
+    group = torch.arange(blocks, device=codes.device) * width // (columns or K)
+    group = group.clamp(max=qparams.scale.shape[1] - 1)
+    scales = pack_scales(qparams.scale[:, group], zero[:, group], narrow=qparams.spec.scale in BFLOAT16_SCALES)
+    return {"words": pack_words(codes.contiguous()), "scales": scales}
+
+
+def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: Any) -> tuple[Any, ...]:
+    return (*x, packed["words"], packed["scales"], bias, p.N)
+
+
+KERNEL = Kernel(
+    name="int4",
+    why_not=why_not,
+    pack=pack,
+    op=torch.ops.qcompile.linear_int4.default,
+    arguments=_arguments,
+)

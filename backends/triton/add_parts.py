@@ -1,0 +1,60 @@
+"""y[M, N] = the sum of float32 parts [P, M, N], first to last, + bias: what kernels that cut K leave to do."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+BLOCK = 512
+# first compute capability that has programmatic dependent launch (PTX ISA, griddepcontrol)
+DEPENDENT_CAPABILITY = (9, 0)
+
+
+def is_dependent(device: torch.device) -> bool:
+    """Whether kernels on the device may start before the one before them has ended, and wait inside."""
+    return torch.cuda.get_device_capability(device) >= DEPENDENT_CAPABILITY
+
+
+@triton.jit
+def reduce_kernel(
+    parts_ptr,
+    bias_ptr,
+    y_ptr,
+    size,
+    N,
+    PARTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """y = sum of the parts, first to last, + bias."""
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = i < size
+    acc = tl.load(parts_ptr + i, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        acc += tl.load(parts_ptr + part * size + i, mask=inside, other=0.0)
+    if BIAS:
+        acc += tl.load(bias_ptr + i % N, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + i, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def add_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Write the sum of parts [P, M, N] and bias [N] to y [M, N]."""
+    dependent = is_dependent(y.device)
+    reduce_kernel[(triton.cdiv(y.numel(), BLOCK),)](
+        parts,
+        y if bias is None else bias,
+        y,
+        y.numel(),
+        y.shape[1],
+        PARTS=parts.shape[0],
+        BIAS=bias is not None,
+        DEPENDENT=dependent,
+        SIZE=BLOCK,
+        num_warps=4,
+        **({"launch_pdl": True} if dependent else {}),
+    )

@@ -1,0 +1,217 @@
+"""W4A16 for few rows: y[M, N] = x[M, K] @ dequantized(codes[N, K]).T + bias, x bfloat16 or float16.
+
+Operands are swapped: the weight is the first operand of m16n8k16, the few rows of x are the second, padded to 8, 16
+or 32 columns. Weights go from memory to registers in the order of the tensor cores (`int4_words`), so the main loop
+has no barrier and no shuffle. A nibble n becomes the float n + offset by one `lop3`; nothing else is done to single
+weights: with sums[m, g] = sum of x[m, k] over group g,
+
+    y[m, n] = sum over g of scale[n, g] * (dot[m, n, g] - (offset + zero[n, g]) * sums[m, g]).
+
+A program keeps one slice of K of x in shared memory and walks over tiles of N. Slices are added by a second kernel in
+a fixed order, so the result is deterministic. A program fetches its first weights before it waits for the kernel
+before it (programmatic dependent launch): they never change.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from qcompile.backends.triton.add_parts import add_parts, is_dependent
+from qcompile.backends.triton.int4_table import FewRows
+from qcompile.backends.triton.int4_tiles import (
+    INTEGER_BITS,
+    INTEGER_OFFSET,
+    SCALE_BITS,
+    ZERO_BITS,
+    offset_of,
+    operand,
+    unpacked,
+)
+
+
+@gluon.jit
+def _block(words_ptr, scales_ptr, unit, block, B, UNITS: gl.constexpr, GROUPS: gl.constexpr, WIDE: gl.constexpr):
+    """Words and scales of units unit.. at a block of columns."""
+    lw: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [gl.num_warps(), 1], [1, 0])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
+    part = gl.arange(0, 4 * UNITS, layout=gl.SliceLayout(1, lw))
+    word = gl.arange(0, 256, layout=gl.SliceLayout(0, lw))
+    inside = ((part // 4) * (B * 1024) + (part % 4) * 256)[:, None] + word[None, :]
+    start = unit.to(gl.int64) * B + block
+    words = gl.load(words_ptr + start * 1024 + inside, cache_modifier=".cg")
+    row = gl.arange(0, 64 * UNITS, layout=gl.SliceLayout(1, mma))
+    PLANES: gl.constexpr = 2 if WIDE else 1
+    beside = (row // 64) * (B * (GROUPS * PLANES * 64)) + row % 64
+    scales_ptr += start * (GROUPS * PLANES * 64)
+    scales = ()
+    zeros = ()
+    for g in gl.static_range(GROUPS):
+        scales = scales + (gl.load(scales_ptr + g * (PLANES * 64) + beside),)
+        zeros = zeros + ((gl.load(scales_ptr + g * 128 + 64 + beside) if WIDE else scales[g]),)
+    return words, scales, zeros
+
+
+@gluon.jit
+def _sums(sums, x_ptr, first, M, K, ROWS_OF_X: gl.constexpr, BLOCKS: gl.constexpr, GROUPS: gl.constexpr):
+    """Store the sums of x over each group of a slice, [BLOCKS * GROUPS, ROWS_OF_X]."""
+    W: gl.constexpr = gl.num_warps()
+    # about 64 elements a thread at once
+    MOST: gl.constexpr = max(1, 64 * W * 32 // (ROWS_OF_X * 128))
+    CHUNK: gl.constexpr = min(BLOCKS & -BLOCKS, 1 << (MOST.bit_length() - 1))
+    WARPS: gl.constexpr = min(W, CHUNK)
+    lx: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 2, 16], [WARPS, W // WARPS, 1], [2, 1, 0])
+    b = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, gl.SliceLayout(2, lx)))[:, None, None]
+    m = gl.arange(0, ROWS_OF_X, layout=gl.SliceLayout(0, gl.SliceLayout(2, lx)))[None, :, None]
+    k = gl.arange(0, 128, layout=gl.SliceLayout(0, gl.SliceLayout(1, lx)))[None, None, :]
+    for i in gl.static_range(BLOCKS // CHUNK):
+        column = (first + i * CHUNK + b) * 128 + k
+        x = gl.load(x_ptr + m * K + column, mask=(m < M) & (column < K), other=0.0).to(gl.float32)
+        total = gl.sum(gl.reshape(x, [CHUNK, ROWS_OF_X, GROUPS, 128 // GROUPS]), axis=3)
+        total = gl.reshape(gl.permute(total, (0, 2, 1)), [CHUNK * GROUPS, ROWS_OF_X])
+        sums.slice(i * CHUNK * GROUPS, CHUNK * GROUPS, dim=0).store(total)
+
+
+@gluon.jit
+def few_rows_kernel(
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    B,
+    tiles,
+    ROWS_OF_X: gl.constexpr,
+    UNITS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    GROUPS: gl.constexpr,
+    WIDE: gl.constexpr,
+    WHOLE: gl.constexpr,
+    BIAS: gl.constexpr,
+    DEPENDENT: gl.constexpr,
+):
+    """Tiles pid, pid + programs, ... of N on slice program_id(1) of K; to y if WHOLE, else to its part of y."""
+    W: gl.constexpr = gl.num_warps()
+    TILE: gl.constexpr = 64 * UNITS
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1], [16, 8])
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    dtype: gl.constexpr = x_ptr.dtype.element_ty
+    OFFSET: gl.constexpr = offset_of(dtype)
+    # of 16 columns, in a group
+    PLANES: gl.constexpr = 8 // GROUPS
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
+    part = gl.program_id(1)
+    first = part * BLOCKS
+    total = ((tiles - pid + programs - 1) // programs) * BLOCKS
+
+    # what is fetched: a tile and a block of its slice; past the end of K the last block again, against zeros of x
+    tile = pid
+    block = 0
+    ring = ()
+    for d in gl.static_range(DEPTH):
+        at = gl.minimum(first + d, B - 1)
+        ring = ring + (_block(words_ptr, scales_ptr, tile * UNITS, at, B, UNITS, GROUPS, WIDE),)
+    block = DEPTH
+
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    lx: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [W, 1], [1, 0])
+    xs = gl.allocate_shared_memory(dtype, [BLOCKS, ROWS_OF_X, 128], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    m = gl.arange(0, ROWS_OF_X, layout=gl.SliceLayout(1, lx))[:, None]
+    k = gl.arange(0, 128, layout=gl.SliceLayout(0, lx))[None, :]
+    for i in range(BLOCKS):
+        column = (first + i) * 128 + k
+        async_copy.async_copy_global_to_shared(xs.index(i), x_ptr + m * K + column, mask=(m < M) & (column < K))
+    async_copy.commit_group()
+    PADDED: gl.constexpr = triton.next_power_of_2(BLOCKS) * GROUPS
+    sums = gl.allocate_shared_memory(gl.float32, [PADDED, ROWS_OF_X], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    table: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    _sums(sums._reinterpret(gl.float32, [PADDED, ROWS_OF_X], table), x_ptr, first, M, K, ROWS_OF_X, BLOCKS, GROUPS)
+    async_copy.wait_group(0)
+    gl.thread_barrier()
+
+    acc = gl.zeros([TILE, ROWS_OF_X], gl.float32, layout=mma)
+    done = pid
+    at_x = 0
+    for _ in range(0, total, DEPTH):
+        if block == BLOCKS:
+            block = 0
+            tile += programs
+            # after the last tile the first again, whose words nobody uses
+            if tile >= tiles:
+                tile = pid
+        for d in gl.static_range(DEPTH):
+            words, scales, zeros = ring[d]
+            planes = unpacked(words, dtype)
+            for g in gl.static_range(GROUPS):
+                a = operand(planes, g * PLANES, PLANES, 4 * UNITS, mma)
+                x = xs.index(at_x).slice(g * 16 * PLANES, 16 * PLANES, dim=1).permute((1, 0)).load(right)
+                dot = mma_v2(a, x, gl.zeros([TILE, ROWS_OF_X], gl.float32, layout=mma))
+                scale = (scales[g] if WIDE else scales[g] & SCALE_BITS).to(gl.float32, bitcast=True)
+                zero = ((zeros[g] & ZERO_BITS) | INTEGER_BITS).to(gl.float32, bitcast=True)
+                shift = scale * (zero - (INTEGER_OFFSET - OFFSET))
+                total_x = sums.index(at_x * GROUPS + g).load(gl.SliceLayout(0, mma))
+                acc += dot * scale[:, None] - shift[:, None] * total_x[None, :]
+            at = gl.minimum(first + block + d, B - 1)
+            ring = ring[:d] + (_block(words_ptr, scales_ptr, tile * UNITS, at, B, UNITS, GROUPS, WIDE),) + ring[d + 1 :]
+            at_x += 1
+        block += DEPTH
+        if at_x == BLOCKS:
+            n = done * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, mma))
+            row = gl.arange(0, ROWS_OF_X, layout=gl.SliceLayout(0, mma))
+            inside = (n[:, None] < N) & (row[None, :] < M)
+            if BIAS and WHOLE:
+                acc += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+            to = (part * M + row).to(gl.int64)[None, :] * N + n[:, None]
+            gl.store(y_ptr + to, acc.to(y_ptr.dtype.element_ty), mask=inside)
+            acc = gl.zeros([TILE, ROWS_OF_X], gl.float32, layout=mma)
+            at_x = 0
+            done += programs
+
+
+def few_rows(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, N: int, config: FewRows) -> Tensor:
+    """y [M, N] for contiguous x [M, K], 1 <= M <= config.rows, and a weight as `int4_words` packs it."""
+    M, K = x.shape
+    units, B = words.shape[:2]
+    device = torch.cuda.get_device_properties(x.device)
+    dependent = is_dependent(x.device)
+    tiles, parts = units // config.units, triton.cdiv(B, config.blocks)
+    each = triton.cdiv(tiles * parts, device.multi_processor_count * config.resident)
+    y = x.new_empty(M, N)
+    to = y if parts == 1 else x.new_empty(parts, M, N, dtype=torch.float32)
+    given = x if bias is None else bias
+    few_rows_kernel[(triton.cdiv(tiles, each), parts)](
+        x,
+        words,
+        scales,
+        given,
+        to,
+        M,
+        N,
+        K,
+        B,
+        tiles,
+        ROWS_OF_X=config.rows,
+        UNITS=config.units,
+        DEPTH=config.depth,
+        BLOCKS=config.blocks,
+        GROUPS=scales.shape[1] // B,
+        WIDE=scales.dim() == 4,
+        WHOLE=parts == 1,
+        BIAS=bias is not None,
+        DEPENDENT=dependent,
+        num_warps=config.warps,
+        **({"launch_pdl": True} if dependent else {}),
+    )
+    if parts > 1:
+        add_parts(to, bias, y)
+    return y
