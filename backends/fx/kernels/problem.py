@@ -43,3 +43,8 @@ class Kernel:
     # input: (codes, scale, zero or None) if takes_codes, else (x,), dequantized where the input was quantized
     arguments: Callable[[Problem, tuple[Any, ...], Mapping[str, Any], Any], tuple[Any, ...]]
     takes_codes: bool = False
+    # the only type of device for which it is a candidate; None: any
+    device: str | None = None
+    # (problem, the op's arguments, outlier channels of x, their weight as `tail` packs it) -> the arguments of the op
+    # that adds their product too; None if it does not
+    with_tail: Callable[[Problem, tuple[Any, ...], Any, Any], tuple[Any, ...] | None] | None = None
