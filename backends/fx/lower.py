@@ -79,6 +79,16 @@ class _Run:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Split:
+    """total = linear + the thin `tail` of calibrated outlier channels."""
+
+    total: Node
+    linear: Node
+    tail: Node
+    weight: _Weight
+
+
+@dataclass(frozen=True, kw_only=True)
 class _FoundSplit:
     """total = linear + a linear of the same weight on `outliers`."""
 
@@ -97,6 +107,8 @@ def lower(graph: FxGraph, target: Target, packs: PackSource) -> list[Lowered]:
     for value in list(graph.values()):
         if graph.op(value) is Op.ADD and (split := _found_split(graph, value)) is not None:
             lowered += _lower_found_split(graph, split, target, packs)
+        elif graph.op(value) is Op.ADD and (whole := _split(graph, value)) is not None:
+            lowered += _lower_split(graph, whole, target, packs)
     graph.prune()
     runs = []
     for value in list(graph.values()):
@@ -236,30 +248,64 @@ def _lower_found_split(graph: FxGraph, split: _FoundSplit, target: Target, packs
     if kernel.why_not(problem) is not None:
         return []
     site = graph.name(split.linear)
-    tensors = packs.quantized(
-        site, graph.name(split.weight.constant), kernel, problem, split.weight.codes, split.weight.qparams
-    )
-    packed = _constants(graph, split.weight, kernel, tensors)
+    packed = _packed(graph, site, split.weight, kernel, problem, packs)
     x, threshold = graph.inputs(split.outliers)
     bias = graph.inputs(split.linear)[2]
     _replace(graph, split.total, kernel.op, kernel.arguments(problem, (x, threshold), packed, bias))
     return [Lowered(site=site, kernel=kernel.name, refused={})]
 
 
+def _split(graph: FxGraph, total: Node) -> _Split | None:
+    """The parts of a sum that `split_outliers` made for calibrated channels."""
+    linear, thin = graph.inputs(total)
+    if any(v is None or graph.op(v) is not Op.LINEAR or graph.users(v) != [total] for v in (linear, thin)):
+        return None
+    assert linear is not None
+    assert thin is not None
+    selected, weight = graph.inputs(thin)[0], _quantized_weight(graph, linear)
+    if tail_owner(graph.name(thin)) != graph.name(linear) or selected is None or weight is None:
+        return None
+    if graph.op(selected) is not Op.SELECT or graph.inputs(linear)[0] is None:
+        return None
+    return _Split(total=total, linear=linear, tail=thin, weight=weight)
+
+
+def _lower_split(graph: FxGraph, split: _Split, target: Target, packs: PackSource) -> list[Lowered]:
+    """Let one op make both products, if a kernel does; else leave them."""
+    problem = _problem(graph, split.linear, split.weight, target)
+    kernel, refused = choose(problem)
+    x, _, bias = graph.inputs(split.linear)
+    columns = None if kernel.with_tail is None else _packed_tail(graph, split.tail, packs)
+    if kernel.with_tail is None or x is None or columns is None:
+        return []
+    site = graph.name(split.linear)
+    packed = _packed(graph, site, split.weight, kernel, problem, packs)
+    plain = kernel.arguments(problem, tuple(x.args[:3]) if kernel.takes_codes else (x,), packed, bias)
+    arguments = kernel.with_tail(problem, plain, graph.inputs(split.tail)[0], columns)
+    if arguments is None:
+        return []
+    _replace(graph, split.total, kernel.op, arguments)
+    return [Lowered(site=site, kernel=kernel.name, refused=refused)]
+
+
 def _lower_tail(graph: FxGraph, linear: Node, packs: PackSource) -> None:
     """Make the thin linear of calibrated outliers read its columns as a pack."""
-    x, columns = graph.inputs(linear)[:2]
-    site = tail_owner(graph.name(linear))
-    if site is None or x is None or graph.op(x) is not Op.SELECT:
+    x = graph.inputs(linear)[0]
+    if tail_owner(graph.name(linear)) is None or x is None or graph.op(x) is not Op.SELECT:
         return
+    columns = _packed_tail(graph, linear, packs)
+    if columns is not None:
+        _replace(graph, linear, tail.OP, (x, columns))
+
+
+def _packed_tail(graph: FxGraph, linear: Node, packs: PackSource) -> Node | None:
+    """The pack of the columns that a thin linear multiplies, None if their values are not known."""
+    columns, site = graph.inputs(linear)[1], tail_owner(graph.name(linear))
     weight = None if columns is None else graph.constant(columns)
-    if columns is None or weight is None:
-        return
+    if columns is None or weight is None or site is None:
+        return None
     name = graph.name(columns)
-    packed = {
-        part: graph.add_constant(f"{name}.{part}", tensor) for part, tensor in packs.tail(site, name, weight).items()
-    }
-    _replace(graph, linear, tail.OP, (x, packed["weight"]))
+    return graph.add_constant(f"{name}.weight", packs.tail(site, name, weight)["weight"])
 
 
 def _lower_select(graph: FxGraph, selected: Node) -> None:
@@ -275,6 +321,14 @@ def _lower_select(graph: FxGraph, selected: Node) -> None:
     first, last = int(index[0]), int(index[-1])
     if index.tolist() == list(range(first, last + 1)) and (first < last or last + 1 == size):
         _replace(graph, selected, aten.slice.Tensor, (x, -1, first, last + 1))
+
+
+def _packed(
+    graph: FxGraph, site: str, weight: _Weight, kernel: Kernel, problem: Problem, packs: PackSource
+) -> dict[str, Node]:
+    name = graph.name(weight.constant)
+    tensors = packs.quantized(site, name, kernel, problem, weight.codes, weight.qparams)
+    return _constants(graph, weight, kernel, tensors)
 
 
 def _constants(graph: FxGraph, weight: _Weight, kernel: Kernel, tensors: Mapping[str, Tensor]) -> dict[str, Node]:

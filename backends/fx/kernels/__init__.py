@@ -1,17 +1,28 @@
 """The kernels of the FX host, in order of preference: the first that does not refuse runs a problem."""
 
-from qcompile.backends.fx.kernels import dense, fp8, int4, int8, narrow, packed
+from qcompile.backends.fx.kernels import dense, fp8, fp8_triton, int4, int8, int8_triton, narrow, packed
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 
 __all__ = ["KERNELS", "Kernel", "Problem", "choose"]
 
-KERNELS: tuple[Kernel, ...] = (int8.KERNEL, fp8.KERNEL, int4.KERNEL, narrow.KERNEL, dense.KERNEL, packed.KERNEL)
+KERNELS: tuple[Kernel, ...] = (
+    int8_triton.KERNEL,
+    int8.KERNEL,
+    fp8_triton.KERNEL,
+    fp8.KERNEL,
+    int4.KERNEL,
+    narrow.KERNEL,
+    dense.KERNEL,
+    packed.KERNEL,
+)
 
 
 def choose(problem: Problem) -> tuple[Kernel, dict[str, str]]:
     """The kernel for a problem, and why each one preferred to it refused."""
     refused: dict[str, str] = {}
     for kernel in KERNELS:
+        if kernel.device not in (None, problem.device):
+            continue
         reason = kernel.why_not(problem)
         if reason is None:
             return kernel, refused

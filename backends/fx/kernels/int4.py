@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
-from qcompile.backends.triton.int4_words import COLUMNS, SIGNED_ZERO, SMALL_GROUPS, pack_scales, pack_words
+from qcompile.backends.triton.int4_words import COLUMNS, ROWS, SIGNED_ZERO, SMALL_GROUPS, pack_scales, pack_words
 from qcompile.formats import Integer
 from qcompile.numerics import QParams
 from qcompile.spec import ALL
@@ -103,4 +103,7 @@ KERNEL = Kernel(
     pack=pack,
     op=torch.ops.qcompile.linear_int4.default,
     arguments=_arguments,
+    device="cuda",
+    # packs are whole units of rows
+    joins=lambda problems: all(p.N % ROWS == 0 for p in problems),
 )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.backends.fx.kernels import int8
+from qcompile.backends.fx.kernels import int8, int8_triton
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
 
@@ -25,7 +25,7 @@ REGISTRY.define(
 )
 REGISTRY.define(
     "linear_llm_int8(Tensor x, Tensor threshold, Tensor weight, Tensor weight_scale, Tensor weight_sum, Tensor? bias,"
-    " str spec, ScalarType dtype) -> Tensor"
+    " str spec, ScalarType dtype, bool triton=False) -> Tensor"
 )
 
 
@@ -47,14 +47,17 @@ def _linear_llm_int8(
     bias: Tensor | None,
     spec: str,
     dtype: torch.dtype,
+    triton: bool = False,
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     reached = (rows.abs() >= threshold).any(0)
     # a product, so that NaN and Inf reach y through the row's scale too
     codes, scale, *zero = torch.ops.qcompile.quantize_dynamic(rows * reached.logical_not(), spec)
-    y = torch.ops.qcompile.linear_int8(
-        codes, scale, zero[0] if zero else None, weight, weight_scale, weight_sum, bias, torch.float32
-    )
+    given = (codes, scale, zero[0] if zero else None, weight, weight_scale, weight_sum, bias)
+    if triton:
+        y = torch.ops.qcompile.linear_int8_triton(*given, None, None, torch.float32)
+    else:
+        y = torch.ops.qcompile.linear_int8(*given, torch.float32)
     torch.ops.qcompile.add_outliers_(y, rows, reached, weight, weight_scale)
     return y.to(dtype).reshape(*x.shape[:-1], weight.shape[0])
 
@@ -66,7 +69,8 @@ REGISTRY.impl("linear_llm_int8", _linear_llm_int8, "CompositeImplicitAutograd")
 
 
 def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: Any) -> tuple[Any, ...]:
-    return (*x, packed["weight"], packed["scale"], packed["sum"], bias, str(p.input), p.dtype)
+    fused = p.device == "cuda" and int8_triton.why_not(p) is None
+    return (*x, packed["weight"], packed["scale"], packed["sum"], bias, str(p.input), p.dtype, fused)
 
 
 # x: (x, threshold)

@@ -43,6 +43,11 @@ class Kernel:
     # input: (codes, scale, zero or None) if takes_codes, else (x,), dequantized where the input was quantized
     arguments: Callable[[Problem, tuple[Any, ...], Mapping[str, Any], Any], tuple[Any, ...]]
     takes_codes: bool = False
+    # the only type of device for which it is a candidate; None: any
+    device: str | None = None
+    # (problem, the op's arguments, outlier channels of x, their weight as `tail` packs it) -> the arguments of the op
+    # that adds their product too; None if it does not
+    with_tail: Callable[[Problem, tuple[Any, ...], Any, Any], tuple[Any, ...] | None] | None = None
     # whether problems that read one input may run as one, their packs one behind the other along the first dimension,
     # which is that of N; None if they never do
     joins: Callable[[Sequence[Problem]], bool] | None = None

@@ -1,0 +1,104 @@
+"""Compile the kernels of 8-bit codes for a device that need not be there."""
+
+from dataclasses import fields
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from qcompile.backends.triton import eight_bit, hopper
+from qcompile.backends.triton.eight_bit_table import Config, HopperTiles, Tiles
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "i8"}
+NAMES |= {torch.float8_e4m3fn: "fp8e4nv"}
+GLUON_TYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32, "i8": gl.int8}
+OPTIONAL = ("zero", "sum_w", "bias", "residual", "x_tail", "w_tail")
+# what a launch finds out by itself: pointers and lengths are multiples of 16
+LENGTHS = ("N", "K", "stride_x", "stride_residual")
+
+
+def name_of(config: Config) -> str:
+    return type(config).__name__ + "-".join(str(getattr(config, f.name)) for f in fields(config))
+
+
+def cubin(config: Config, capability: int, codes: torch.dtype, dtype: torch.dtype, *, full: bool, tail: bool) -> bytes:
+    """The binary of the configuration's kernel, as its launcher would have it compiled.
+
+    full: with zero, bias and residual.
+    """
+    name = NAMES[dtype]
+    optional = {"zero": "*fp32", "sum_w": "*i32", "bias": f"*{name}", "residual": f"*{name}"} if full else {}
+    if isinstance(config, HopperTiles):
+        return _hopper(config, capability, name, optional, tail)
+    optional |= dict.fromkeys(("x_tail", "w_tail"), f"*{name}") if tail else {}
+    return _eight_bit(config, capability, NAMES[codes], name, optional)
+
+
+def _eight_bit(config: Tiles, capability: int, codes: str, name: str, optional: dict[str, str]) -> bytes:
+    if config.described:
+        given = {
+            "x": f"tensordesc<{codes}[{config.tokens},{config.depth}]>",
+            "w": f"tensordesc<{codes}[{config.channels},{config.depth}]>",
+        }
+    else:
+        given = {"x": f"*{codes}", "w": f"*{codes}"}
+    given |= {"y": f"*{name}", "scale_x": "*fp32", "scale_w": "*fp32"}
+    constants = {
+        "TOKENS": config.tokens,
+        "CHANNELS": config.channels,
+        "DEPTH": config.depth,
+        "TAIL": eight_bit.TAIL_DEPTH,
+        "INTEGER": codes == "i8",
+        "DESCRIBED": config.described,
+        "EVEN": False,
+        "DEPENDENT": capability >= 90,
+    }
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    return _compiled(ASTSource, eight_bit.eight_bit_kernel, given | optional, constants, capability, options)
+
+
+def _hopper(config: HopperTiles, capability: int, name: str, optional: dict[str, str], tail: bool) -> bytes:
+    bytes_each = 4 if name == "fp32" else 2
+    store = min(config.channels, hopper.STORE // config.tokens // bytes_each)
+    given = {
+        "x": _described("i8", [config.tokens, hopper.ROW]),
+        "w": _described("i8", [config.channels, hopper.ROW]),
+        "y": _described(name, [config.tokens, store]),
+        "scale_x": "*fp32",
+        "scale_w": "*fp32",
+    }
+    if tail:
+        optional |= {
+            "x_tail": _described(name, [config.tokens, hopper.ROW // 2]),
+            "w_tail": _described(name, [hopper.ROW // 2, config.channels]),
+        }
+    constants = {"GROUPS": hopper.GROUPS, "STAGES": config.stages, "ROWS": hopper.ROWS_OF_TILES}
+    return _compiled(GluonASTSource, hopper.hopper_kernel, given | optional, constants, capability, {"num_warps": 4})
+
+
+def _described(name: str, block: list[int]) -> str:
+    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_TYPES[name])
+    return f"tensordesc<{name}{block},{layout!r}>"
+
+
+def _compiled(
+    source: type, kernel: object, given: dict[str, str], constants: dict[str, object], capability: int, options: dict
+) -> bytes:
+    constants = dict.fromkeys((n for n in OPTIONAL if n not in given), None) | constants
+    signature = {n: "constexpr" if n in constants else given.get(n, "i32") for n in kernel.arg_names}
+    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in LENGTHS]
+    places = {n: (kernel.arg_names.index(n),) for n in signature}
+    compiled = triton.compile(
+        source(
+            kernel,
+            signature,
+            {places[n]: value for n, value in constants.items()},
+            {places[n]: [["tt.divisibility", 16]] for n in aligned},
+        ),
+        target=GPUTarget("cuda", capability, 32),
+        options=options | {"enable_fp_fusion": False},
+    )
+    return compiled.asm["cubin"]

@@ -1,0 +1,122 @@
+"""The kernels of 8-bit codes without a GPU: every configuration becomes a binary; the interpreter runs integers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+
+from qcompile.backends.triton import fp8_matmul, int8_matmul
+from qcompile.backends.triton.eight_bit_table import FEW_ROWS, SAFE, TABLE, Config, HopperTiles, fitting
+from tests.triton.eight_bit_cubins import cubin, name_of
+
+ROOT = Path(__file__).resolve().parents[2]
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
+
+
+def configs(entries: tuple, capability: int) -> list[Config]:
+    """Those of a table that a device of this capability may run."""
+    return list(dict.fromkeys(e.config for e in entries if e.capabilities[0] <= capability <= e.capabilities[1]))
+
+
+CASES = [
+    pytest.param(config, capability, codes, id=f"{codes}-sm_{capability}-{name_of(config)}")
+    for codes, entries, capabilities in ((INT8, TABLE, (80, 90, 100)), (FP8, FEW_ROWS + SAFE, (90, 100)))
+    for capability in capabilities
+    for config in configs(entries, capability)
+]
+
+
+@pytest.mark.parametrize(("config", "capability", "codes"), CASES)
+def test_configuration_compiles(config: Config, capability: int, codes: torch.dtype) -> None:
+    with_all = codes is INT8
+    assert cubin(config, capability, codes, torch.bfloat16, full=with_all, tail=with_all)[:4] == b"\x7fELF"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "capability", "codes"), CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("full", "tail"), [(False, False), (True, False), (False, True)])
+def test_every_variant_compiles(
+    config: Config, capability: int, codes: torch.dtype, dtype: torch.dtype, full: bool, tail: bool
+) -> None:
+    if dtype is torch.float32 and tail and isinstance(config, HopperTiles):
+        return
+    # fp8 codes have no zero
+    full = full and codes is INT8
+    assert cubin(config, capability, codes, dtype, full=full, tail=tail)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("entries", [TABLE, FEW_ROWS + SAFE])
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("M", [1, 16, 17, 64, 65, 257, 100_000])
+@pytest.mark.parametrize("N", [8, 4096, 28672])
+def test_every_problem_finds_a_configuration(entries: tuple, capability: int, M: int, N: int) -> None:
+    found = list(fitting(entries, M, N, capability))
+    assert found
+    # the last can run what a kernel of few shapes refuses
+    assert not isinstance(found[-1], HopperTiles)
+    assert capability == 90 or not any(isinstance(config, HopperTiles) for config in found)
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "capability", "words"),
+    [
+        (4096, 4096, (9, 0), None),
+        (4096, 4096, (8, 0), "this is sm_80"),
+        (4096, 4096, (10, 0), "this is sm_100"),
+        (4096, 4104, (9, 0), "K=4104"),
+        (4092, 4096, (9, 0), "N=4092"),
+    ],
+)
+def test_int8_says_why_not(N: int, K: int, capability: tuple[int, int], words: str | None) -> None:
+    reason = int8_matmul.why_not(N, K, capability)
+    assert reason is None if words is None else words in str(reason)
+
+
+@pytest.mark.parametrize(
+    ("capability", "words"), [((9, 0), None), ((8, 0), "begin with sm_89"), ((8, 9), "measured on sm_90")]
+)
+def test_fp8_says_why_not(capability: tuple[int, int], words: str | None) -> None:
+    reason = fp8_matmul.why_not(capability)
+    assert reason is None if words is None else words in str(reason)
+
+
+INTERPRETED = """
+import torch
+from qcompile.backends.triton import eight_bit
+from qcompile.backends.triton.eight_bit_table import Tiles
+
+torch.manual_seed(0)
+tiles = Tiles(tokens=16, channels=32, depth=64, stages=1, warps=1)
+for M, N, K in ((1, 32, 64), (3, 48, 72), (17, 33, 100)):
+    x, w = (torch.randint(-128, 128, size, dtype=torch.int8) for size in ((M, K + 8), (N, K)))
+    x = x[:, 4:-4]
+    zero, bias = torch.randint(0, 256, (M, 1)).float(), torch.randn(N)
+    scale_x, scale_w, residual = torch.rand(M, 1), torch.rand(N, 1), torch.randn(M, N)
+    sums = x.long() @ w.long().T - (zero.long() - 128) * w.sum(1)
+    expected = sums.float() * (scale_x * scale_w.T) + bias + residual
+    given = dict(zero=zero, sum_w=w.sum(1, dtype=torch.int32), bias=bias, residual=residual)
+    o = eight_bit.Operands(x=x, w=w, scale_x=scale_x, scale_w=scale_w, dtype=torch.float32, **given)
+    assert torch.equal(eight_bit.matmul(o, tiles), expected), (M, N, K)
+print("equal")
+"""
+
+
+def test_integers_in_the_interpreter() -> None:
+    numpy = pytest.importorskip("numpy")
+    if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("Triton's interpreter needs numpy<2.4")
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
