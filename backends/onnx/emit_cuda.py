@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.backends.onnx.emit_ort import emit_narrow, whole
+from qcompile.backends.onnx.emit_ort import MOST_BLOCK, emit_narrow, whole
 from qcompile.backends.onnx.emit_portable import finish_linear, one_number
 from qcompile.backends.onnx.operands import Input, Weight, by_row, input_of, optional, required, weight_of
 from qcompile.backends.onnx.planned import Planned
@@ -53,7 +53,7 @@ def emit_cuda_linear(w: Writer, node: ir.Node) -> Planned:
     compute = _NARROWER.get(weight.dtype, weight.dtype)
     if compute != weight.dtype:
         w.note(f"inputs and results are {compute.name.lower()} inside MatMulNBits, which has no float64")
-    return emit_narrow(w, node, replace(integers, least_bits=4), given, compute, 0)
+    return emit_narrow(w, node, replace(integers, least_bits=4, most_block=MOST_BLOCK), given, compute, 0)
 
 
 def _note_input(w: Writer, given: Input | None) -> None:

@@ -104,6 +104,14 @@ def test_inputs_that_no_kernel_reads_stay_as_they_are(given: str) -> None:
     assert note == (f"block.q: inputs stay float16 (planned: {given}): no CUDA kernel of onnxruntime reads them")
 
 
+@pytest.mark.parametrize(("target", "block"), [("ort-cuda", 64), ("ort-cpu", 32)])
+def test_blocks_are_the_groups_where_inputs_are_not_rounded_by_them(target: str, block: int) -> None:
+    model, _, _ = model_of("int4/g64", None, torch.float32)
+    written = emit(model, target)
+    (matmul,) = (node for node in written.model.graph if node.op_type == "MatMulNBits")
+    assert matmul.attributes["block_size"].as_int() == block
+
+
 def test_scales_that_are_no_e4m3_numbers_are_lifted_to_integers() -> None:
     model, _, _ = model_of("fp4_e2m1/b32", None, torch.float16)
     assert emit(model, "ort-cuda").planned[0].kernel == "MatMulNBits"

@@ -196,7 +196,7 @@ def test_grouped_weights_leave_their_inputs_to_the_kernel_and_say_so(given: str)
     model, numbers = model_of((5, 128), "int4/g64", qparams if given == "static" else given)
     emitted = emit(model, "ort-cpu")
     assert check_fusion(emitted).counts == {"MatMulNBits": 1}
-    assert "inputs become int8 in blocks of 64 inside MatMulNBits" in emitted.notes[0]
+    assert "inputs become int8 in blocks of 32 inside MatMulNBits" in emitted.notes[0]
     assert_near(run_onnxruntime(emitted.model, x), x, numbers, int8_step(x), torch.float32)
 
 

@@ -94,4 +94,4 @@ def test_kernels_of_a_device_are_no_candidates_elsewhere() -> None:
     chosen, refused = choose(p)
     assert chosen.name == "int8"
     assert refused == {}
-    assert {kernel.name for kernel in KERNELS if kernel.device == "cuda"} == {"int8-triton", "fp8-triton"}
+    assert {kernel.name for kernel in KERNELS if kernel.device == "cuda"} == {"int8-triton", "fp8-triton", "int4"}
