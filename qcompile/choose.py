@@ -6,7 +6,7 @@ All are tried on the rows that calibration kept; what gives the outputs the leas
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import inf, log10
+from math import inf, isnan, log10
 from typing import TypeGuard
 
 import torch
@@ -162,7 +162,7 @@ def _smoothed(case: Case, spec: Spec | None, strength: float) -> Choice:
 
 
 def _scale(case: Case, amax: Tensor, strength: float) -> Tensor:
-    """What an activation of these largest magnitudes, float32 [K], is divided by."""
+    """What an activation of these largest magnitudes, float32 [..., K], is divided by."""
     assert case.rule.smooth is not None
     assert case.channels is not None
     # the least scale that all channels from one row can share: by the largest of each side
@@ -227,7 +227,9 @@ def _inside(case: Case, choice: Choice) -> float:
         channels=tuple(choice.outliers),
         importance=_importance(case, choice) if case.rule.weighs_columns else None,
     )
-    return 10 ** (-probe.after(treatment) / 10)
+    snr_db = probe.after(treatment)
+    # what is no number is no good
+    return inf if isnan(snr_db) else 10 ** (-snr_db / 10)
 
 
 def _is_static(spec: Spec | None) -> TypeGuard[Spec]:

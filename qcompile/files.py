@@ -116,7 +116,10 @@ def quantize_onnx(
     float_model = raised(float_model)
     graph = _Opened(model=float_model).open()
     ends = None if batches is None else _Ends(shown(batches, progress=progress))
-    plan = recipe if isinstance(recipe, Plan) else _planned(float_model, graph, parse_recipe(recipe), ends, failures)
+    if not isinstance(recipe, Plan):
+        recipe, asked = _adapted(parse_recipe(recipe), target)
+        said += asked
+    plan = recipe if isinstance(recipe, Plan) else _planned(float_model, graph, recipe, ends, failures)
     sites, left = [found.site for found in find_sites(graph, SITE_OPS)], list(left_over(graph, SITE_OPS))
     multiplications = list(pipeline.multiplications(graph, plan))
     noise: dict[str, float] = {}
@@ -146,6 +149,15 @@ def quantize_onnx(
     if isinstance(certificate, str):
         return replace(report, notes=(*notes, certificate), comparison=proof.comparison)
     return replace(report, notes=notes, comparison=proof.comparison, agreement=certificate)
+
+
+def _adapted(recipe: Recipe, target: str) -> tuple[Recipe, list[str]]:
+    """The recipe as the target takes it, and a note if that is another."""
+    adapt = TARGETS[target].adapt
+    taken = recipe if adapt is None else adapt(recipe)
+    if taken == recipe:
+        return recipe, []
+    return taken, [f"target {target!r} takes no zero points, nor scales found while running: inputs are symmetric"]
 
 
 def _held_out(given: Iterable[Batch] | None, ends: "_Ends | None") -> HeldOut | None:
@@ -302,5 +314,7 @@ def run_onnx(path: str | Path, batches: Iterable[Batch]) -> Iterator[dict[str, T
     inputs = inputs_of(model)
     with session(model, repr(str(path))) as running:
         names = numeric_outputs(running)
+        if not names:
+            raise CalibrationError(f"{str(path)!r} has no output of numbers: there is nothing to compare")
         for index, batch in enumerate(batches):
             yield outputs(running, names, to_feed(batch, inputs, index), f"batch {index}")

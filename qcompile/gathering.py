@@ -10,8 +10,10 @@ from qcompile.observers import History, Part, Stats, extended, range_of
 
 # numbers that are worth a look: below, its many small steps take longer than the numbers themselves
 ENOUGH = 2**21
-# that may wait in all activations of a model together; where there are many, pieces are looked at one by one
+# that may wait in all activations of a model together
 ROOM = 2**27
+# of what is left of it, an activation takes so much at most, so that something is left for all
+SHARE = 32
 
 
 @dataclass
@@ -65,10 +67,11 @@ class Gathering:
         if self._buffer is not None and not _alike(self._buffer, rows):
             self._let_go()
         if self._buffer is None:
-            if rows.numel() >= ENOUGH or self._room.left < ENOUGH:
+            size = min(ENOUGH, self._room.left // SHARE)
+            if rows.numel() >= size:
                 return None
-            self._buffer = rows.new_empty(ENOUGH // rows.shape[1], rows.shape[1])
-            self._room.left -= ENOUGH
+            self._buffer = rows.new_empty(size // rows.shape[1], rows.shape[1])
+            self._room.left -= self._buffer.numel()
         if len(rows) > len(self._buffer):
             return None
         if self._filled + len(rows) > len(self._buffer):
@@ -85,8 +88,8 @@ class Gathering:
         """Look at what waits, and leave its room to others."""
         self._look_at_waiting()
         if self._buffer is not None:
+            self._room.left += self._buffer.numel()
             self._buffer = None
-            self._room.left += ENOUGH
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -79,9 +79,9 @@ def strength_of(model: str) -> float:
 def smooth_scale(activation: Tensor, weight: Tensor, strength: float, *, powers_of_two: bool = False) -> Tensor:
     """What to divide each channel of an activation by, and multiply the weights' columns with.
 
-    activation: float32 [K], largest magnitude of each channel.  weight: float32 [K], largest magnitude of each column
-        over all weights that read the activation.
-    Returns float32 [K], within 1 / LARGEST and LARGEST; 1 for a channel that is dead on either side.
+    activation: float32 [..., K], largest magnitude of each channel.  weight: float32 [K], largest magnitude of each
+        column over all weights that read the activation.
+    Returns float32 [..., K], within 1 / LARGEST and LARGEST; 1 for a channel that is dead on either side.
     """
     dead = (activation == 0) | (weight == 0)
     scale = activation.double().pow(strength) / weight.double().pow(1 - strength)

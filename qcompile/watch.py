@@ -25,8 +25,6 @@ from qcompile.observers import Part, Stats, merge
 from qcompile.sites import LeftOver, Site
 
 _LOG = logging.getLogger(__name__)
-# numbers in a row of a batch beyond which one row shows as much of a model as two
-LONG = 256
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -280,16 +278,18 @@ def run_batch(model: Callable[..., Any], batch: Any, index: int) -> Any:
 
 
 def first_rows(batch: Any) -> Any:
-    """The first row of a batch [B, ...] whose tensors all have B rows, two if they are short; others as they are."""
+    """The first two rows of a batch [B, ...] whose tensors all have B rows; others as they are.
+
+    Of two, because a dimension of size 1 is easily mistaken for another, and a graph that mixes rows shows it.
+    """
     values = list(batch.values()) if isinstance(batch, Mapping) else batch
     tensors = [x for x in (values if isinstance(values, list | tuple) else [values]) if isinstance(x, Tensor)]
     sizes = {x.shape[0] if x.dim() else 0 for x in tensors}
     if len(sizes) != 1 or not all(x.dim() > 1 for x in tensors):
         return batch
-    count = 1 if max(x[0:1].numel() for x in tensors) > LONG else 2
 
     def first(x: Any) -> Any:
-        return x[:count] if isinstance(x, Tensor) else x
+        return x[:2] if isinstance(x, Tensor) else x
 
     if isinstance(batch, Mapping):
         return {name: first(x) for name, x in batch.items()}

@@ -103,12 +103,7 @@ def lower(graph: FxGraph, target: Target, packs: PackSource) -> list[Lowered]:
 
     Returns what runs the sites. Q/DQ that no kernel takes stays: it is plain torch, and right as it stands.
     """
-    lowered = []
-    for value in list(graph.values()):
-        if graph.op(value) is Op.ADD and (split := _found_split(graph, value)) is not None:
-            lowered += _lower_found_split(graph, split, target, packs)
-        elif graph.op(value) is Op.ADD and (whole := _split(graph, value)) is not None:
-            lowered += _lower_split(graph, whole, target, packs)
+    lowered = _lower_sums(graph, target, packs)
     graph.prune()
     runs = []
     for value in list(graph.values()):
@@ -122,7 +117,27 @@ def lower(graph: FxGraph, target: Target, packs: PackSource) -> list[Lowered]:
         if graph.op(value) is Op.SELECT:
             _lower_select(graph, value)
     graph.prune()
+    _wait_for_packs(target)
     return lowered
+
+
+def _lower_sums(graph: FxGraph, target: Target, packs: PackSource) -> list[Lowered]:
+    """Replace linears and the thin ones beside them whose sum is one op."""
+    lowered = []
+    for value in list(graph.values()):
+        if graph.op(value) is not Op.ADD:
+            continue
+        if (found := _found_split(graph, value)) is not None:
+            lowered += _lower_found_split(graph, found, target, packs)
+        elif (split := _split(graph, value)) is not None:
+            lowered += _lower_split(graph, split, target, packs)
+    return lowered
+
+
+def _wait_for_packs(target: Target) -> None:
+    """Kernels may read packs before what was launched ahead of them has ended (programmatic dependent launch)."""
+    if target.device == "cuda" and torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _quantized_weight(graph: FxGraph, linear: Node) -> _Weight | None:
@@ -171,14 +186,16 @@ def _run(graph: FxGraph, linear: Node, weight: _Weight, target: Target) -> _Run:
 
 
 def _together(graph: FxGraph, runs: Sequence[_Run]) -> list[list[_Run]]:
-    """The linears in groups, each to be one matmul: of different weights alike that read one input, without biases.
+    """The linears in groups, each to be one matmul: of one module, that read one input, without biases.
 
-    A bias would have to be added behind, where it is rounded twice.
+    A bias would have to be added behind, where it is rounded twice. What several modules read, as all cross-attention
+    reads an encoder's output, would have to be kept for the last of them.
     """
     groups: dict[object, list[_Run]] = {}
     for run in runs:
         x, _, bias = graph.inputs(run.linear)
-        alike = (x, run.kernel.name, run.problem.weight, run.problem.input, run.problem.dtype)
+        module = run.site.rpartition(".")[0]
+        alike = (x, module, run.kernel.name, run.problem.weight, run.problem.input, run.problem.dtype)
         alone = run.kernel.joins is None or bias is not None or run.beside
         groups.setdefault(run if alone else alike, []).append(run)
     found: list[list[_Run]] = []

@@ -15,6 +15,7 @@ from qcompile.backends.onnx import emit_conv, emit_cuda, emit_ort, emit_portable
 from qcompile.backends.onnx.planned import Emitted, Planned
 from qcompile.backends.onnx.writer import BASE_OPSET, DOMAIN, Writer, site_name
 from qcompile.errors import GraphError, UnsupportedError, nearest
+from qcompile.recipe import Recipe
 
 _D = ir.DataType
 OLDEST_OPSET = 18
@@ -37,6 +38,7 @@ class Target:
     lacks: frozenset[ir.DataType] = field(default_factory=frozenset)
     prepare: Callable[[ir.Model], None] | None = None
     rest: Mapping[_Kind, _Emit] = field(default_factory=dict)
+    adapt: Callable[[Recipe], Recipe] | None = None
 
 
 # onnxruntime 1.32 has no kernel that casts or dequantizes fp4; TensorRT 11's parser reads opsets 9 to 25
@@ -71,6 +73,7 @@ TARGETS: dict[str, Target] = {
                 (DOMAIN, "Quantize"): emit_tensorrt.keep_quantize,
                 (DOMAIN, "Dequantize"): emit_tensorrt.emit_dequantize,
             },
+            adapt=emit_tensorrt.without_zero_points,
         ),
     )
 }

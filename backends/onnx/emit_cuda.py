@@ -111,7 +111,7 @@ def _finish(
     w.note(f"{kernel} is in onnxruntime since 1.31, and faster than a float16 matmul for few tokens only")
     dtype = _D.BFLOAT16 if weight.dtype in (_D.FLOAT, _D.DOUBLE) else weight.dtype
     if dtype != weight.dtype:
-        w.note(f"inputs and results are bfloat16 inside {kernel}, which has no float32")
+        w.note(f"inputs and results are bfloat16 inside {kernel}, which has no {weight.dtype.numpy()}")
     columns, k = weight.spec.granularity.columns, weight.codes.shape[1]
     block = -(-k // _VECTOR) * _VECTOR if columns == ALL else columns
     biased = dtype == weight.dtype

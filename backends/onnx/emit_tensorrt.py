@@ -4,6 +4,8 @@ Source: TensorRT documentation, "Working with Quantized Types" and IQuantizeLaye
 positive, int4 for weights alone in blocks of 64 or 128 along K. Nothing here was run by TensorRT itself.
 """
 
+from dataclasses import replace as with_fields
+
 import numpy as np
 import onnx_ir as ir
 
@@ -14,6 +16,7 @@ from qcompile.backends.onnx.planned import Planned
 from qcompile.backends.onnx.storage import code_type, typed
 from qcompile.backends.onnx.weights import float_weight
 from qcompile.backends.onnx.writer import Writer, replace
+from qcompile.recipe import Recipe, Rule
 from qcompile.spec import ALL, Spec
 
 _D = ir.DataType
@@ -22,6 +25,18 @@ _INPUTS = ("int8", "fp8_e4m3")
 _BLOCKS = (64, 128)
 _STATIC = "use a calibrated recipe with one symmetric scale an input: input 'int8/tensor' or 'fp8_e4m3/tensor'"
 _WEIGHT = "use weight 'int8/channel', 'fp8_e4m3/channel', or 'int4/g128' without an input spec"
+
+
+def without_zero_points(recipe: Recipe) -> Recipe:
+    """The recipe with symmetric calibrated inputs and results, and none found while running where those stay poor."""
+    return with_fields(recipe, rules=tuple(_without_zero_points(rule) for rule in recipe.rules))
+
+
+def _without_zero_points(rule: Rule) -> Rule:
+    if not rule.static_input or rule.input is None:
+        return rule
+    output = None if rule.output is None else with_fields(rule.output, symmetric=True)
+    return with_fields(rule, input=with_fields(rule.input, symmetric=True), output=output, rescue=None)
 
 
 def emit_linear(w: Writer, node: ir.Node) -> Planned:

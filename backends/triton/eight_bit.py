@@ -2,8 +2,9 @@
 
     y = (x - zero) @ w.T * (scale_x * scale_w) + x_tail @ w_tail + bias + residual
 
-x: codes [M, K], w: codes [N, K], both int8 (summed exactly, in int32) or both fp8_e4m3 (summed in float32). The zero of
-int8 codes is taken out after the sum: (x - zero) @ w.T = x @ w.T - zero * sum_w. The tail is what stays in 16 bits.
+x: codes [M, K], w: codes [N, K], both int8 (summed exactly, in int32) or both fp8_e4m3 (of whose sums tensor cores keep
+about 14 bits). The zero of int8 codes is taken out after the sum: (x - zero) @ w.T = x @ w.T - zero * sum_w. The tail
+is what stays in 16 bits.
 
 The operands are swapped: a program makes y.T [channels, tokens] of one tile. So the many channels fill the side of the
 matrix unit that is at least 64 long on Hopper, and a single token is padded to 16 columns only. The weight is read

@@ -159,24 +159,23 @@ def onnx_language_table() -> str:
         f"ONNX files and torch.compile under the same plans: {found['model']}, {count} windows of {length} tokens of "
         f"WikiText-2, calibrated on {found['calibration_windows']}, {machine['processor']}, {machine['threads']} "
         f"threads, onnxruntime {machine['onnxruntime']}, torch {machine['torch']}; median milliseconds of onnxruntime, "
-        "all files in turns. How far the two are apart in perplexity, and the standard error of that, is with inputs "
-        "as planned; files with narrow weights alone round them to int8 in blocks, which their own perplexity and KL "
-        "to the float model include (`examples/benchmarks/onnx_language.py`)."
+        "all files in turns. How far the two are apart in perplexity, and the standard error of that, includes what "
+        "files with narrow weights alone add: they round inputs to int8 in blocks of 32 "
+        "(`examples/benchmarks/onnx_language.py`)."
     )
-    columns = ("file", "MB", "perplexity", "in torch", "apart, as planned", "KL", "ms, 1 x 16", "ms, 1 x 512")
+    columns = ("file", "MB", "perplexity", "in torch", "apart", "KL", "ms, 1 x 16", "ms, 1 x 512")
     return under(text, (*columns, "fused kernels"), (language_row(*named) for named in found["rows"].items()))
 
 
 def language_row(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    planned = row["as_planned"]
     # a difference that rounds to nothing has no sign
-    kl, difference = (round(x, 5) + 0.0 for x in (row["kl"], planned["apart"]))
+    kl, difference = (round(x, 5) + 0.0 for x in (row["kl"], row["apart"]))
     return (
         name,
         f"{row['megabytes']:.1f}",
         f"{row['perplexity']:.3f}",
         f"{row['perplexity_in_torch']:.3f}",
-        f"{difference:+.3%} ± {planned['standard_error_of_apart']:.3%}",
+        f"{difference:+.3%} ± {row['standard_error_of_apart']:.3%}",
         f"{kl:.4f}",
         f"{row['ms_1x16']:.1f}",
         f"{row['ms_1x512']:.1f}",
@@ -206,10 +205,28 @@ def calibration_table() -> str:
     return under(text, ("recipe", *(f"batches of {row['batch']}" for row in found["time"]), few, many), rows)
 
 
+def triton_table() -> str:
+    """Microseconds of 4-bit weights under 16-bit inputs, and how much faster than bfloat16."""
+    found = result("triton_kernels")
+    text = (
+        f"Linears with 4-bit weights (`int4-weight`) on CUDA: {found['device']}, torch {found['torch']}, Triton "
+        f"{found['triton']}; microseconds in a CUDA graph, weights beyond the second-level cache, and the speed-up "
+        "over cuBLAS in bfloat16 in the same run; floor: bytes and operations at the rates of that run "
+        "(`examples/benchmarks/triton_kernels.py`, notes on it and on 8 bits beside it)."
+    )
+    shapes = list(dict.fromkeys((row["N"], row["K"]) for row in found["results"]))
+    cells = {
+        (row["M"], (row["N"], row["K"])): f"{row['us']:.1f} ({row['speedup']:.2f}x, floor {row['floor_us']:.1f})"
+        for row in found["results"]
+    }
+    rows = ((str(M), *(cells[M, shape] for shape in shapes)) for M in dict.fromkeys(M for M, _ in cells))
+    return under(text, ("rows of x", *(f"{N} x {K}" for N, K in shapes)), rows)
+
+
 def tables() -> str:
     made = (
         *(speed_table, quality_table, embedding_table, outlier_table, calibration_table),
-        *(onnx_table, onnx_language_table, onnx_cuda_table),
+        *(onnx_table, onnx_language_table, onnx_cuda_table, triton_table),
     )
     return "\n\n".join(make() for make in made) + "\n"
 

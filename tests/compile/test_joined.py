@@ -11,6 +11,7 @@ from torch.nn.functional import silu
 
 from qcompile.backends.fx import kernels
 from qcompile.backends.fx.kernels import int8
+from qcompile.frame import PACKS
 
 K = 64
 
@@ -44,6 +45,12 @@ def joining(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "KERNELS", (joins, *kernels.KERNELS[1:]))
 
 
+def packed(weight: Tensor) -> Tensor:
+    """The codes that a kernel reads in place of a weight."""
+    (pack,) = PACKS._entries[id(weight)].packs.values()
+    return pack.tensors["weight"]
+
+
 def run(model: nn.Module, x: Tensor, **options: Any) -> Tensor:
     torch._dynamo.reset()
     fast = torch.compile(model, backend="qcompile", fullgraph=True, options={"recipe": "int8", **options})
@@ -69,15 +76,36 @@ def test_packs_are_views_of_the_one(joining: None) -> None:
     model, x = Block().eval(), torch.randn(2, 5, K)
     reports: list[Any] = []
     run(model, x, report=reports.append)
-    sites = {site.name: site for site in reports[0].sites}
     # 8 bits and a scale and a sum a row
-    assert {name: site.bytes_after for name, site in sites.items()} == {
-        "q": 64 * (K + 8),
-        "k": 16 * (K + 8),
-        "v": 24 * (K + 8),
-        "gate": 96 * (K + 8),
-        "up": 96 * (K + 8),
-    }
+    sizes = {site.name: site.bytes_after for site in reports[0].sites}
+    assert sizes == {name: n * (K + 8) for name, n in {"q": 64, "k": 16, "v": 24, "gate": 96, "up": 96}.items()}
+    places = [packed(module.weight) for module in (model.q, model.k, model.v)]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in places}) == 1
+    assert [tensor.storage_offset() for tensor in places] == [0, 64 * K, 80 * K]
+    # what is in place is not moved again
+    run(model, torch.randn(3, 5, K))
+    assert [packed(module.weight).data_ptr() for module in (model.q, model.k, model.v)] == [
+        t.data_ptr() for t in places
+    ]
+
+
+def test_packs_that_were_joined_otherwise_are_joined_anew(joining: None, matmuls: list[int]) -> None:
+    model, x = Block().eval(), torch.randn(2, 5, K)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v, self.q = model.v, model.q
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.v(x).sum() + self.q(x)
+
+    alone = [run(module, x, lower=False) for module in (deepcopy(model), deepcopy(Two()))]
+    two = Two().eval()
+    for _ in range(2):
+        for module, expected in zip((model, two), alone, strict=True):
+            torch.testing.assert_close(run(module, x), expected, rtol=1e-4, atol=1e-4)
+    assert set(matmuls) == {104, 192, 88}
 
 
 def test_a_weight_that_changes_is_joined_anew(joining: None, matmuls: list[int]) -> None:

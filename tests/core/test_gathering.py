@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qcompile import gathering
 from qcompile.errors import CalibrationError
-from qcompile.gathering import ENOUGH, Gathering, Room
+from qcompile.gathering import ENOUGH, SHARE, Gathering, Room
 from qcompile.observers import Part, Stats, observe
 
 PARTS = Part.TENSOR | Part.CHANNELS
@@ -96,19 +96,18 @@ def test_the_batch_that_is_not_finite_is_named_at_once(
         seen.add(rows[1], batch=11)
 
 
-def test_what_waits_in_many_activations_has_one_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gathering, "ENOUGH", 5 * K)
-    room, rows = Room(left=12 * K), pieces(4, 4, 4, 4)
+def test_what_waits_in_many_activations_has_one_room() -> None:
+    # the first takes room for 8 rows, the others less and less, the last none
+    room, rows = Room(left=SHARE * 8 * K), pieces(7, 7, 7, 9)
     seen = [Gathering(f"at {i}", PARTS, room) for i in range(4)]
     for one, piece in zip(seen, rows, strict=True):
         one.add(piece, batch=0)
-    # the last two found none
-    assert room.left == 2 * K
+    assert SHARE * 5 * K < room.left < SHARE * 8 * K
     for one, piece in zip(seen, rows, strict=True):
         stats = one.stats()
         assert stats is not None
         assert torch.equal(stats.high, piece.amax(0))
-    assert room.left == 12 * K
+    assert room.left == SHARE * 8 * K
 
 
 def test_pieces_of_another_dtype_do_not_wait_together() -> None:

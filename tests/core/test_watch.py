@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from qcompile.watch import LONG, first_rows, real_rows
+from qcompile.watch import first_rows, real_rows
 
 IDS, MASK = torch.arange(12).view(4, 3), torch.ones(4, 3)
 
@@ -29,13 +29,6 @@ def test_the_first_rows_of_every_tensor_are_taken(batch: Any, expected: Any) -> 
 )
 def test_a_batch_whose_tensors_have_no_common_rows_stays_whole(batch: Any) -> None:
     assert first_rows(batch) is batch
-
-
-def test_of_long_rows_one_is_taken() -> None:
-    long = torch.arange(4 * (LONG + 1)).view(4, -1)
-    assert len(first_rows(long)) == 1
-    assert len(first_rows(long[:, :LONG])) == 2
-    assert first_rows({"ids": IDS, "image": long})["ids"].shape == (1, 3)
 
 
 def test_a_batch_of_fewer_rows_stays_as_it_is() -> None:

@@ -179,14 +179,16 @@ def test_each_weight_is_solved_once(recipe: str, source: Path, tmp_path: Path, m
     assert all(site.snr_db is not None and 35 < site.snr_db < 60 for site in report.quantized)
 
 
-@pytest.mark.parametrize("target", ["portable", "tensorrt", "ort-cuda"])
-def test_other_targets(target: str, source: Path, tmp_path: Path) -> None:
-    recipe = "int8-weight" if target == "ort-cuda" else "int8-static"
-    if target == "tensorrt":
-        recipe = {"rules": [{"weight": "int8/channel", "input": "int8/tensor"}]}  # type: ignore[assignment]
-    report = qcompile.quantize_onnx(source, tmp_path / "out.onnx", recipe, batches=[batch(1)], target=target)
-    assert report.device == target
-    assert len(report.quantized) == 6
+@pytest.mark.parametrize(("target", "recipe"), [
+    ("portable", "int8-static"), ("ort-cuda", "int8-weight"),
+    *(("tensorrt", recipe) for recipe in ("int8-static", "int8-smooth-split-static", "fp8-static")),
+])  # fmt: skip
+def test_other_targets(target: str, recipe: str, source: Path, tmp_path: Path) -> None:
+    report = qcompile.quantize_onnx(source, tmp_path / "o.onnx", recipe, batches=[batch(1), batch(2)], target=target)
+    assert (report.device, len(report.quantized)) == (target, 6)
+    adapted = any("inputs are symmetric" in note for note in report.notes)
+    assert adapted == ((target, recipe[:4]) == ("tensorrt", "int8"))
+    assert target != "tensorrt" or {s.input for s in report.quantized} <= {"int8/tensor", "fp8_e4m3/tensor"}
 
 
 def refused(source: Path, output: Path, expected: type[Exception], words: Sequence[str], **given: Any) -> None:

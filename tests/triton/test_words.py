@@ -76,6 +76,7 @@ def test_packs_hold_the_weight(text: str, N: int, K: int) -> None:
         ("int4/g128", {"device": "cpu"}, "NVIDIA"),
         ("int4/g128", {"dtype": torch.float32}, "float32"),
         ("int4/g128", {"capability": (7, 5)}, "sm_75"),
+        ("int4/g128", {"capability": (8, 0)}, "measured on sm_90, this is sm_80"),
         ("int4/channel", {"K": 100}, "multiple of 8"),
     ],
 )
@@ -84,11 +85,14 @@ def test_refusals_say_why(weight: str, more: dict[str, object], reason: str) -> 
     assert reason in str(int4.why_not(Problem(weight=parse_spec(weight), **(fields | more))))
 
 
-def test_without_triton_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int4.importlib.util, "find_spec", lambda name: None)
-    int4.missing.cache_clear()
-    assert int4.missing() == "triton is not installed"
-    int4.missing.cache_clear()
+@pytest.mark.parametrize(("largest", "dtype", "narrow"), [
+    (1.0, torch.float16, True), (1e-4, torch.float16, False), (1e-4, torch.bfloat16, True), (0.0, torch.float16, True),
+])  # fmt: skip
+def test_scales_that_float16_does_not_hold_are_kept_whole(largest: float, dtype: torch.dtype, narrow: bool) -> None:
+    weight = torch.randn(64, 128).clamp(-1, 1) * largest
+    qparams = find_qparams(weight, parse_spec("int4/g64/bf16"))
+    packed = int4.pack(quantize(weight, qparams), qparams, dtype)
+    assert (packed["scales"].dim() == 3) == narrow
 
 
 def test_the_table_takes_every_problem() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from qcompile.backends.fx.kernels import fp8
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
+from qcompile.backends.triton.ready import missing
 
 REGISTRY.define("fp8_matmul(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale) -> Tensor")
 REGISTRY.define(
@@ -60,10 +61,10 @@ def why_not(p: Problem) -> str | None:
         return f"scales inside the matmul need bfloat16, y is {str(p.dtype).removeprefix('torch.')}"
     if p.input is None or {p.weight.format.name, p.input.format.name} != {"fp8_e4m3"}:
         return f"weight {p.weight} and input {p.input} are not both e4m3"
-    try:
-        from qcompile.backends.triton import fp8_matmul
-    except ImportError as error:
-        return f"it needs triton>=3.6: {error}"
+    if (reason := missing("fp8_matmul")) is not None:
+        return reason
+    from qcompile.backends.triton import fp8_matmul
+
     return fp8_matmul.why_not(p.capability)
 
 

@@ -4,8 +4,6 @@ x: [..., K] bfloat16 or float16; words and scales as `qcompile.backends.triton.i
 that chooses its kernel by the number of rows at each call, so that no number of rows compiles a graph anew.
 """
 
-import functools
-import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +13,14 @@ from torch import Tensor
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
 from qcompile.backends.triton.int4_words import COLUMNS, ROWS, SIGNED_ZERO, SMALL_GROUPS, pack_scales, pack_words
+from qcompile.backends.triton.ready import missing
 from qcompile.formats import Integer
 from qcompile.numerics import QParams
 from qcompile.spec import ALL
 
 FIRST_CAPABILITY = (8, 0)
+# elsewhere a float matmul of the dequantized weight may be faster, and takes more memory
+MEASURED = (9, 0)
 # copies of 16 bytes
 MULTIPLE = 8
 # kinds of scales that bfloat16 holds
@@ -36,6 +37,7 @@ def _int4_mm(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, N: i
 
 
 def _linear_int4(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, N: int) -> Tensor:
+    bias = None if bias is None else bias.expand(N).contiguous()
     y = torch.ops.qcompile.int4_mm(x.reshape(-1, x.shape[-1]), words, scales, bias, N)
     return y.reshape(*x.shape[:-1], N)
 
@@ -43,18 +45,6 @@ def _linear_int4(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, 
 REGISTRY.impl("int4_mm", _int4_mm, "CUDA")
 REGISTRY.impl("int4_mm", lambda x, words, scales, bias, N: x.new_empty(x.shape[0], N), "Meta")
 REGISTRY.impl("linear_int4", _linear_int4, "CompositeImplicitAutograd")
-
-
-@functools.cache
-def missing() -> str | None:
-    """None if the kernels can be loaded, else what is missing."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    try:
-        importlib.import_module("qcompile.backends.triton.int4_linear")
-    except (ImportError, AttributeError) as error:
-        return f"this triton lacks what the kernels need ({error}); 3.6 has it"
-    return None
 
 
 def why_not(p: Problem) -> str | None:
@@ -66,7 +56,7 @@ def why_not(p: Problem) -> str | None:
         return f"weight {p.weight} is not 4-bit integers by channel or group"
     if columns not in (ALL, *SMALL_GROUPS) and columns % COLUMNS:
         return f"groups are {', '.join(map(str, SMALL_GROUPS))} or multiples of {COLUMNS} columns, got {columns}"
-    if p.device != "cuda" or torch.version.hip is not None:
+    if p.device != "cuda":
         return "these kernels are for NVIDIA GPUs"
     if p.dtype not in (torch.bfloat16, torch.float16):
         return f"the input is {str(p.dtype).removeprefix('torch.')}, and tensor cores take bfloat16 and float16"
@@ -74,7 +64,9 @@ def why_not(p: Problem) -> str | None:
         return f"the kernels begin with sm_80, this is sm_{''.join(map(str, p.capability or ()))}"
     if p.K % MULTIPLE:
         return f"K={p.K} is not a multiple of {MULTIPLE}"
-    return missing()
+    if p.capability != MEASURED and not p.small:
+        return f"the int4 kernels were measured on sm_90, this is sm_{''.join(map(str, p.capability))}"
+    return missing("int4_linear")
 
 
 def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -89,8 +81,16 @@ def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tenso
     blocks = -(-K // COLUMNS) * (COLUMNS // width)
     group = torch.arange(blocks, device=codes.device) * width // (columns or K)
     group = group.clamp(max=qparams.scale.shape[1] - 1)
-    scales = pack_scales(qparams.scale[:, group], zero[:, group], narrow=qparams.spec.scale in BFLOAT16_SCALES)
+    scale = qparams.scale[:, group]
+    narrow = qparams.spec.scale in BFLOAT16_SCALES and _fits(scale, dtype)
+    scales = pack_scales(scale, zero[:, group], narrow=narrow)
     return {"words": pack_words(codes.contiguous()), "scales": scales}
+
+
+def _fits(scale: Tensor, dtype: torch.dtype) -> bool:
+    """Whether numbers of dtype hold these scales in full: kernels that multiply single weights need that."""
+    limits = torch.finfo(dtype)
+    return bool(((scale == 0) | ((scale >= limits.smallest_normal) & (scale <= limits.max))).all())
 
 
 def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: Any) -> tuple[Any, ...]:

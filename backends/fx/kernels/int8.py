@@ -117,6 +117,6 @@ KERNEL = Kernel(
     op=torch.ops.qcompile.linear_int8.default,
     arguments=_arguments,
     takes_codes=True,
-    # a call costs more than a narrow matmul there, and narrow ones leave many processors idle
+    # narrow matmuls leave multiprocessors idle
     joins=lambda problems: problems[0].device == "cuda",
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 from qcompile.backends.fx.kernels import int8
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
+from qcompile.backends.triton.ready import missing
 
 # the copy engine takes rows of multiples of 16 bytes
 TAIL_MULTIPLE = 8
@@ -76,6 +77,7 @@ def _linear_int8_triton(
 ) -> Tensor:
     if zero is not None:
         codes = (codes.float() - int8.OFFSET).to(torch.int8)
+    bias = None if bias is None else bias.expand(weight.shape[0]).contiguous()
     if x_tail is not None:
         x_tail = torch.nn.functional.pad(x_tail, (0, -x_tail.shape[-1] % TAIL_MULTIPLE))
         x_tail = x_tail.reshape(-1, x_tail.shape[-1])
@@ -110,10 +112,10 @@ def why_not(p: Problem) -> str | None:
         return reason
     if p.capability is None:
         return "it needs a CUDA device"
-    try:
-        from qcompile.backends.triton import int8_matmul
-    except ImportError as error:
-        return f"it needs triton>=3.6: {error}"
+    if (reason := missing("int8_matmul")) is not None:
+        return reason
+    from qcompile.backends.triton import int8_matmul
+
     return int8_matmul.why_not(p.N, p.K, p.capability)
 
 
@@ -137,6 +139,7 @@ KERNEL = Kernel(
     arguments=_arguments,
     takes_codes=True,
     device="cuda",
+    # one matmul for q, k and v takes little longer than that for q: narrow ones leave multiprocessors idle
     joins=lambda problems: True,
     with_tail=_with_tail,
 )
