@@ -1,0 +1,216 @@
+"""A decoder on a GPU under each recipe, beside torch.compile of its bfloat16 original: decoding and prefill.
+
+    python examples/benchmarks/decoder_cuda.py
+
+Layers of Llama-3.1-8B's shapes with random weights, without embeddings and logits. Decoding: one token for each of 1,
+16 and 64 sequences that have 1024 tokens in their caches; prefill: one sequence of 2048 tokens. Every recipe's results
+are compared with those of its own Q/DQ graph in eager torch, on two layers, before anything is timed. Times are those
+of replayed CUDA graphs, the candidates in turns; weights are larger than the card's second-level cache by far.
+Writes examples/benchmarks/results/decoder_cuda.json.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from result_files import RESULTS, device, write_result
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+HIDDEN, INNER, HEADS, KV_HEADS, HEAD = 4096, 14336, 32, 8, 128
+CONTEXT, PREFILL = 1024, 2048
+BATCHES = (1, 16, 64)
+FLOAT = "bfloat16, torch.compile"
+RECIPES = ("int4-weight", "fp8", "int8", "w4a8")
+# relative difference from the Q/DQ graph that bfloat16 and the order of sums explain in two layers
+ROUNDED = 3e-2
+CHECKED_LAYERS = 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shape:
+    """What a call gets: hidden states [B, T, HIDDEN], rotations [T, HEAD / 2], and caches of keys and values.
+
+    caches: for each layer [2, B, KV_HEADS, CONTEXT, HEAD], whose last place the token takes; none in prefill.
+    """
+
+    name: str
+    x: Tensor
+    cos: Tensor
+    sin: Tensor
+    caches: Sequence[Tensor]
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        return self.x, self.cos, self.sin, self.caches
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        wide = KV_HEADS * HEAD
+        self.q, self.o = (nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(2))
+        self.k, self.v = (nn.Linear(HIDDEN, wide, bias=False) for _ in range(2))
+        self.gate, self.up = (nn.Linear(HIDDEN, INNER, bias=False) for _ in range(2))
+        self.down = nn.Linear(INNER, HIDDEN, bias=False)
+        self.first, self.second = (nn.Parameter(torch.ones(HIDDEN)) for _ in range(2))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None) -> Tensor:
+        batch, tokens, _ = x.shape
+        h = rms_norm(x, (HIDDEN,), self.first, 1e-5)
+        q, k, v = (y.view(batch, tokens, -1, HEAD).transpose(1, 2) for y in (self.q(h), self.k(h), self.v(h)))
+        q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+        if cache is not None:
+            cache[0, :, :, -1:], cache[1, :, :, -1:] = k, v
+            k, v = cache[0], cache[1]
+        h = scaled_dot_product_attention(q, k, v, is_causal=cache is None, enable_gqa=True)
+        x = x + self.o(h.transpose(1, 2).reshape(batch, tokens, HIDDEN))
+        h = rms_norm(x, (HIDDEN,), self.second, 1e-5)
+        return x + self.down(silu(self.gate(h)) * self.up(h))
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Decoder(nn.Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[Tensor]) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, caches[i] if caches else None)
+        return x
+
+
+def decoder(layers: int) -> Decoder:
+    """On the GPU, the same weights every time."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        made = Decoder(layers).bfloat16().eval()
+        for p in made.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+    return made
+
+
+def shapes(layers: int) -> list[Shape]:
+    found = []
+    for batch in BATCHES:
+        caches = [torch.randn(2, batch, KV_HEADS, CONTEXT, HEAD, device="cuda").bfloat16() for _ in range(layers)]
+        found.append(_shape(f"decode {batch}", batch, 1, CONTEXT - 1, caches))
+    return [*found, _shape(f"prefill {PREFILL}", 1, PREFILL, 0, [])]
+
+
+def _shape(name: str, batch: int, tokens: int, start: int, caches: Sequence[Tensor]) -> Shape:
+    places = torch.arange(start, start + tokens, device="cuda")[:, None]
+    angles = places / 500000.0 ** (torch.arange(0, HEAD, 2, device="cuda") / HEAD)
+    return Shape(
+        name=name,
+        x=torch.randn(batch, tokens, HIDDEN, device="cuda").bfloat16(),
+        cos=angles.cos().bfloat16(),
+        sin=angles.sin().bfloat16(),
+        caches=caches,
+    )
+
+
+def compiled(model: Decoder, name: str, **options: Any) -> Callable[..., Tensor]:
+    torch._dynamo.reset()
+    if name == FLOAT:
+        return torch.compile(model, dynamic=False)
+    return torch.compile(model, dynamic=False, backend="qcompile", options={"recipe": name, **options})
+
+
+def check(name: str) -> float:
+    """The largest relative difference from the recipe's Q/DQ graph; raises SystemExit if it is no rounding."""
+    model, worst = decoder(CHECKED_LAYERS), 0.0
+    fast, reference = compiled(model, name), compiled(model, name, lower=False)
+    for shape in shapes(CHECKED_LAYERS):
+        expected, found = reference(*shape.inputs).float(), fast(*shape.inputs).float()
+        off = float((found - expected).norm() / expected.norm())
+        if not off < ROUNDED:
+            raise SystemExit(f"{name}, {shape.name}: {off:.2g} away from its Q/DQ graph; at most {ROUNDED} is rounding")
+        worst = max(worst, off)
+    return worst
+
+
+def recorded(call: Callable[..., Tensor], shape: Shape) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of the call, and where its result lies."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call(*shape.inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call(*shape.inputs)
+    return graph, y
+
+
+def milliseconds(graphs: Sequence[torch.cuda.CUDAGraph], rounds: int) -> list[float]:
+    """The median of each graph's replays, in turns."""
+    times: list[list[float]] = [[] for _ in graphs]
+    for turn in range(rounds + 2):
+        for graph, found in zip(graphs, times, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            if turn >= 2:
+                found.append(start.elapsed_time(end))
+    return [median(found) for found in times]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    given = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 64
+    rows: dict[str, dict[str, Any]] = {FLOAT: {}}
+    with torch.no_grad():
+        rows |= {name: {"difference": check(name)} for name in given.recipes}
+        calls: dict[str, Callable[..., Tensor]] = {}
+        given_shapes = shapes(given.layers)
+        graphs: dict[str, list[torch.cuda.CUDAGraph]] = {shape.name: [] for shape in given_shapes}
+        for name, row in rows.items():
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            model = decoder(given.layers)
+            calls[name] = compiled(model, name, **({} if name == FLOAT else {"free_weights": True}))
+            start = time.perf_counter()
+            calls[name](*given_shapes[0].inputs)
+            torch.cuda.synchronize()
+            row["compile_seconds"] = round(time.perf_counter() - start, 1)
+            row["gigabytes"] = round((torch.cuda.memory_allocated() - before) / 1e9, 3)
+            for shape in given_shapes:
+                graph, y = recorded(calls[name], shape)
+                graph.replay()
+                torch.cuda.synchronize()
+                assert bool(torch.isfinite(y).all()), (name, shape.name)
+                graphs[shape.name].append(graph)
+            print(name, row, flush=True)
+        for shape in given_shapes:
+            times = milliseconds(graphs[shape.name], given.rounds)
+            for (name, row), ms in zip(rows.items(), times, strict=True):
+                row[shape.name] = {"ms": round(ms, 4), "speedup": round(times[0] / ms, 3)}
+                print(shape.name, name, row[shape.name], flush=True)
+    result = {
+        "command": "python examples/benchmarks/decoder_cuda.py",
+        "shapes": {"layers": given.layers, "hidden": HIDDEN, "inner": INNER, "context": CONTEXT},
+        "machine": device("cuda"),
+        "rows": rows,
+    }
+    write_result(RESULTS / "decoder_cuda.json", result)
+
+
+if __name__ == "__main__":
+    main()
