@@ -230,29 +230,6 @@ def test_tensorrt_files_have_symmetric_pairs_in_the_models_dtype(
         torch.testing.assert_close(y.float(), reference, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize(("weight", "given"), [
-    ("int8/channel", None), ("int8/tensor", None), ("int4/g64", None), ("int4/g128/bf16", None),
-    ("int8/channel", "int8/tensor"), ("fp8_e4m3/channel", "fp8_e4m3/tensor"),
-])  # fmt: skip
-def test_the_reference_and_onnxruntime_dequantize_tensorrts_pairs_to_the_same_bits(
-    weight: str, given: str | None
-) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(5, 128)
-    qparams = None if given is None else find_qparams(x, parse_spec(given))
-    model = emit(linear_model(weight=weight, given=qparams, shape=("M", 128))[0], "tensorrt").model
-    results = len(model.graph.outputs)
-    pairs = [node.outputs[0] for node in model.graph if node.op_type == "DequantizeLinear"]
-    for value in pairs:
-        value.dtype = ir.DataType.FLOAT
-    model.graph.outputs.extend(pairs)
-    found = zip(run_reference(model, x), run_onnxruntime(model, x, optimize=False), strict=True)
-    compared = list(found)[results:]
-    assert len(compared) == (1 if given is None else 2)
-    for mine, other in compared:
-        torch.testing.assert_close(other, mine, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize(("weight", "given", "words"), [
     ("int8/channel/asym", None, "it has a zero point"),
     ("int8/channel", "int8/tensor/asym", "it has a zero point"),
