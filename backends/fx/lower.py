@@ -80,20 +80,14 @@ class _Run:
 
 @dataclass(frozen=True, kw_only=True)
 class _Split:
-    """total = linear + the thin `tail` of calibrated outlier channels."""
+    """total = linear + `thin`, the linear of outlier channels beside it.
+
+    outliers: what the thin one reads: channels that calibration chose (SELECT), or found while running (OUTLIERS).
+    """
 
     total: Node
     linear: Node
-    tail: Node
-    weight: _Weight
-
-
-@dataclass(frozen=True, kw_only=True)
-class _FoundSplit:
-    """total = linear + a linear of the same weight on `outliers`."""
-
-    total: Node
-    linear: Node
+    thin: Node
     outliers: Node
     weight: _Weight
 
@@ -125,12 +119,11 @@ def _lower_sums(graph: FxGraph, target: Target, packs: PackSource) -> list[Lower
     """Replace linears and the thin ones beside them whose sum is one op."""
     lowered = []
     for value in list(graph.values()):
-        if graph.op(value) is not Op.ADD:
-            continue
-        if (found := _found_split(graph, value)) is not None:
-            lowered += _lower_found_split(graph, found, target, packs)
-        elif (split := _split(graph, value)) is not None:
-            lowered += _lower_split(graph, split, target, packs)
+        split = _split(graph, value) if graph.op(value) is Op.ADD else None
+        if split is not None and graph.op(split.outliers) is Op.OUTLIERS:
+            lowered += _lower_found(graph, split, target, packs)
+        elif split is not None and graph.op(split.outliers) is Op.SELECT:
+            lowered += _lower_calibrated(graph, split, target, packs)
     return lowered
 
 
@@ -244,61 +237,47 @@ def _replace_by_columns(graph: FxGraph, value: Node, whole: Node, start: int, en
     _replace(graph, value, aten.clone.default, (columns,), memory_format=torch.contiguous_format)
 
 
-def _found_split(graph: FxGraph, total: Node) -> _FoundSplit | None:
-    """The parts of a sum that `split_outliers` made for a threshold, with a scale found for each input."""
-    linear, tail_linear = graph.inputs(total)
-    if any(v is None or graph.op(v) is not Op.LINEAR or graph.users(v) != [total] for v in (linear, tail_linear)):
-        return None
-    assert linear is not None
-    assert tail_linear is not None
-    x, outliers, weight = graph.inputs(linear)[0], graph.inputs(tail_linear)[0], _quantized_weight(graph, linear)
-    if tail_owner(graph.name(tail_linear)) != graph.name(linear) or x is None or outliers is None or weight is None:
-        return None
-    is_found = graph.op(outliers) is Op.OUTLIERS and graph.inputs(linear)[1] is graph.inputs(tail_linear)[1]
-    if not is_found or graph.op(x) is not Op.DEQUANTIZE or isinstance(graph.qparams(x), QParams):
-        return None
-    return _FoundSplit(total=total, linear=linear, outliers=outliers, weight=weight)
-
-
-def _lower_found_split(graph: FxGraph, split: _FoundSplit, target: Target, packs: PackSource) -> list[Lowered]:
-    problem, kernel = _problem(graph, split.linear, split.weight, target), llm_int8.KERNEL
-    if kernel.why_not(problem) is not None:
-        return []
-    site = graph.name(split.linear)
-    packed = _packed(graph, site, split.weight, kernel, problem, packs)
-    x, threshold = graph.inputs(split.outliers)
-    bias = graph.inputs(split.linear)[2]
-    _replace(graph, split.total, kernel.op, kernel.arguments(problem, (x, threshold), packed, bias))
-    return [Lowered(site=site, kernel=kernel.name, refused={})]
-
-
 def _split(graph: FxGraph, total: Node) -> _Split | None:
-    """The parts of a sum that `split_outliers` made for calibrated channels."""
+    """The parts of a sum that `split_outliers` made."""
     linear, thin = graph.inputs(total)
     if any(v is None or graph.op(v) is not Op.LINEAR or graph.users(v) != [total] for v in (linear, thin)):
         return None
     assert linear is not None
     assert thin is not None
-    selected, weight = graph.inputs(thin)[0], _quantized_weight(graph, linear)
-    if tail_owner(graph.name(thin)) != graph.name(linear) or selected is None or weight is None:
+    outliers, weight = graph.inputs(thin)[0], _quantized_weight(graph, linear)
+    if tail_owner(graph.name(thin)) != graph.name(linear) or outliers is None or weight is None:
         return None
-    if graph.op(selected) is not Op.SELECT or graph.inputs(linear)[0] is None:
-        return None
-    return _Split(total=total, linear=linear, tail=thin, weight=weight)
+    return _Split(total=total, linear=linear, thin=thin, outliers=outliers, weight=weight)
 
 
-def _lower_split(graph: FxGraph, split: _Split, target: Target, packs: PackSource) -> list[Lowered]:
+def _lower_found(graph: FxGraph, split: _Split, target: Target, packs: PackSource) -> list[Lowered]:
+    """Let one op find the outliers and make both products of one weight, under a scale found for each input."""
+    quantized, held, bias = graph.inputs(split.linear)
+    if quantized is None or held is not graph.inputs(split.thin)[1]:
+        return []
+    problem, kernel = _problem(graph, split.linear, split.weight, target), llm_int8.KERNEL
+    by_input = graph.op(quantized) is Op.DEQUANTIZE and not isinstance(graph.qparams(quantized), QParams)
+    if not by_input or kernel.why_not(problem) is not None:
+        return []
+    site = graph.name(split.linear)
+    packed = _packed(graph, site, split.weight, kernel, problem, packs)
+    x, threshold = graph.inputs(split.outliers)
+    _replace(graph, split.total, kernel.op, kernel.arguments(problem, (x, threshold), packed, bias))
+    return [Lowered(site=site, kernel=kernel.name, refused={})]
+
+
+def _lower_calibrated(graph: FxGraph, split: _Split, target: Target, packs: PackSource) -> list[Lowered]:
     """Let one op make both products, if a kernel does; else leave them."""
     problem = _problem(graph, split.linear, split.weight, target)
     kernel, refused = choose(problem)
     x, _, bias = graph.inputs(split.linear)
-    columns = None if kernel.with_tail is None else _packed_tail(graph, split.tail, packs)
+    columns = None if kernel.with_tail is None else _packed_tail(graph, split.thin, packs)
     if kernel.with_tail is None or x is None or columns is None:
         return []
     site = graph.name(split.linear)
     packed = _packed(graph, site, split.weight, kernel, problem, packs)
     plain = kernel.arguments(problem, tuple(x.args[:3]) if kernel.takes_codes else (x,), packed, bias)
-    arguments = kernel.with_tail(problem, plain, graph.inputs(split.tail)[0], columns)
+    arguments = kernel.with_tail(problem, plain, split.outliers, columns)
     if arguments is None:
         return []
     _replace(graph, split.total, kernel.op, arguments)
