@@ -31,22 +31,26 @@ ROUNDED = 3e-2
 CHECKED_LAYERS = 2
 
 
+Cache = tuple[Tensor, Tensor]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shape:
-    """What a call gets: hidden states [B, T, HIDDEN], rotations [T, HEAD / 2], and caches of keys and values.
+    """What a call gets: hidden states [B, T, HIDDEN], places [T], rotations [T, HEAD / 2], and keys and values.
 
-    caches: for each layer [2, B, KV_HEADS, CONTEXT, HEAD], whose last place the token takes; none in prefill.
+    caches: for each layer two of [B, KV_HEADS, CONTEXT, HEAD], whose last place the token takes; none in prefill.
     """
 
     name: str
     x: Tensor
+    places: Tensor
     cos: Tensor
     sin: Tensor
-    caches: Sequence[Tensor]
+    caches: Sequence[Cache]
 
     @property
     def inputs(self) -> tuple[Any, ...]:
-        return self.x, self.cos, self.sin, self.caches
+        return self.x, self.places, self.cos, self.sin, self.caches
 
 
 class Layer(nn.Module):
@@ -59,14 +63,14 @@ class Layer(nn.Module):
         self.down = nn.Linear(INNER, HIDDEN, bias=False)
         self.first, self.second = (nn.Parameter(torch.ones(HIDDEN)) for _ in range(2))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, places: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
         batch, tokens, _ = x.shape
         h = rms_norm(x, (HIDDEN,), self.first, 1e-5)
         q, k, v = (y.view(batch, tokens, -1, HEAD).transpose(1, 2) for y in (self.q(h), self.k(h), self.v(h)))
         q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
         if cache is not None:
-            cache[0, :, :, -1:], cache[1, :, :, -1:] = k, v
-            k, v = cache[0], cache[1]
+            # in place, as the static cache of transformers does it
+            k, v = (held.index_copy_(2, places, new) for held, new in zip(cache, (k, v), strict=True))
         h = scaled_dot_product_attention(q, k, v, is_causal=cache is None, enable_gqa=True)
         x = x + self.o(h.transpose(1, 2).reshape(batch, tokens, HIDDEN))
         h = rms_norm(x, (HIDDEN,), self.second, 1e-5)
@@ -83,9 +87,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Layer() for _ in range(layers))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, places: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[Cache]) -> Tensor:
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, caches[i] if caches else None)
+            x = layer(x, places, cos, sin, caches[i] if caches else None)
         return x
 
 
@@ -103,17 +107,19 @@ def decoder(layers: int) -> Decoder:
 def shapes(layers: int) -> list[Shape]:
     found = []
     for batch in BATCHES:
-        caches = [torch.randn(2, batch, KV_HEADS, CONTEXT, HEAD, device="cuda").bfloat16() for _ in range(layers)]
+        kept = torch.randn(layers, 2, batch, KV_HEADS, CONTEXT, HEAD, device="cuda").bfloat16()
+        caches = [(layer[0].clone(), layer[1].clone()) for layer in kept]
         found.append(_shape(f"decode {batch}", batch, 1, CONTEXT - 1, caches))
     return [*found, _shape(f"prefill {PREFILL}", 1, PREFILL, 0, [])]
 
 
-def _shape(name: str, batch: int, tokens: int, start: int, caches: Sequence[Tensor]) -> Shape:
-    places = torch.arange(start, start + tokens, device="cuda")[:, None]
-    angles = places / 500000.0 ** (torch.arange(0, HEAD, 2, device="cuda") / HEAD)
+def _shape(name: str, batch: int, tokens: int, start: int, caches: Sequence[Cache]) -> Shape:
+    places = torch.arange(start, start + tokens, device="cuda")
+    angles = places[:, None] / 500000.0 ** (torch.arange(0, HEAD, 2, device="cuda") / HEAD)
     return Shape(
         name=name,
         x=torch.randn(batch, tokens, HIDDEN, device="cuda").bfloat16(),
+        places=places,
         cos=angles.cos().bfloat16(),
         sin=angles.sin().bfloat16(),
         caches=caches,
