@@ -355,17 +355,17 @@ def _stand_in(name: str, weight: Tensor, reuse: bool) -> Tensor:
 def _named(slots: Sequence[Parameter], args: Sequence[Any], plan: Plan | None) -> list[Parameter]:
     """The parameters by the names that the plan knows, which sees the whole model; else by those seen from the frame.
 
-    Raises PlanError if the plan was bound to a model that owns none of them.
+    Raises PlanError if neither it nor an equal one was bound to a model that owns one of them.
     """
     if plan is None or plan.binding is None:
         return list(slots)
-    aliases = {slot.placeholder: plan.binding.name_of(args[slot.position]) for slot in slots}
-    if slots and not any(aliases.values()):
+    binding = plan.binding_of([args[slot.position] for slot in slots]) if slots else plan.binding
+    if binding is None:
         raise PlanError(
             f"the plan was bound to another model: none of this one's parameters, such as {slots[-1].name!r}, is known "
             "to it. Bind it to this model, plan.bind(model), or calibrate this one with qcompile.calibrate"
         )
-    return [replace(slot, name=next(iter(aliases[slot.placeholder]), slot.name)) for slot in slots]
+    return [replace(slot, name=next(iter(binding.name_of(args[slot.position])), slot.name)) for slot in slots]
 
 
 def _decide(options: Options, target: Target) -> Recipe | Plan:

@@ -1,6 +1,7 @@
 """The plan: what every site gets, or why it gets nothing. Pure data, the same for every host."""
 
 import operator
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -26,6 +27,8 @@ from qcompile.spec import ALL, Spec
 
 # what was found from stats (by identity), by an observer, for a spec: sites that read one activation share it
 _Ranges = dict[tuple[int, str, Spec], QParams]
+# the bound plans in use, by identity
+_BOUND: "weakref.WeakValueDictionary[int, Plan]" = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +132,15 @@ class Plan:
     notes: tuple[str, ...] = ()
     outliers: Outliers | None = None
     binding: Binding | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.binding is not None:
+            _BOUND[id(self)] = self
+
+    def binding_of(self, parameters: Sequence[Tensor]) -> Binding | None:
+        """The binding that knows one of these parameters: the plan's, or an equal plan's, whose code torch takes too."""
+        bindings = (p.binding for p in (self, *_BOUND.values()) if p.binding is not None and p == self)
+        return next((binding for binding in bindings if any(map(binding.name_of, parameters))), None)
 
     def bind(self, model: nn.Module) -> "Plan":
         """The same plan, with the parameters of `model` known by identity and static qparams on their devices.

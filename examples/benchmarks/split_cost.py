@@ -94,7 +94,7 @@ def layer_rows(rounds: int) -> list[dict[str, Any]]:
             x = torch.randn(M, K)
             calls = {name: partial(run, x) for name, run in candidates(layer, x).items()}
             # a short call is repeated more often
-            often = rounds * (10 if M * N * K < 10**8 else 1)
+            often = rounds * (10 if M * N * K < 10**9 else 1)
             found.append(row(calls, layer(x), often, layer=[N, K], rows=M))
     return found
 

@@ -181,6 +181,20 @@ def test_a_calibrated_plan_is_the_same_after_saving(tmp_path: Path) -> None:
     assert float((y - slow).abs().median() / slow.abs().mean()) < 1e-5
 
 
+def test_equal_plans_serve_models_that_share_their_code() -> None:
+    batch = [{"input_ids": tokens(4, 16)}]
+    first, second = build("llama"), build("llama")
+    plans = [qcompile.calibrate(model, batch, recipe="int8-static", progress=False) for model in (first, second)]
+    assert plans[0] == plans[1]
+    ids = tokens(2, 8)
+    found = [
+        torch.compile(model, backend="qcompile", options={"plan": plan})(ids).logits
+        for model, plan in zip((first, second), plans, strict=True)
+    ]
+    assert torch.equal(*found)
+    assert all(site.kernel for site in qcompile.report(second).sites if site.weight is not None)
+
+
 def test_plan_of_another_model_is_refused() -> None:
     plan = qcompile.calibrate(build("gpt2"), [tokens(1, 8)], recipe="int8", progress=False)
     with pytest.raises(Exception, match=r"(?s)PlanError.*bound to another model"):
