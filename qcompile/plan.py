@@ -138,7 +138,7 @@ class Plan:
             _BOUND[id(self)] = self
 
     def binding_of(self, parameters: Sequence[Tensor]) -> Binding | None:
-        """The binding that knows one of these parameters: the plan's, or an equal plan's, whose code torch takes too."""
+        """The binding that knows one of these parameters: the plan's, or an equal plan's, which torch takes for it."""
         bindings = (p.binding for p in (self, *_BOUND.values()) if p.binding is not None and p == self)
         return next((binding for binding in bindings if any(map(binding.name_of, parameters))), None)
 

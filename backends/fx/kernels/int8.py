@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.backends.fx.kernels.kept import kept
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
 from qcompile.formats import Integer
@@ -62,6 +63,9 @@ def _linear_int8(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
+    if codes.device.type == "cpu" and scale.dim() > 0:
+        # Inductor's C++ would divide anew for every few columns of y
+        scale, zero = kept(scale), None if zero is None else kept(zero)
     if zero is not None:
         # through float32, because Inductor's C++ does not vectorize the way through int16
         codes = (codes.float() - OFFSET).to(torch.int8)

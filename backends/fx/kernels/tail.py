@@ -7,6 +7,7 @@ the quantized product; a matmul would write y once more, and read it again. More
 import torch
 from torch import Tensor
 
+from qcompile.backends.fx.kernels.kept import kept
 from qcompile.backends.fx.registry import REGISTRY
 
 # Measured on the CPU (Zen 4), M from 1 to 1024: up to here sums are faster, up to 41 channels neither is
@@ -21,10 +22,8 @@ def _linear_tail(x: Tensor, weight: Tensor) -> Tensor:
     n = weight.shape[0]
     if n > MOST_FUSED:
         return torch.matmul(x, weight)
-    # Inductor keeps in memory what it reads by strides; else it would gather x, and compute what makes it, anew for
-    # every few columns of y
-    x = x.contiguous()
-    x = x.as_strided(x.shape, x.stride())
+    # else Inductor would gather x, and compute what makes it, anew for every few columns of y
+    x = kept(x)
     parts = [
         (x[..., i : i + UNROLLED, None].float() * weight[i : i + UNROLLED].float()).sum(-2)
         for i in range(0, n, UNROLLED)
