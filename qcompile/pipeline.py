@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -26,13 +27,21 @@ NAMED = 3
 Pass = Callable[[Graph[V]], int]
 
 
-def passes(plan: Plan) -> dict[str, Pass[V]]:
-    """The passes that apply a plan, by name, in order."""
+class Lowering(Protocol[V]):
+    """What replaces the quantized ops of a plan by a target's; returns how many it did."""
+
+    def __call__(self, graph: Graph[V], *, plan: Plan) -> int: ...
+
+
+def passes(plan: Plan, lower: Lowering[V] | None = None) -> dict[str, Pass[V]]:
+    """The passes that apply a plan, by name, in order; before constants are replaced by codes, a host may lower."""
+    lowering = {} if lower is None else {"lower": partial(lower, plan=plan)}
     return {
         "fold_smooth": partial(fold_smooth, folds=plan.folds),
         "split_outliers": partial(split_outliers, plan=plan),
         "insert_qdq": partial(insert_qdq, plan=plan),
         "merge_qdq": merge_qdq,
+        **lowering,
         "freeze_weights": freeze_weights,
     }
 
@@ -65,8 +74,11 @@ def quantize(
     prepared: dict[tuple[str, str], Tensor] | None = None,
     noise: dict[str, float] | None = None,
     ops: Collection[Op] = COMMON_OPS,
+    lower: Lowering[V] | None = None,
 ) -> Plan:
-    """Quantize a graph in place; returns the plan that was applied. The result is right on any machine, and slow.
+    """Quantize a graph in place; returns the plan that was applied. The result is right on any machine.
+
+    It is slow where `lower` does not replace it.
 
     decide: a recipe, or a plan made before (its decisions are taken by site name).
     whole: the graph is the whole model, so that a rule which matches nothing in it is an error.
@@ -78,7 +90,7 @@ def quantize(
     """
     plan = plan_for(graph, decide, whole=whole, ops=ops)
     _write(graph, dump, 0, "opened")
-    steps: dict[str, Pass[V]] = passes(plan)
+    steps: dict[str, Pass[V]] = passes(plan, lower)
     for number, (name, run) in enumerate(steps.items(), start=1):
         if prepared is not None and name == "insert_qdq":
             prepared.update(_weights(graph))

