@@ -45,7 +45,7 @@ def _eight_bit(config: Tiles, capability: int, codes: str, name: str, optional: 
         }
     else:
         given = {"x": f"*{codes}", "w": f"*{codes}"}
-    given |= {"y": f"*{name}", "scale_x": "*fp32", "scale_w": "*fp32"}
+    given |= {"weights": f"*{codes}", "y": f"*{name}", "scale_x": "*fp32", "scale_w": "*fp32"}
     constants = {
         "TOKENS": config.tokens,
         "CHANNELS": config.channels,
