@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from qcompile.backends.fx.graph import FxGraph
-from qcompile.backends.fx.kernels import Kernel, Problem, choose, llm_int8, tail
+from qcompile.backends.fx.kernels import Kernel, Problem, choose, embedding, llm_int8, tail
 from qcompile.backends.fx.targets import aten
 from qcompile.graph import Op
 from qcompile.numerics import QParams, quantize
@@ -114,7 +114,7 @@ class _Split:
 
 
 def lower(graph: FxGraph, target: Target, packs: PackSource) -> list[Lowered]:
-    """Replace each linear with a quantized weight, and the thin one beside it, by a kernel's op.
+    """Replace each linear or embedding with a quantized weight, and the thin one beside it, by a kernel's op.
 
     Returns what runs the sites. Q/DQ that no kernel takes stays: it is plain torch, and right as it stands.
     """
@@ -126,6 +126,8 @@ def lower(graph: FxGraph, target: Target, packs: PackSource) -> list[Lowered]:
             runs.append(_run(graph, value, weight, target))
         elif graph.op(value) is Op.LINEAR:
             _lower_tail(graph, value, packs)
+        elif graph.op(value) is Op.EMBEDDING:
+            lowered += _lower_embedding(graph, value, target, packs)
     for together in _together(graph, runs):
         lowered += _lower_linears(graph, together, packs)
     for value in list(graph.values()):
@@ -262,6 +264,18 @@ def _replace_by_columns(graph: FxGraph, value: Node, whole: Node, start: int, en
         columns = value.graph.call_function(aten.slice.Tensor, (whole, -1, start, end))
     # as contiguous as it was, for views that follow; Inductor fuses the copy with what reads it
     _replace(graph, value, aten.clone.default, (columns,), memory_format=torch.contiguous_format)
+
+
+def _lower_embedding(graph: FxGraph, value: Node, target: Target, packs: PackSource) -> list[Lowered]:
+    """Read rows of a quantized table alone, where they have scales of their own."""
+    weight = _quantized_weight(graph, value)
+    problem = None if weight is None else _problem(graph, value, weight, target)
+    if weight is None or problem is None or embedding.why_not(problem) is not None:
+        return []
+    site, kernel = graph.name(value), embedding.KERNEL
+    packed = _packed(graph, site, weight, kernel, problem, packs)
+    _replace(graph, value, kernel.op, kernel.arguments(problem, (graph.inputs(value)[0],), packed, None))
+    return [Lowered(site=site, kernel=kernel.name, refused={})]
 
 
 def _split(graph: FxGraph, total: Node) -> _Split | None:
