@@ -41,6 +41,7 @@ CORE = (
     "clipping",
     "ranges",
     "outliers",
+    "study",
     "noise",
     "choose",
     "advice",

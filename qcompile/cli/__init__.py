@@ -1,4 +1,5 @@
-"""The command line: `qcompile export | quantize | compare | analyze | demo | doctor | formats | recipes | show`.
+"""The command line: `qcompile export | quantize | compare | analyze | study | demo | doctor | show`, and what there is
+to choose from: `qcompile formats | recipes`.
 
 Any mistake of the user ends in one red line and exit code 2; `qcompile --debug ...` shows the traceback.
 """
@@ -18,6 +19,7 @@ from qcompile.cli.doctor import doctor
 from qcompile.cli.export import export
 from qcompile.cli.quantize import quantize
 from qcompile.cli.show import show
+from qcompile.cli.study import study
 from qcompile.cli.tables import formats, recipes
 from qcompile.errors import QcompileError
 
@@ -70,3 +72,4 @@ def root(
 app.command("analyze")(analyze_model)
 for command in (compare, demo, doctor, export, formats, quantize, recipes, show):
     app.command()(command)
+app.add_typer(study, name="study")
