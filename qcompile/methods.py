@@ -1,5 +1,6 @@
 """Whether the methods that a recipe names exist, and go together."""
 
+from qcompile.auto import RIVALS
 from qcompile.errors import RecipeError, nearest
 from qcompile.graph import Op
 from qcompile.ranges import parse_observer
@@ -32,6 +33,8 @@ def check_methods(recipe: Recipe) -> None:
             )
         if problem := _input_problem(rule):
             raise RecipeError(f"{where} gives inputs the spec {rule.input}, but {problem}")
+        if problem := _choice_problem(rule):
+            raise RecipeError(f"{where} leaves the format open, but {problem}")
         if problem := _output_problem(rule):
             raise RecipeError(f"{where} gives results the spec {rule.output}, but {problem}")
 
@@ -43,6 +46,23 @@ def _input_problem(rule: Rule) -> str:
     fmt, tile = rule.input.format, rule.input.granularity
     if tile.rows > 1:
         return f"blocks of several rows are for weights; take groups along K: {fmt.name}/g{tile.columns}"
+    return ""
+
+
+def _choice_problem(rule: Rule) -> str:
+    """What speaks against format = "auto" in a rule, and what to do; empty if nothing does."""
+    if rule.format is None:
+        return ""
+    if rule.weight is None:
+        return "has no spec of weights to say how many bits: write one, such as weight = 'int8/channel'"
+    bits = rule.weight.format.bits
+    if bits not in RIVALS:
+        return f"there is no choice among formats of {bits} bits: take {', '.join(map(str, RIVALS))}"
+    if rule.input is not None and rule.input.format.bits != bits:
+        return f"weights have {bits} bits and inputs {rule.input.format.bits}: what multiplies them wants both alike"
+    fixed = (rule.smooth, rule.split, rule.threshold, rule.rescue, rule.output)
+    if any(value is not None for value in fixed):
+        return "smooth, split, threshold, rescue and output are chosen for one format: remove them, or name the format"
     return ""
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile.auto import best_rule
 from qcompile.binding import Binding
 from qcompile.errors import CalibrationError, PlanError, RecipeError, SpecError, nearest
 from qcompile.fitting import check_tiles, check_weight
@@ -265,8 +266,7 @@ def _decide(site: Site, number: int | None, recipe: Recipe, seen: _Seen, prepare
     if number is None:
         return replace(left_alone, reason=f"no rule of recipe {recipe.name!r} matches this {site.op.value}")
     rule = recipe.rules[number - 1]
-    if site.name in prepared.inputs:
-        rule = replace(rule, input=prepared.inputs[site.name])
+    rule = replace(rule, input=prepared.inputs.get(site.name, rule.input))
     # the input of an embedding is indices
     input_spec = rule.input if site.op in CHANNEL_AXIS else None
     if rule.weight is None and input_spec is None:
@@ -279,10 +279,11 @@ def _decide(site: Site, number: int | None, recipe: Recipe, seen: _Seen, prepare
         check_tiles(site, rule.weight, "weight")
     if input_spec is not None:
         check_tiles(site, input_spec, "input")
+    rule = best_rule(rule, site, seen.inputs.get(site.name))
     return replace(
         left_alone,
         weight=rule.weight,
-        input=input_spec,
+        input=input_spec and rule.input,
         input_qparams=_static_qparams(site, rule, seen) if input_spec is not None and rule.static_input else None,
         output=_output_qparams(site, rule, seen),
         solver=rule.solver,

@@ -19,7 +19,7 @@ from qcompile.backends.fx.lower import Codes, Lowered, Target, lower
 from qcompile.backends.fx.packs import Key, Pack, PackMissingError, PackStore, Stamp, freed_error, weight_stamp
 from qcompile.backends.fx.sources import weight_source, without_parameter
 from qcompile.binding import require_values
-from qcompile.errors import PlanError
+from qcompile.errors import OptionsError, PlanError
 from qcompile.graph import Op
 from qcompile.numerics import dequantize, snr_db
 from qcompile.options import Options
@@ -42,6 +42,12 @@ class Quantized:
         slots = _named(slots, args, options.plan)
         self._slots = {slot.name: slot for slot in slots}
         self._weights: dict[str, Tensor] = {slot.name: args[slot.position] for slot in slots}
+        device = next((w.device.type for w in self._weights.values()), "cpu")
+        capability = torch.cuda.get_device_capability() if device == "cuda" else None
+        target = Target(device=device, capability=capability, small=options.free_weights)
+        decide = _decide(options, target)
+        # what is chosen by a weight's values is chosen from them each time; a plan has chosen
+        reuse = reuse and not (isinstance(decide, Recipe) and decide.chooses)
         self._given = {name: _stand_in(name, w, reuse) for name, w in self._weights.items()}
         graph = open_dynamo(gm, {slot.placeholder: (slot.name, self._given[slot.name]) for slot in slots})
         self._canonical = {f.site.name: f.site.weight for f in find_sites(graph)} | {
@@ -51,10 +57,6 @@ class Quantized:
         self._weight_of = {f.site.name: weight_source(graph, f.value) for f in find_sites(graph)}
         self._reuse = reuse
         self._notes = [*without_parameter(graph)]
-        device = next((w.device.type for w in self._weights.values()), "cpu")
-        capability = torch.cuda.get_device_capability() if device == "cuda" else None
-        target = Target(device=device, capability=capability, small=options.free_weights)
-        decide = _decide(options, target)
         if isinstance(decide, Plan):
             self._notes += [*decide.notes, *fold_notes(decide), *pipeline.multiplications(graph, decide)]
             self._notes += outlier_notes(decide.outliers) if decide.outliers is not None else ()
@@ -235,7 +237,16 @@ def _named(slots: Sequence[Parameter], args: Sequence[Any], plan: Plan | None) -
 def _decide(options: Options, target: Target) -> Recipe | Plan:
     if options.plan is not None:
         return options.plan
-    return default_recipe(target.device, target.capability) if options.recipe is None else parse_recipe(options.recipe)
+    if options.recipe is None:
+        return default_recipe(target.device, target.capability)
+    recipe = parse_recipe(options.recipe)
+    if recipe.chooses and options.free_weights:
+        raise OptionsError(
+            f"recipe {recipe.name!r} chooses formats by the values of weights, and free_weights gives those up, while "
+            "every new shape asks for them: let qcompile.calibrate(model, batches, recipe) choose once, and compile "
+            "with options={'plan': plan}"
+        )
+    return recipe
 
 
 def _kernel(decision: Decision, run: Lowered | None) -> str:

@@ -42,6 +42,8 @@ class Rule:
     threshold: float | None = None
     # the input spec of sites where the static one loses too much
     rescue: Spec | None = None
+    # "auto": each site gets the best format with as many bits as those of the specs
+    format: str | None = None
     # of a convolution's result, and of what is added to it: where one kernel reads the codes that another made
     output: Spec | None = None
 
@@ -72,6 +74,11 @@ class Recipe:
     def needs_data(self) -> bool:
         """Whether the recipe can be followed only after calibration."""
         return self.prepares or any(rule.static_input or rule.weighs_columns for rule in self.rules)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether formats are chosen by the values of weights."""
+        return any(rule.format is not None for rule in self.rules)
 
     @property
     def prepares(self) -> bool:
@@ -125,6 +132,7 @@ def recipe_to_table(recipe: Recipe) -> dict[str, Any]:
             **({} if rule.split is None else {"split": rule.split}),
             **({} if rule.threshold is None else {"threshold": rule.threshold}),
             **({} if rule.rescue is None else {"rescue": str(rule.rescue)}),
+            **({} if rule.format is None else {"format": rule.format}),
             **({} if rule.output is None else {"output": str(rule.output)}),
         }
         for rule in recipe.rules
@@ -150,6 +158,12 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise RecipeError(f"takes text, got {value!r}")
     return value
+
+
+def _auto(value: Any) -> str:
+    if value != "auto":
+        raise RecipeError(f"takes 'auto' or nothing, got {value!r}: one format is a part of the specs, as 'int4/g128'")
+    return "auto"
 
 
 def _truth(value: Any) -> bool:
@@ -196,5 +210,6 @@ _RULE: dict[str, Callable[[Any], Any]] = {
     "split": _share,
     "threshold": _positive,
     "rescue": lambda value: parse_spec(_text(value)),
+    "format": _auto,
     "output": lambda value: parse_spec(_text(value)),
 }

@@ -45,6 +45,7 @@ CORE = (
     "noise",
     "choose",
     "advice",
+    "auto",
     "fitting",
     "methods",
     "plan",

@@ -1,0 +1,82 @@
+"""The best format for each site: what `format = "auto"` of a rule does.
+
+Formats of equally many bits that memory or tensor cores are made for compete. With data, the output of the site
+decides, both sides quantized, on rows that calibration kept; without, the error of the weight alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from qcompile.errors import WeightError
+from qcompile.formats import CodeBook, Format, Integer, parse_format
+from qcompile.graph import Op
+from qcompile.noise import FEATURES, Treatment, probe, shares_rows
+from qcompile.numerics import dequantize, quantize, snr_db
+from qcompile.observers import Stats
+from qcompile.ranges import parse_observer
+from qcompile.recipe import Rule
+from qcompile.sites import Site
+from qcompile.solvers import SOLVERS
+from qcompile.spec import Spec
+
+# by bits. Floats that only a study knows (e2m5, e3m4) are left out: nothing multiplies them
+RIVALS: dict[int, tuple[str, ...]] = {
+    4: ("int4", "fp4_e2m1", "nf4"),
+    6: ("int6", "fp6_e2m3", "fp6_e3m2"),
+    8: ("int8", "fp8_e4m3"),
+}
+
+
+def best_rule(rule: Rule, site: Site, stats: Stats | None) -> Rule:
+    """The rule with the formats of its specs that suit this site best; a rule that leaves no choice, as it is.
+
+    stats: of the site's input, None if there are none. Of equals, what the rule says.
+    Raises WeightError if the weight has no values to look at.
+    """
+    if rule.format is None or rule.weight is None:
+        return rule
+    if site.weight.is_meta:
+        raise WeightError(
+            f"the best format for {site.name!r} is found from its values, and its weight is on the meta device: "
+            "calibrate the model that has them, or write the format"
+        )
+    stats = stats if site.op is Op.LINEAR else None
+    if rule.weighs_columns and stats is None:
+        # the plan refuses it and names the remedy
+        return rule
+    return max(_candidates(rule, rule.weight), key=lambda candidate: _snr_db(candidate, site, stats))
+
+
+def _candidates(rule: Rule, weight: Spec) -> Iterator[Rule]:
+    yield rule
+    for name in RIVALS[weight.format.bits]:
+        fmt = parse_format(name)
+        if name == weight.format.name or (isinstance(fmt, CodeBook) and rule.input is not None):
+            continue
+        yield replace(rule, weight=_of(weight, fmt), input=None if rule.input is None else _of(rule.input, fmt))
+
+
+def _of(spec: Spec, fmt: Format) -> Spec:
+    """The spec with another format; only integers have a zero point."""
+    return replace(spec, format=fmt, symmetric=spec.symmetric or not isinstance(fmt, Integer))
+
+
+def _snr_db(rule: Rule, site: Site, stats: Stats | None) -> float:
+    """Signal to noise of the site's output, or of its weight."""
+    assert rule.weight is not None
+    whole = shares_rows(rule.weight)
+    if stats is None:
+        weight = site.weight.detach()[:: 1 if whole else -(-len(site.weight) // FEATURES)].float()
+        qparams = SOLVERS[rule.solver](weight, rule.weight)
+        return snr_db(weight, dequantize(quantize(weight, qparams), qparams))
+    given = rule.input
+    treatment = Treatment(
+        weight=rule.weight,
+        input=parse_observer(rule.observer)(stats, given) if given is not None and rule.static_input else given,
+        solver=rule.solver,
+        importance=stats.importance.to(site.weight.device) if rule.weighs_columns else None,
+    )
+    with torch.no_grad():
+        return probe(site.weight, stats, whole=whole).after(treatment)
