@@ -18,11 +18,12 @@ from qcompile.calibrate import require_data
 from qcompile.cli.models import load_model
 from qcompile.cli.subjects import DEMO, open_subject
 from qcompile.errors import OptionsError
+from qcompile.fitting import check_tiles, check_weight
 from qcompile.formats import parse_format
 from qcompile.observers import Part
 from qcompile.presets import PRESETS
 from qcompile.report.findings import short
-from qcompile.report.formats import draw_study
+from qcompile.report.formats import draw_study, require_plots
 from qcompile.report.report import write_text
 from qcompile.study import (
     BOUNDS,
@@ -60,7 +61,10 @@ def study_formats(
         typer.Option(help="Tokens or .txt, or a folder of them: inputs are studied, too, not only weights."),
     ] = None,
     formats: Annotated[
-        str, typer.Option(help="Formats, separated by commas; 'int8/asym' has a zero point.  [default: by families]")
+        str,
+        typer.Option(
+            help="Formats, separated by commas; 'int8/asym' has a zero point. If none: families of 8, 6, 4 bits."
+        ),
     ] = "",
     weights: Annotated[str, typer.Option(help="Who shares a scale of a weight: tensor, channel, g128 ...")] = "channel",
     inputs: Annotated[str, typer.Option(help="Who shares a scale of an input: tensor, token, g128 ...")] = "tensor",
@@ -72,6 +76,8 @@ def study_formats(
     console = Console()
     names = [name.strip() for name in formats.split(",") if name.strip()] or [f for fs in FAMILIES.values() for f in fs]
     _check(names, (weights, inputs), (png, json))
+    if png is not None:
+        require_plots()
     if model is None and data is not None:
         raise OptionsError("--data is of no use without a model: name the model that it is run through")
     # what a user asks for is tried as it is; else the bound of each family stands below it
@@ -120,6 +126,11 @@ def _tensors(
     """The weights of a model's sites, each followed by the input, if that is known and no other site before read it."""
     weights, inputs = granularities
     done: set[int] = set()
+    for site in seen.sites.values():
+        check_weight(site)
+        check_tiles(site, format_spec(formats[0], weights), "weight")
+        if site.name in seen.stats:
+            check_tiles(site, format_spec(formats[0], inputs), "input")
     with console.status("") as status:
         for site in seen.sites.values():
             status.update(f"{model}: {escape(site.name)} ...")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,20 @@ _TITLES = {
 }
 
 
+def require_plots() -> None:
+    """Raise UnsupportedError without matplotlib, before something is computed that could not be drawn."""
+    if find_spec("matplotlib") is None:
+        raise UnsupportedError("a picture needs matplotlib: pip install 'qcompile[plots]'")
+
+
 def draw_study(study: Study, path: Path) -> None:
     """Write a PNG: a row of panels for each kind of subject, a panel for each number of bits.
 
-    Raises UnsupportedError without matplotlib; an old file is whole until the new one is.
+    Raises as `require_plots`; an old file is whole until the new one is.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise UnsupportedError("a picture needs matplotlib: pip install 'qcompile[plots]'") from e
+    require_plots()
+    from matplotlib.figure import Figure
+
     widths = sorted({_width(name) for name in study.formats}, reverse=True)
     kinds = [kind for kind in _TITLES if study.of(kind)]
     figure = Figure(figsize=(4.6 * len(widths) + 0.6, 3.9 * len(kinds) + 0.3), dpi=100, layout="constrained")

@@ -1,5 +1,6 @@
 """`qcompile study formats` on distributions and on small models: the table, the picture and the JSON."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,16 @@ def test_inputs_of_a_model_with_data(tiny_llama: Path, tokens: Path, tmp_path: P
     assert {s.granularity for s in token.of("weight")} == {"g32"}
 
 
+def test_a_picture_without_matplotlib_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # the package has a function of its part's name
+    drawing = importlib.import_module("qcompile.report.formats")
+    monkeypatch.setattr(drawing, "find_spec", lambda name: None)
+    result = run("--png", tmp_path / "study.png", "--json", tmp_path / "study.json")
+    assert result.exit_code == 2
+    assert "pip install 'qcompile[plots]'" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -99,8 +110,10 @@ def test_inputs_of_a_model_with_data(tiny_llama: Path, tokens: Path, tmp_path: P
         (("{model}", "--inputs", "row"), "unknown granularity 'row'"),
         (("--png", "{tokens}/absent/x.png"), "there is no folder"),
         (("absent",), "absent is no folder"),
+        (("{model}", "--weights", "g48"), "at the weight of 'model.embed_tokens'; int8/g16 fits"),
+        (("{model}", "--data", "{tokens}", "--inputs", "g48"), "at the input of 'model.layers.0.self_attn.q_proj'"),
     ],
-    ids=["data", "format", "learned", "blocks", "granularity", "folder", "model"],
+    ids=["data", "format", "learned", "blocks", "granularity", "folder", "model", "weight groups", "input groups"],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
     arguments: tuple[str, ...], words: str, tiny_llama: Path, tokens: Path
