@@ -136,10 +136,10 @@ TABLE = (
 
 def choose(M: int, N: int, K: int, capability: int, *, wide: bool) -> Config:
     """The configuration for x [M, K] and a weight [N, K].  capability: 90 for 9.0.  wide: scales are float32."""
-    return next(e.config for e in TABLE if _takes(e, M, N, K, capability, wide))
+    return next(e.config for e in TABLE if takes(e, M, N, K, capability, wide))
 
 
-def _takes(entry: Entry, M: int, N: int, K: int, capability: int, wide: bool) -> bool:
+def takes(entry: Entry, M: int, N: int, K: int, capability: int, wide: bool) -> bool:
     config = entry.config
     units, blocks = -(-N // ROWS), -(-K // COLUMNS)
     low, high = entry.capabilities
