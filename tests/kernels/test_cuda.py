@@ -31,6 +31,8 @@ CASES = [
     ("fp8", "fp8_e4m3/channel", "fp8_e5m2/token"),
     ("int4", "int4/g32/asym/bf16", None),
     ("int4", "int4/channel", None),
+    ("int4-int8", "int4/g32/asym/bf16", "int8/token/asym"),
+    ("int4-int8", "int4/g32", "int8/token"),
     ("packed", "int3/g32/asym/bf16", None),
     ("packed", "nf4/g32/dq256", None),
 ]
