@@ -35,6 +35,7 @@ class QParams:
     zero: the code of 0, float32, shaped like scale; None if symmetric.
     levels: float32 [2**bits], for code books learned from the tensor.
     stored: what is stored in place of scale (see `qcompile.scales`).
+    codes: as of `quantize`, chosen together for this one tensor; None for the nearest.
     """
 
     spec: Spec
@@ -42,6 +43,7 @@ class QParams:
     zero: Tensor | None = None
     levels: Tensor | None = None
     stored: dict[str, Tensor] = field(default_factory=dict)
+    codes: Tensor | None = None
 
 
 def tiles(x: Tensor, granularity: Granularity) -> tuple[Tensor, tuple[int, ...]]:
@@ -125,8 +127,16 @@ def quantize(x: Tensor, qparams: QParams) -> Tensor:
     x: floating.  Returns int8 for symmetric integers, uint8 for all else, one code an element, shape of x.
     The division is exact division, not a multiplication with the inverse (they differ at ties).
     NaN under a finite scale has no defined code: only qparams found from x itself propagate it.
+    Where a solver chose the codes, they are those.  Raises SpecError if it did for a tensor of another shape.
     """
     spec = qparams.spec
+    if qparams.codes is not None:
+        if qparams.codes.shape != x.shape:
+            raise SpecError(
+                f"these qparams hold the codes of a tensor {list(qparams.codes.shape)}, got {list(x.shape)}; "
+                "find others for it"
+            )
+        return qparams.codes
     view, _ = tiles(x.float(), spec.granularity)
     scaled = view / over_tiles(qparams.scale, spec.granularity)
     if not isinstance(spec.format, Integer):
@@ -134,8 +144,12 @@ def quantize(x: Tensor, qparams: QParams) -> Tensor:
     codes = scaled.round()
     if qparams.zero is not None:
         codes = codes + over_tiles(qparams.zero, spec.granularity)
-    dtype = torch.int8 if spec.symmetric else torch.uint8
-    return codes.clamp(*spec.code_range).to(dtype).reshape(x.shape)
+    return codes.clamp(*spec.code_range).to(code_dtype(spec)).reshape(x.shape)
+
+
+def code_dtype(spec: Spec) -> torch.dtype:
+    """What holds one code: int8 for symmetric integers, uint8 for all else."""
+    return torch.int8 if spec.symmetric and isinstance(spec.format, Integer) else torch.uint8
 
 
 def dequantize(codes: Tensor, qparams: QParams, dtype: torch.dtype = torch.float32) -> Tensor:
