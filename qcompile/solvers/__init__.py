@@ -5,6 +5,7 @@ from typing import Protocol
 from torch import Tensor
 
 from qcompile.numerics import QParams
+from qcompile.solvers.hqq import solve_hqq
 from qcompile.solvers.imatrix import solve_imatrix
 from qcompile.solvers.mse import solve_mse
 from qcompile.solvers.round import solve_round
@@ -21,6 +22,7 @@ SOLVERS: dict[str, Solver] = {
     "round": solve_round,
     "mse": solve_mse,
     "imatrix": solve_imatrix,
+    "hqq": solve_hqq,
 }
 # those that ask for the importance of columns, which calibration finds
 WEIGHTED = frozenset({"imatrix"})

@@ -81,7 +81,7 @@ def squared_error(weight: Tensor, qparams: QParams, importance: Tensor | None = 
     parts = []
     for start in range(0, len(weight), count):
         part = weight[start : start + count].float()
-        held = qparams if rows == ALL else _of_rows(qparams, slice(start // unit, (start + count) // unit))
+        held = qparams if rows == ALL else rows_of(qparams, slice(start // unit, (start + count) // unit))
         errors = (dequantize(quantize(part, held), held) - part).square()
         errors = errors if importance is None else errors * importance
         view, dims = tiles(errors, qparams.spec.granularity)
@@ -89,5 +89,6 @@ def squared_error(weight: Tensor, qparams: QParams, importance: Tensor | None = 
     return torch.stack(parts).sum(0) if rows == ALL else torch.cat(parts)
 
 
-def _of_rows(qparams: QParams, rows: slice) -> QParams:
+def rows_of(qparams: QParams, rows: slice) -> QParams:
+    """The qparams of some rows of tiles.  qparams: not of a whole tensor."""
     return replace(qparams, scale=qparams.scale[rows], zero=None if qparams.zero is None else qparams.zero[rows])

@@ -20,6 +20,7 @@ SPECS = {
     "int8-weight": ("int8/channel", "None"),
     "int4-weight": ("int4/g128/asym/bf16", "None"),
     "int4-imatrix": ("int4/g32/asym/bf16", "None"),
+    "hqq4": ("int4/g64/asym/bf16", "None"),
     "fp8": ("fp8_e4m3/channel", "fp8_e4m3/token"),
     "nf4": ("nf4/g64", "None"),
     "int4-token": ("int4/channel", "int4/token/asym"),
