@@ -7,11 +7,15 @@ the sum of a residual block then has codes on both sides, as kernels of integers
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
+from qcompile.errors import PlanError
 from qcompile.graph import Graph, Op, V
 from qcompile.numerics import QParams, over_dimensions
-from qcompile.plan import Decision, Plan, equal_qparams
+from qcompile.plan import Decision, Plan
 from qcompile.sites import SITE_OPS, Found, find_sites, result_of, tail_owner
-from qcompile.solvers import SOLVERS
+from qcompile.solved import equal_qparams
+from qcompile.solvers import IN_TURN, SOLVERS
 from qcompile.spec import Spec
 
 
@@ -19,7 +23,8 @@ def insert_qdq(graph: Graph[V], plan: Plan) -> int:
     """Insert the pairs; sites that read the same value in the same way share one. Returns how many were inserted.
 
     A site that the plan does not name stays as it is, save that the linear which multiplies outliers found while
-    running (see `split_outliers`) reads its site's quantized weight. What a solver raises passes through.
+    running (see `split_outliers`) reads its site's quantized weight. Raises what solvers raise, and PlanError for a
+    weight that is not the one its codes in the plan were chosen for.
     """
     pairs: dict[V, list[tuple[QParams | Spec, V]]] = {}
     solved: dict[tuple[V, Spec, str, str], QParams] = {}
@@ -31,9 +36,9 @@ def insert_qdq(graph: Graph[V], plan: Plan) -> int:
         if decision is None or x is None or weight is None:
             continue
         if decision.weight is not None:
-            key = (weight, decision.weight, decision.solver, decision.importance_digest)
+            key = (weight, decision.weight, decision.solver, decision.data_digest)
             if key not in solved:
-                qparams = SOLVERS[decision.solver](found.site.weight, decision.weight, decision.importance)
+                qparams = _weight_qparams(found.site.weight, decision, decision.weight)
                 solved[key] = over_dimensions(qparams, len(graph.shape(weight)))
             _quantize_input(graph, found, 1, solved[key], pairs)
         if decision.input is not None:
@@ -50,6 +55,17 @@ def _decision(plan: Plan, name: str) -> Decision | None:
         return plan.decisions.get(name)
     owner = plan.decisions[site]
     return None if owner.threshold is None else replace(owner, input=None)
+
+
+def _weight_qparams(weight: Tensor, decision: Decision, spec: Spec) -> QParams:
+    if decision.solved is not None:
+        return decision.solved.of_weight(weight, decision.name)
+    if decision.solver in IN_TURN:
+        raise PlanError(
+            f"the plan holds no codes for the weight of {decision.name!r} by solver {decision.solver!r}, which chooses "
+            "them while the model runs: make the plan with qcompile.calibrate(model, batches, recipe)"
+        )
+    return SOLVERS[decision.solver](weight, spec, decision.importance)
 
 
 def _result(graph: Graph[V], found: Found[V]) -> V | None:

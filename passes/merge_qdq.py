@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from qcompile.graph import Graph, Op, V
 from qcompile.numerics import QParams
-from qcompile.plan import equal_qparams
+from qcompile.solved import equal_qparams
 
 
 def merge_qdq(graph: Graph[V]) -> int:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from qcompile.errors import PlanError
 from qcompile.folds import Fold
 from qcompile.graph import Op
-from qcompile.numerics import QParams
+from qcompile.numerics import QParams, code_dtype
 from qcompile.outliers import Outliers
+from qcompile.packing import pack, unpack
 from qcompile.plan import Decision, Plan
 from qcompile.recipe import recipe_from_table, recipe_to_table
+from qcompile.solved import Solved
 from qcompile.spec import Spec, parse_spec
 from qcompile.verify import Failure
 
@@ -162,6 +165,10 @@ def _decision_table(decision: Decision, tensors: dict[str, Tensor]) -> dict[str,
     if decision.importance is not None:
         table["importance"] = True
         tensors[_importance_name(decision.name)] = decision.importance
+    if decision.solved is not None:
+        held = _tensors_of(decision.solved.qparams)
+        table |= {"weight_qparams": sorted(held), "solved_db": decision.solved.snr_db}
+        tensors |= {f"{decision.name}.weight.{part}": tensor for part, tensor in held.items()}
     if decision.outliers:
         table["outliers"] = list(decision.outliers)
     if decision.threshold is not None:
@@ -187,7 +194,8 @@ def _fold_name(number: int) -> str:
 def _tensors_of(qparams: QParams) -> dict[str, Tensor]:
     parts = {"scale": qparams.scale, "zero": qparams.zero, "levels": qparams.levels}
     stored = {f"stored.{name}": tensor for name, tensor in qparams.stored.items()}
-    return {name: tensor for name, tensor in parts.items() if tensor is not None} | stored
+    packed = {} if qparams.codes is None else {"codes": pack(qparams.codes, qparams.spec.format.bits)}
+    return {name: tensor for name, tensor in parts.items() if tensor is not None} | stored | packed
 
 
 def _require_schema(data: Any, folder: Path) -> None:
@@ -234,7 +242,17 @@ def _decision(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Decisi
         decision,
         input_qparams=_stored_qparams(decision.name, "input", table, tensors),
         output=_stored_qparams(decision.name, "output", table, tensors),
+        solved=_solved(decision.name, table, tensors),
     )
+
+
+def _solved(site: str, table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Solved | None:
+    qparams = _stored_qparams(site, "weight", table, tensors)
+    if qparams is None:
+        return None
+    packed, signed = tensors[f"{site}.weight.codes"], code_dtype(qparams.spec) is torch.int8
+    codes = unpack(packed, qparams.spec.format.bits, table["shape"][-1], signed)
+    return Solved(qparams=replace(qparams, codes=codes), snr_db=table["solved_db"])
 
 
 def _stored_qparams(site: str, side: str, table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QParams | None:

@@ -17,7 +17,8 @@ from qcompile.prepare import prepare
 from qcompile.presets import parse_recipe
 from qcompile.ranges import needed_parts
 from qcompile.recipe import Recipe
-from qcompile.watch import Seen, watch
+from qcompile.sequential import solve_in_turn
+from qcompile.watch import Seen, require_several, watch
 
 
 def calibrate(
@@ -42,10 +43,17 @@ def calibrate(
     parsed = parse_recipe(recipe)
     check_methods(parsed)
     model = getattr(model, "_orig_mod", model)
+    if parsed.solves_in_turn:
+        # the model runs twice
+        require_several(batches)
+        batches = list(batches)
     seen = watch(model, batches, parts_for(parsed), progress=progress)
     require_data(parsed, seen)
     prepared = prepare(model, seen, parsed, failures=failures)
     plan = make_plan(list(seen.sites.values()), parsed, prepared.stats, seen.left, prepared=prepared.decided)
+    if parsed.solves_in_turn:
+        assert isinstance(batches, list)
+        plan = solve_in_turn(model, batches, plan, seen, progress=progress)
     return replace(plan, outliers=prepared.outliers).bind(model)
 
 

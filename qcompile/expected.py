@@ -59,6 +59,8 @@ def _snr_db(decision: Decision, weight: Tensor, plan: Plan) -> float | None:
     scale = scale_before(decision.name, plan.folds)
     coded = weight if scale is None else weight.float() * scale.to(weight.device)
     coded = coded.index_fill(1, torch.tensor(decision.outliers, dtype=torch.int64, device=coded.device), 0.0)
+    if decision.solved is not None:
+        return decision.solved.snr_db
     qparams = SOLVERS[decision.solver](coded, decision.weight, decision.importance)
     return snr_db(coded, dequantize(quantize(coded, qparams), qparams))
 

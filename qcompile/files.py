@@ -217,6 +217,12 @@ def _planned(
 ) -> Plan:
     """A plan for the graph, with what the batches show if there are any."""
     check_methods(recipe)
+    if recipe.solves_in_turn:
+        raise CalibrationError(
+            f"recipe {recipe.name!r} chooses codes while the PyTorch model runs: make a plan with "
+            "qcompile.calibrate(model, batches, recipe) on the model that the file was exported from, and give it in "
+            "place of the recipe"
+        )
     sites = [found.site for found in find_sites(graph, SITE_OPS)]
     left = list(left_over(graph, SITE_OPS))
     if batches is None:

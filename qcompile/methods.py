@@ -5,7 +5,7 @@ from qcompile.errors import RecipeError, nearest
 from qcompile.graph import Op
 from qcompile.ranges import parse_observer
 from qcompile.recipe import Recipe, Rule
-from qcompile.solvers import SOLVERS, WEIGHTED
+from qcompile.solvers import IN_TURN, SOLVERS, WEIGHTED
 from qcompile.spec import ALL
 
 
@@ -22,6 +22,8 @@ def check_methods(recipe: Recipe) -> None:
                 f"{where} gives convolutions the solver {rule.solver!r}, which weighs the columns of linears by what "
                 "their inputs look like: write a rule of its own for ops = ['conv'], with solver = 'mse'"
             )
+        if problem := _in_turn_problem(rule, recipe):
+            raise RecipeError(f"{where} names the solver {rule.solver!r}, but {problem}")
         try:
             observer = parse_observer(rule.observer)
         except RecipeError as e:
@@ -37,6 +39,23 @@ def check_methods(recipe: Recipe) -> None:
             raise RecipeError(f"{where} leaves the format open, but {problem}")
         if problem := _output_problem(rule):
             raise RecipeError(f"{where} gives results the spec {rule.output}, but {problem}")
+
+
+def _in_turn_problem(rule: Rule, recipe: Recipe) -> str:
+    """What speaks against a solver that is run while the model runs; empty if nothing does."""
+    if rule.solver not in IN_TURN:
+        return ""
+    if others := [op.value for op in rule.ops if op is not Op.LINEAR]:
+        return (
+            "it chooses codes by what weights of linears multiply: write a rule of its own for "
+            f"ops = {others}, with solver = 'mse'"
+        )
+    if recipe.prepares or any(other.threshold is not None for other in recipe.rules):
+        return (
+            "smooth, split and threshold change weights and inputs after it chose codes for them: leave them out, or "
+            "take solver = 'imatrix'"
+        )
+    return ""
 
 
 def _input_problem(rule: Rule) -> str:

@@ -23,6 +23,7 @@ from qcompile.outliers import Outliers
 from qcompile.ranges import parse_observer
 from qcompile.recipe import Recipe, Rule
 from qcompile.sites import CHANNEL_AXIS, LeftOver, Site, digest
+from qcompile.solved import Solved, equal_qparams, equal_tensors, on_device
 from qcompile.solvers import WEIGHTED
 from qcompile.spec import ALL, Spec
 
@@ -50,6 +51,7 @@ class Decision:
     outliers: channels of the input that stay in the model's dtype, with their columns of the weight.
     threshold: instead, the channels are found in each input: those in which any magnitude reaches it (LLM.int8).
     importance: float32 [K], what errors in each column of the weight cost, for solvers that ask for it.
+    solved: codes of the weight from a solver that looks at data, too; None until it has run.
     Raises PlanError if outliers are not distinct channels of the input, or importance is missing or of other channels.
     """
 
@@ -65,6 +67,7 @@ class Decision:
     threshold: float | None = None
     output: QParams | None = field(default=None, hash=False)
     importance: Tensor | None = field(default=None, hash=False)
+    solved: Solved | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if self.outliers and not (
@@ -92,14 +95,16 @@ class Decision:
             return NotImplemented
         # tensors do not compare to one truth
         special: dict[str, Callable[[Any, Any], bool]]
-        special = {"input_qparams": equal_qparams, "output": equal_qparams, "importance": _equal}
+        special = {"input_qparams": equal_qparams, "output": equal_qparams, "importance": equal_tensors}
         return all(
             special.get(f.name, operator.eq)(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
         )
 
     @cached_property
-    def importance_digest(self) -> str:
-        """Tells apart what a solver makes of one weight under several importances; empty without one."""
+    def data_digest(self) -> str:
+        """Tells apart what a solver makes of one weight by several data; empty for one that looks at none."""
+        if self.solved is not None:
+            return self.solved.digest
         return "" if self.importance is None else digest(self.importance.tolist())
 
 
@@ -231,22 +236,6 @@ def unreached(left: Iterable[LeftOver]) -> dict[str, Decision]:
     return found
 
 
-def equal_qparams(a: QParams | Spec | None, b: QParams | Spec | None) -> bool:
-    """Whether both quantize every tensor alike; a Spec alone finds its qparams from each tensor."""
-    if not isinstance(a, QParams) or not isinstance(b, QParams):
-        return a == b
-    return a is b or (
-        a.spec == b.spec and _equal(a.scale, b.scale) and _equal(a.zero, b.zero) and _equal(a.levels, b.levels)
-    )
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    # tensors that are only shapes may hold different values
-    return a is b or (not a.is_meta and a.device == b.device and torch.equal(a, b))
-
-
 def _left_alone(site: Site) -> Decision:
     return Decision(name=site.name, op=site.op, shape=tuple(site.weight.shape))
 
@@ -279,6 +268,8 @@ def _decide(site: Site, number: int | None, recipe: Recipe, seen: _Seen, prepare
         check_tiles(site, rule.weight, "weight")
     if input_spec is not None:
         check_tiles(site, input_spec, "input")
+    if rule.solves_in_turn:
+        _stats_for(site, rule, seen)
     rule = best_rule(rule, site, seen.inputs.get(site.name))
     return replace(
         left_alone,
@@ -287,7 +278,7 @@ def _decide(site: Site, number: int | None, recipe: Recipe, seen: _Seen, prepare
         input_qparams=_static_qparams(site, rule, seen) if input_spec is not None and rule.static_input else None,
         output=_output_qparams(site, rule, seen),
         solver=rule.solver,
-        importance=_importance(site, rule, seen) if site.op is Op.LINEAR and rule.weighs_columns else None,
+        importance=_stats_for(site, rule, seen).importance if site.op is Op.LINEAR and rule.weighs_columns else None,
         outliers=prepared.outliers.get(site.name, ()),
         threshold=rule.threshold if input_spec is not None and site.op is Op.LINEAR else None,
         reason="" if rule.weight is not None else f"rule {number} quantizes its input only",
@@ -306,16 +297,17 @@ def _static_qparams(site: Site, rule: Rule, seen: _Seen) -> QParams:
     return _range(stats, rule.observer, rule.input, f"the input of {site.name!r}", seen.ranges)
 
 
-def _importance(site: Site, rule: Rule, seen: _Seen) -> Tensor:
+def _stats_for(site: Site, rule: Rule, seen: _Seen) -> Stats:
+    """The stats that the rule's solver asks for."""
     stats = seen.inputs.get(site.name)
     if stats is None:
         raise CalibrationError(
-            f"{site.name!r} gets solver {rule.solver!r}, which weighs columns by data, and none was seen there: call "
+            f"{site.name!r} gets solver {rule.solver!r}, which looks at data, and none was seen there: call "
             "qcompile.calibrate(model, batches, recipe) with batches that reach it, or give the site a rule with "
             "solver 'mse'"
         )
     _require_finite(stats, f"the input of {site.name!r}")
-    return stats.importance
+    return stats
 
 
 def _output_qparams(site: Site, rule: Rule, seen: _Seen) -> QParams | None:
@@ -375,26 +367,13 @@ def _bound(decision: Decision, parameters: Mapping[str, Tensor]) -> Decision | s
     shape = weight.flatten(1).shape if decision.op is Op.CONV else weight.shape
     if sorted(shape) != sorted(decision.shape):
         return f"{decision.name!r} is {list(weight.shape)} in the model and {list(decision.shape)} in the plan"
+    # values are not given up for a weight that has none
+    if weight.is_meta:
+        return decision
+    found, result, importance = decision.input_qparams, decision.output, decision.importance
     return replace(
         decision,
-        input_qparams=_on_device(decision.input_qparams, weight.device),
-        output=_on_device(decision.output, weight.device),
-        importance=None if decision.importance is None else _moved(decision.importance, weight.device),
-    )
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on that device; values are not given up for a weight that has none."""
-    return tensor if device.type == "meta" else tensor.to(device)
-
-
-def _on_device(qparams: QParams | None, device: torch.device) -> QParams | None:
-    if qparams is None or qparams.scale.device == device or device.type == "meta":
-        return qparams
-    return replace(
-        qparams,
-        scale=qparams.scale.to(device),
-        zero=None if qparams.zero is None else qparams.zero.to(device),
-        levels=None if qparams.levels is None else qparams.levels.to(device),
-        stored={name: tensor.to(device) for name, tensor in qparams.stored.items()},
+        input_qparams=None if found is None else on_device(found, weight.device),
+        output=None if result is None else on_device(result, weight.device),
+        importance=None if importance is None else importance.to(weight.device),
     )

@@ -78,6 +78,13 @@ PRESETS: dict[str, Recipe] = {
             "4-bit integer weights in groups of 64, many errors small and few large (HQQ)",
             "hqq",
         ),
+        _linears(
+            "gptq4",
+            "int4/g128/asym/bf16",
+            None,
+            "4-bit integer weights in groups of 128, codes chosen together on data (GPTQ)",
+            "gptq",
+        ),
         _linears("fp8", "fp8_e4m3/channel", _FP8, "8-bit floats, inputs scaled token by token"),
         _linears("nf4", "nf4/g64", None, "4-bit NormalFloat weights in groups of 64 (QLoRA)", solver="mse"),
         _linears("int4-token", "int4/channel", "int4/token/asym", "4-bit integers, inputs too", "mse", head=_INT8),

@@ -12,7 +12,7 @@ from qcompile.errors import RecipeError, SpecError, nearest
 from qcompile.graph import Op
 from qcompile.sites import SITE_OPS, Site
 from qcompile.smooth import Smooth, parse_smooth
-from qcompile.solvers import WEIGHTED
+from qcompile.solvers import IN_TURN, WEIGHTED
 from qcompile.spec import ALL, Spec, parse_spec
 
 
@@ -61,6 +61,11 @@ class Rule:
         """Whether the weight's codes are chosen by what its input looks like, which calibration must show."""
         return self.weight is not None and self.solver in WEIGHTED and Op.LINEAR in self.ops
 
+    @property
+    def solves_in_turn(self) -> bool:
+        """Whether the weight's codes are chosen while calibration runs the model with those before quantized."""
+        return self.weight is not None and self.solver in IN_TURN
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -73,7 +78,14 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether the recipe can be followed only after calibration."""
-        return self.prepares or any(rule.static_input or rule.weighs_columns for rule in self.rules)
+        return (
+            self.prepares or self.solves_in_turn or any(rule.static_input or rule.weighs_columns for rule in self.rules)
+        )
+
+    @property
+    def solves_in_turn(self) -> bool:
+        """Whether some rule's solver is run while the model runs."""
+        return any(rule.solves_in_turn for rule in self.rules)
 
     @property
     def chooses(self) -> bool:

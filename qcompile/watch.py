@@ -50,10 +50,7 @@ def watch(model: nn.Module, batches: Iterable[Any], parts: Part, *, progress: bo
     Raises CalibrationError for batches of a wrong type, or if an activation is NaN or Inf; WeightError if a parameter
     has no values.
     """
-    if isinstance(batches, Mapping | Tensor | str):
-        raise CalibrationError(
-            f"batches is one {type(batches).__name__}, not a collection of batches: write calibrate(model, [batch])"
-        )
+    require_several(batches)
     for name, parameter in model.named_parameters():
         require_values(name, parameter)
     watching = _Watch(Binding(model), parts)
@@ -65,6 +62,14 @@ def watch(model: nn.Module, batches: Iterable[Any], parts: Part, *, progress: bo
             with watching:
                 run_batch(model, batch, count - 1)
     return Seen(sites=watching.sites, stats=watching.stats(), left=watching.left_over(), batches=count, example=example)
+
+
+def require_several(batches: Iterable[Any]) -> None:
+    """Raise CalibrationError for what is one batch, and not a collection of them."""
+    if isinstance(batches, Mapping | Tensor | str):
+        raise CalibrationError(
+            f"batches is one {type(batches).__name__}, not a collection of batches: write calibrate(model, [batch])"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +100,54 @@ _SPELLINGS: dict[Callable[..., Any], _Spelling] = {
     torch.Tensor.addmm: _ADDMM,
     torch.nn.functional.embedding: _EMBEDDING,
 }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """A call that is a site: its name, x [..., K], and the weight [N, K] it reads.
+
+    spelling: where both stand among the arguments.
+    """
+
+    name: str
+    spelling: _Spelling
+    x: Tensor
+    weight: Tensor
+
+    @property
+    def op(self) -> Op:
+        """What kind of site it is."""
+        return self.spelling.op
+
+    def arguments(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor, weight: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the call, with others in place of its x and its weight [N, K]."""
+        weight = weight.t() if self.spelling.transposed else weight
+        positional, named = list(args), dict(kwargs)
+        for (position, keyword), new in ((self.spelling.x, x), (self.spelling.weight, weight)):
+            if position < len(positional):
+                positional[position] = new
+            else:
+                named[keyword] = new
+        return tuple(positional), named
+
+
+def find_call(
+    binding: Binding, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Call | None:
+    """The site that this function call is, if it is one: an op with a weight that is a parameter of the model."""
+    spelling = _SPELLINGS.get(func)
+    if spelling is None:
+        return None
+    x, weight = _argument(spelling.x, args, kwargs), _argument(spelling.weight, args, kwargs)
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    parameter = binding.parameter_of(weight)
+    name = binding.site_name(weight, spelling.op)
+    if parameter is None or name is None or parameter.numel() != weight.numel():
+        return None
+    return Call(name=name, spelling=spelling, x=x, weight=weight.t() if spelling.transposed else weight)
 
 
 class _Watch(TorchFunctionMode):
@@ -140,31 +193,24 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         # first, so that shapes that do not fit are the model's error
         result = func(*args, **kwargs)
-        spelling = _SPELLINGS.get(func)
-        if (spelling is None or not self._site(spelling, args, kwargs)) and self._asks:
+        call = find_call(self._binding, func, args, kwargs)
+        if call is not None:
+            self._site(call)
+        elif self._asks:
             self._reader(func, (*args, *kwargs.values()), result)
         return result
 
-    def _site(self, spelling: _Spelling, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Note the site that this call is; False if it is none."""
-        x, weight = _argument(spelling.x, args, kwargs), _argument(spelling.weight, args, kwargs)
-        if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or weight.dim() != 2:
-            return False
-        parameter = self._binding.parameter_of(weight)
-        name = self._binding.site_name(weight, spelling.op)
-        if parameter is None or name is None or parameter.numel() != weight.numel():
-            return False
+    def _site(self, call: Call) -> None:
+        name, x = call.name, call.x
         if name not in self.sites:
-            weight = weight.t() if spelling.transposed else weight
             group = list(self.sites).index(first) if (first := self._reader_of(x)) in self.sites else len(self.sites)
-            self.sites[name] = Site(name=name, op=spelling.op, weight=weight.detach(), group=group)
-        if spelling.op is Op.LINEAR:
+            self.sites[name] = Site(name=name, op=call.op, weight=call.weight.detach(), group=group)
+        if call.op is Op.LINEAR:
             first = self._reader_of(x)
             self._shared.setdefault(name, {})[first or name] = None
             if first is None:
                 self._first[x] = (_version(x), name)
                 self._observe(name, x)
-        return True
 
     def stats(self) -> dict[str, Stats]:
         """Of each site's input; sites that always read the same share one object."""

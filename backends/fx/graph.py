@@ -123,7 +123,8 @@ class FxGraph:
         spec = parse_spec(str(value.args[4]))
         if scale is None:
             return spec
-        return QParams(spec=spec, scale=scale, zero=zero, levels=levels, stored=value.meta.get("stored", {}))
+        stored, chosen = value.meta.get("stored", {}), value.meta.get("codes")
+        return QParams(spec=spec, scale=scale, zero=zero, levels=levels, stored=stored, codes=chosen)
 
     def moved(self, value: fx.Node, channels: Channels) -> Channels | None:
         return moved(value, channels)
@@ -179,6 +180,7 @@ class FxGraph:
         dequantized = self._call(ops.DEQUANTIZE, (codes, *read, spec, target), after=codes)
         for node in (codes, dequantized):
             node.meta["stored"] = qparams.stored
+        codes.meta["codes"] = qparams.codes
         return dequantized
 
     def set_input(self, value: fx.Node, index: int, new: fx.Node) -> None:

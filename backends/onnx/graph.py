@@ -132,7 +132,8 @@ class OnnxGraph:
         scale, zero, levels = (None if v is None else constant(v) for v in (*node.inputs, None, None, None)[1:4])
         if scale is None:
             return spec
-        return QParams(spec=spec, scale=scale, zero=zero, levels=levels, stored=node.meta.get("stored", {}))
+        stored, chosen = node.meta.get("stored", {}), node.meta.get("codes")
+        return QParams(spec=spec, scale=scale, zero=zero, levels=levels, stored=stored, codes=chosen)
 
     def epsilon(self, value: ir.Value) -> float:
         node = value.producer()
@@ -195,6 +196,7 @@ class OnnxGraph:
         dequantize = self._edit.node(DEQUANTIZE, [codes, *read], attributes, name=f"{name}.dequantized")
         for node in (quantize, dequantize):
             node.meta["stored"] = {} if isinstance(qparams, Spec) else qparams.stored
+        quantize.meta["codes"] = None if isinstance(qparams, Spec) else qparams.codes
         self._insert(quantize, after=[value])
         self._model.graph.insert_after(quantize, dequantize)
         return _known(dequantize.outputs[0], made, value.type)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.calibrate import parts_for, require_data
+from qcompile.errors import CalibrationError
 from qcompile.methods import check_methods
 from qcompile.numerics import snr_db
 from qcompile.observers import Part
@@ -41,9 +42,14 @@ class Examined:
 def examine(model: nn.Module, batches: Iterable[Batch], recipe: Recipe) -> Examined:
     """Run the float model on data and make a plan for it, as `qcompile.calibrate` does, and keep what it saw.
 
-    Raises what `qcompile.calibrate` raises.
+    Raises what `qcompile.calibrate` raises, and CalibrationError for a solver that is run while the model runs.
     """
     check_methods(recipe)
+    if recipe.solves_in_turn:
+        raise CalibrationError(
+            f"recipe {recipe.name!r} chooses codes while the model runs, and each advice would have them chosen anew: "
+            "analyze the same specs with solver = 'imatrix'"
+        )
     # advice is found from the histograms of channels
     seen = watch(model, batches, parts_for(recipe) | Part.CHANNELS)
     require_data(recipe, seen)

@@ -5,6 +5,7 @@ from typing import Protocol
 from torch import Tensor
 
 from qcompile.numerics import QParams
+from qcompile.solvers.gptq import solve_gptq
 from qcompile.solvers.hqq import solve_hqq
 from qcompile.solvers.imatrix import solve_imatrix
 from qcompile.solvers.mse import solve_mse
@@ -13,7 +14,11 @@ from qcompile.spec import Spec
 
 
 class Solver(Protocol):
-    """The qparams of a weight [N, K]; importance: float32 [K], what errors of each column cost, None for all alike."""
+    """The qparams of a weight [N, K].
+
+    importance: float32 [K], what errors of each column cost; None for all alike. Of solvers that are run in turn also
+    [K, K], what errors of two columns cost together.
+    """
 
     def __call__(self, weight: Tensor, spec: Spec, importance: Tensor | None = None) -> QParams: ...
 
@@ -22,7 +27,10 @@ SOLVERS: dict[str, Solver] = {
     "round": solve_round,
     "mse": solve_mse,
     "imatrix": solve_imatrix,
+    "gptq": solve_gptq,
     "hqq": solve_hqq,
 }
 # those that ask for the importance of columns, which calibration finds
 WEIGHTED = frozenset({"imatrix"})
+# those that ask for the second moments of inputs, and are run while the model runs with the weights before quantized
+IN_TURN = frozenset({"gptq"})

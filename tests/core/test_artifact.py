@@ -95,7 +95,7 @@ def test_importance_is_kept(model: Net, tmp_path: Path) -> None:
     assert found == plan
     assert fc.importance is not None
     assert torch.equal(found.decisions["fc"].importance, fc.importance)
-    assert found.decisions["fc"].importance_digest == fc.importance_digest
+    assert found.decisions["fc"].data_digest == fc.data_digest
     (tmp_path / "p" / "plan.safetensors").write_bytes(artifact.serialize({}))
     with pytest.raises(PlanError, match=r"is broken .KeyError: 'fc\.importance'.*save it again"):
         load(tmp_path / "p")

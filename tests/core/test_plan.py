@@ -13,9 +13,10 @@ from qcompile.errors import CalibrationError, PlanError, QcompileError, RecipeEr
 from qcompile.graph import Op
 from qcompile.numerics import QParams, find_qparams
 from qcompile.observers import Part, observe
-from qcompile.plan import Plan, equal_qparams, make_plan
+from qcompile.plan import Plan, make_plan
 from qcompile.recipe import Recipe, Rule
 from qcompile.sites import LeftOver, Site
+from qcompile.solved import equal_qparams
 from qcompile.spec import parse_spec
 
 INT8 = parse_spec("int8/channel")
@@ -248,10 +249,10 @@ def test_decisions_differ_by_importance() -> None:
         for x in (torch.eye(64), torch.eye(64), torch.eye(64) + torch.eye(64)[:1])
     )
     assert a == b
-    assert a.importance_digest == b.importance_digest
+    assert a.data_digest == b.data_digest
     assert a != c
-    assert a.importance_digest != c.importance_digest
-    assert replace(a, solver="mse", importance=None).importance_digest == ""
+    assert a.data_digest != c.data_digest
+    assert replace(a, solver="mse", importance=None).data_digest == ""
 
 
 def test_importance_without_data_says_how_to_get_it() -> None:

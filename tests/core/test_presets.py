@@ -21,6 +21,7 @@ SPECS = {
     "int4-weight": ("int4/g128/asym/bf16", "None"),
     "int4-imatrix": ("int4/g32/asym/bf16", "None"),
     "hqq4": ("int4/g64/asym/bf16", "None"),
+    "gptq4": ("int4/g128/asym/bf16", "None"),
     "fp8": ("fp8_e4m3/channel", "fp8_e4m3/token"),
     "nf4": ("nf4/g64", "None"),
     "int4-token": ("int4/channel", "int4/token/asym"),
@@ -56,8 +57,13 @@ def test_logits_keep_eight_bits_where_a_model_has_such_a_layer(name: str) -> Non
     assert (str(decided.weight), str(decided.input)) == SPECS[name]
 
 
-def test_only_static_and_weighted_presets_need_data() -> None:
-    assert {name for name in SPECS if PRESETS[name].needs_data} == {"int8-static", "fp8-static", "int4-imatrix"}
+def test_only_static_presets_and_those_of_solvers_that_look_at_data_need_data() -> None:
+    assert {name for name in SPECS if PRESETS[name].needs_data} == {
+        "int8-static",
+        "fp8-static",
+        "int4-imatrix",
+        "gptq4",
+    }
 
 
 def test_a_recipe_is_taken_as_object_table_file_or_path_text(tmp_path: Path) -> None:

@@ -1,0 +1,255 @@
+"""Choosing codes while the model runs: each weight is solved on what the quantized weights before it make of the data.
+
+All batches go through the model side by side, each in a thread of its own, of which one runs at a time. A batch stops
+where it reaches a weight that is not solved yet; when all stand still, the second moments of what the first of these
+weights is about to multiply are summed up, it is solved together with those that read the same, and its batches go on
+with the quantized weight. So the model runs once, whatever it is made of; only one matrix of moments [K, K] is in
+memory at a time, and of each batch what lies between two layers.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from qcompile.binding import Binding
+from qcompile.errors import CalibrationError
+from qcompile.graph import Op
+from qcompile.numerics import QParams, dequantize, find_qparams, quantize
+from qcompile.plan import Decision, Plan
+from qcompile.solved import Solved, on_device, solved
+from qcompile.solvers import IN_TURN, SOLVERS
+from qcompile.watch import Call, Seen, evaluating, find_call, mask_of, real_rows, run_batch, shown
+
+# sites that a note names
+NAMED = 3
+
+
+def solve_in_turn(model: nn.Module, batches: Sequence[Any], plan: Plan, seen: Seen, *, progress: bool = True) -> Plan:
+    """The plan, with the codes of all weights whose solver is run in turn.
+
+    batches: see `qcompile.calibrate`; one thread each.  plan: says which weights these are, and what else is quantized.
+    seen: what running the float model on the batches showed.
+    Whatever the plan quantizes is quantized on the way, inputs too. A site that is called several times is solved on
+    its first call. Sites with fewer rows of data than channels are noted: what they show of the channels is not all.
+    Raises CalibrationError if a site is not reached, or its moments are NaN or Inf; and what the model raises.
+    """
+    run = _Run(model, plan, seen)
+    with evaluating(model):
+        for _ in shown(run.steps(batches), progress=progress, what="solve"):
+            pass
+    if run.left:
+        raise CalibrationError(
+            f"with the weights before them quantized, no batch reached {', '.join(map(repr, list(run.left)[:NAMED]))}, "
+            "which batches of the float model did: give more batches, or a rule with solver 'imatrix' to these sites"
+        )
+    decisions = {name: replace(d, solved=run.solved.get(name)) for name, d in plan.decisions.items()}
+    return replace(plan, decisions=decisions, notes=(*plan.notes, *_scarce(run.rows, decisions)))
+
+
+def _scarce(rows: Mapping[str, int], decisions: Mapping[str, Decision]) -> Iterator[str]:
+    few = [name for name, count in rows.items() if count < decisions[name].shape[-1]]
+    if few:
+        most = max(decisions[name].shape[-1] for name in few)
+        yield (
+            f"{len(few)} sites were solved on fewer rows of data than they have channels, such as {few[0]!r} on "
+            f"{rows[few[0]]}: codes may follow chance; calibrate with {most} rows or more, several times as many if "
+            "there are"
+        )
+
+
+class _StoppedError(BaseException):
+    """Takes a batch out of the model; no error for the model to handle."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Weight:
+    """Codes with their qparams, on the device of the weight."""
+
+    codes: Tensor
+    qparams: QParams
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        return dequantize(self.codes, self.qparams, dtype)
+
+
+class _Run:
+    """One run of all batches, and what it has solved so far.
+
+    left: sites that are to be solved, each with those that read the same.  rows: that each was solved on.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, seen: Seen) -> None:
+        wanted = [d.name for d in plan.decisions.values() if d.weight is not None and d.solver in IN_TURN]
+        members: dict[int, list[str]] = {}
+        for name in wanted:
+            members.setdefault(id(seen.stats[name]), []).append(name)
+        self.left = {name: members[id(seen.stats[name])] for name in wanted}
+        self.solved: dict[str, Solved] = {}
+        self.rows: dict[str, int] = {}
+        self._order = {name: number for number, name in enumerate(wanted)}
+        self._model, self._plan, self._binding = model, plan, Binding(model)
+        self._weights: dict[str, _Weight] = {}
+        self._sites = seen.sites
+
+    def steps(self, batches: Sequence[Any]) -> Iterator[Sequence[str]]:
+        """Solve group after group; yields the names of each."""
+        threads = [_BatchThread(self, number, batch) for number, batch in enumerate(batches)]
+        try:
+            for thread in threads:
+                thread.go_on()
+            while self.left and (waiting := [t for t in threads if t.call is not None]):
+                first = min((t.call.name for t in waiting if t.call is not None), key=self._order.__getitem__)
+                names = self.left[first]
+                here = [t for t in waiting if t.call is not None and t.call.name in names]
+                self._solve(names, here)
+                yield names
+                if self.left:
+                    for thread in here:
+                        thread.go_on()
+        finally:
+            for thread in threads:
+                thread.stop()
+
+    def run(self, batch: Any, number: int) -> None:
+        """The model on one batch; called in its thread."""
+        run_batch(self._model, batch, number)
+
+    def find(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
+        """The site that this call is, if the plan quantizes anything of it."""
+        call = find_call(self._binding, func, args, kwargs)
+        decision = None if call is None else self._plan.decisions.get(call.name)
+        if call is None or decision is None or (decision.weight is None and decision.input is None):
+            return None
+        return call
+
+    def quantized_input(self, call: Call) -> Tensor:
+        """What the site's weight multiplies."""
+        decision = self._plan.decisions[call.name]
+        if decision.input is None or call.op is not Op.LINEAR:
+            return call.x
+        qparams = decision.input_qparams or find_qparams(call.x, decision.input)
+        return dequantize(quantize(call.x, qparams), qparams, call.x.dtype)
+
+    def quantized_weight(self, call: Call) -> Tensor:
+        """The weight as the plan quantizes it."""
+        decision = self._plan.decisions[call.name]
+        if decision.weight is None:
+            return call.weight
+        if call.name not in self._weights:
+            qparams = SOLVERS[decision.solver](call.weight, decision.weight, decision.importance)
+            self._weights[call.name] = _Weight(codes=quantize(call.weight, qparams), qparams=qparams)
+        return self._weights[call.name].values(call.weight.dtype)
+
+    def _solve(self, names: Sequence[str], waiting: Sequence["_BatchThread"]) -> None:
+        moments, count = _moments([thread.rows() for thread in waiting])
+        for name in names:
+            decision, weight = self._plan.decisions[name], self._sites[name].weight
+            assert decision.weight is not None
+            try:
+                qparams = SOLVERS[decision.solver](weight, decision.weight, moments)
+            except CalibrationError as e:
+                e.add_note(f"while solving the weight of {name!r}")
+                raise
+            assert qparams.codes is not None
+            self.solved[name] = solved(weight, qparams)
+            self._weights[name] = _Weight(codes=qparams.codes, qparams=on_device(qparams, weight.device))
+            self.rows[name] = count
+            del self.left[name]
+
+
+def _moments(parts: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """The mean of x x^T over all rows of these [rows, K], float32 [K, K], and how many they are."""
+    total = parts[0].new_zeros(parts[0].shape[1], parts[0].shape[1], dtype=torch.float32)
+    for part in parts:
+        rows = part.float()
+        total.addmm_(rows.t(), rows)
+    count = sum(len(part) for part in parts)
+    return total / max(count, 1), count
+
+
+class _BatchThread(threading.Thread):
+    """One batch on its way through the model; it moves only while `go_on` waits for it.
+
+    call: the site at which it stands still, None when it has not begun or is through.
+    """
+
+    def __init__(self, run: _Run, number: int, batch: Any) -> None:
+        super().__init__(name=f"qcompile batch {number}", daemon=True)
+        self.call: Call | None = None
+        self.owner = run
+        self._number, self._batch, self._mask = number, batch, mask_of(batch)
+        self._x: Tensor | None = None
+        self._error: BaseException | None = None
+        self._stopping = False
+        self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
+
+    def go_on(self) -> None:
+        """Run on to the next site that is to be solved, or to the end.  Raises what the model raises."""
+        if self.ident is None:
+            self.start()
+        else:
+            self._turn.release()
+        self._back.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def stop(self) -> None:
+        """Take the batch out of the model, wherever it is."""
+        self._stopping = True
+        self._turn.release()
+        if self.ident is not None:
+            self.join()
+
+    def rows(self) -> Tensor:
+        """What the weight of the site is about to multiply, without padding, [rows, K]."""
+        assert self._x is not None
+        return real_rows(self._x, self._mask)[0]
+
+    def wait(self, call: Call, x: Tensor) -> None:
+        """Stand still at a site, about to multiply x; called in the thread itself."""
+        self.call, self._x = call, x
+        self._back.release()
+        self._turn.acquire()
+        self.call, self._x = None, None
+        if self._stopping:
+            raise _StoppedError
+
+    def run(self) -> None:
+        """The thread's own; see `go_on`."""
+        try:
+            # both are settings of a thread
+            with torch.no_grad(), _Quantizing(self):
+                self.owner.run(self._batch, self._number)
+        except _StoppedError:
+            pass
+        except BaseException as e:
+            self._error = e
+        finally:
+            self.call, self._x = None, None
+            self._back.release()
+
+
+class _Quantizing(TorchFunctionMode):
+    """Runs the sites of a model as the plan quantizes them, and stands still at those that are not solved yet."""
+
+    def __init__(self, thread: _BatchThread) -> None:
+        super().__init__()
+        self._thread = thread
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs, run = kwargs or {}, self._thread.owner
+        call = run.find(func, args, kwargs)
+        if call is None:
+            return func(*args, **kwargs)
+        x = run.quantized_input(call)
+        if call.name in run.left:
+            self._thread.wait(call, x)
+        positional, named = call.arguments(args, kwargs, x, run.quantized_weight(call))
+        return func(*positional, **named)
