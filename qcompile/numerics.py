@@ -35,7 +35,7 @@ class QParams:
     zero: the code of 0, float32, shaped like scale; None if symmetric.
     levels: float32 [2**bits], for code books learned from the tensor.
     stored: what is stored in place of scale (see `qcompile.scales`).
-    codes: as of `quantize`, chosen together for this one tensor; None for the nearest.
+    codes: as of `quantize`, chosen together for this one tensor, on any device; None for the nearest.
     """
 
     spec: Spec
@@ -136,7 +136,7 @@ def quantize(x: Tensor, qparams: QParams) -> Tensor:
                 f"these qparams hold the codes of a tensor {list(qparams.codes.shape)}, got {list(x.shape)}; "
                 "find others for it"
             )
-        return qparams.codes
+        return qparams.codes.to(x.device)
     view, _ = tiles(x.float(), spec.granularity)
     scaled = view / over_tiles(qparams.scale, spec.granularity)
     if not isinstance(spec.format, Integer):

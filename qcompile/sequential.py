@@ -21,7 +21,7 @@ from qcompile.errors import CalibrationError
 from qcompile.graph import Op
 from qcompile.numerics import QParams, dequantize, find_qparams, quantize
 from qcompile.plan import Decision, Plan
-from qcompile.solved import Solved, on_device, solved
+from qcompile.solved import Solved, solved
 from qcompile.solvers import IN_TURN, SOLVERS
 from qcompile.watch import Call, Seen, evaluating, find_call, mask_of, real_rows, run_batch, shown
 
@@ -157,7 +157,7 @@ class _Run:
                 raise
             assert qparams.codes is not None
             self.solved[name] = solved(weight, qparams)
-            self._weights[name] = _Weight(codes=qparams.codes, qparams=on_device(qparams, weight.device))
+            self._weights[name] = _Weight(codes=qparams.codes, qparams=qparams)
             self.rows[name] = count
             del self.left[name]
 

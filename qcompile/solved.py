@@ -48,13 +48,13 @@ class Solved:
 
         name: of the site, for messages.  Raises PlanError for any other weight.
         """
-        if weight.is_meta:
-            return on_device(self.qparams, weight.device)
         qparams = on_device(self.qparams, weight.device)
+        if weight.is_meta:
+            return qparams
         assert qparams.codes is not None
         found = float("-inf")
         if qparams.codes.shape == weight.shape:
-            found = snr_db(weight, dequantize(qparams.codes, qparams))
+            found = snr_db(weight, dequantize(qparams.codes.to(weight.device), qparams))
         # NaN is no number that is large enough
         if not found >= self.snr_db - SLACK:
             raise PlanError(
@@ -69,7 +69,8 @@ def solved(weight: Tensor, qparams: QParams) -> Solved:
     """The qparams, which hold codes, as those of this weight."""
     assert qparams.codes is not None
     found = snr_db(weight, dequantize(qparams.codes, qparams))
-    return Solved(qparams=on_device(qparams, torch.device("cpu")), snr_db=found)
+    qparams = replace(on_device(qparams, torch.device("cpu")), codes=qparams.codes.cpu())
+    return Solved(qparams=qparams, snr_db=found)
 
 
 def equal_qparams(a: QParams | Spec | None, b: QParams | Spec | None) -> bool:
@@ -94,7 +95,7 @@ def equal_tensors(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def on_device(qparams: QParams, device: torch.device) -> QParams:
-    """The same qparams there."""
+    """The same qparams there; codes stay where they are, and `quantize` brings them."""
     if qparams.scale.device == device:
         return qparams
     return replace(
@@ -103,5 +104,4 @@ def on_device(qparams: QParams, device: torch.device) -> QParams:
         zero=None if qparams.zero is None else qparams.zero.to(device),
         levels=None if qparams.levels is None else qparams.levels.to(device),
         stored={name: tensor.to(device) for name, tensor in qparams.stored.items()},
-        codes=None if qparams.codes is None else qparams.codes.to(device),
     )

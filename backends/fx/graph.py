@@ -179,8 +179,7 @@ class FxGraph:
         codes = self._call(ops.QUANTIZE, (value, *read, spec), after=value)
         dequantized = self._call(ops.DEQUANTIZE, (codes, *read, spec, target), after=codes)
         for node in (codes, dequantized):
-            node.meta["stored"] = qparams.stored
-        codes.meta["codes"] = qparams.codes
+            node.meta |= {"stored": qparams.stored, "codes": qparams.codes}
         return dequantized
 
     def set_input(self, value: fx.Node, index: int, new: fx.Node) -> None:

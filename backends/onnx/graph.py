@@ -196,7 +196,7 @@ class OnnxGraph:
         dequantize = self._edit.node(DEQUANTIZE, [codes, *read], attributes, name=f"{name}.dequantized")
         for node in (quantize, dequantize):
             node.meta["stored"] = {} if isinstance(qparams, Spec) else qparams.stored
-        quantize.meta["codes"] = None if isinstance(qparams, Spec) else qparams.codes
+            node.meta["codes"] = None if isinstance(qparams, Spec) else qparams.codes
         self._insert(quantize, after=[value])
         self._model.graph.insert_after(quantize, dequantize)
         return _known(dequantize.outputs[0], made, value.type)
