@@ -36,7 +36,9 @@ def calibrate(
     progress: show a bar, if standard error is a terminal.
     failures: a folder for the parts of the graph where a pass changed the model's outputs and was undone; by default
         one in the system's folder for temporary files. `Plan.notes` says what was undone.
-    The model runs in eval mode without gradients; its training flags are as before afterwards.
+    The model runs in eval mode without gradients; its training flags are as before afterwards. For GPTQ it runs twice,
+    the second time on all batches side by side, one weight after the other quantized: what lies between two of its
+    layers is then held for all of them.
     Raises CalibrationError without batches, without sites, or if an activation is NaN or Inf; WeightError if a
     parameter has no values; and what `make_plan` and `parse_recipe` raise.
     """

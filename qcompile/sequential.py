@@ -8,7 +8,8 @@ memory at a time, and of each batch what lies between two layers.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -146,7 +147,9 @@ class _Run:
         return self._weights[call.name].values(call.weight.dtype)
 
     def _solve(self, names: Sequence[str], waiting: Sequence["_BatchThread"]) -> None:
-        moments, count = _moments([thread.rows() for thread in waiting])
+        k = self._sites[names[0]].weight.shape[1]
+        # without padding, a batch at a time
+        moments, count = _moments((thread.rows() for thread in waiting), k)
         for name in names:
             decision, weight = self._plan.decisions[name], self._sites[name].weight
             assert decision.weight is not None
@@ -162,14 +165,14 @@ class _Run:
             del self.left[name]
 
 
-def _moments(parts: Sequence[Tensor]) -> tuple[Tensor, int]:
-    """The mean of x x^T over all rows of these [rows, K], float32 [K, K], and how many they are."""
-    total = parts[0].new_zeros(parts[0].shape[1], parts[0].shape[1], dtype=torch.float32)
+def _moments(parts: Iterable[Tensor], k: int) -> tuple[Tensor, int]:
+    """The mean of x x^T over all rows of these [rows, K], float32 [K, K], and how many they are.  k: K."""
+    total, count = torch.zeros(k, k), 0
     for part in parts:
         rows = part.float()
-        total.addmm_(rows.t(), rows)
-    count = sum(len(part) for part in parts)
-    return total / max(count, 1), count
+        total = total.to(rows.device).addmm_(rows.t(), rows)
+        count += len(rows)
+    return total.div_(max(count, 1)), count
 
 
 class _BatchThread(threading.Thread):
@@ -183,6 +186,12 @@ class _BatchThread(threading.Thread):
         self.call: Call | None = None
         self.owner = run
         self._number, self._batch, self._mask = number, batch, mask_of(batch)
+        # as the caller has them
+        self._autocasts = [
+            torch.autocast(device, dtype=torch.get_autocast_dtype(device))
+            for device in ("cpu", "cuda")
+            if torch.is_autocast_enabled(device)
+        ]
         self._x: Tensor | None = None
         self._error: BaseException | None = None
         self._stopping = False
@@ -222,8 +231,10 @@ class _BatchThread(threading.Thread):
     def run(self) -> None:
         """The thread's own; see `go_on`."""
         try:
-            # both are settings of a thread
-            with torch.no_grad(), _Quantizing(self):
+            # all of these are settings of a thread
+            with torch.no_grad(), ExitStack() as autocasts, _Quantizing(self):
+                for autocast in self._autocasts:
+                    autocasts.enter_context(autocast)
                 self.owner.run(self._batch, self._number)
         except _StoppedError:
             pass

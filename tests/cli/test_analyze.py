@@ -103,6 +103,11 @@ def test_a_model_that_runs_on_nothing_is_refused() -> None:
         examine(torch.nn.Linear(4, 4), [], parse_recipe("int8"))
 
 
+def test_a_solver_that_runs_with_the_model_is_refused() -> None:
+    with pytest.raises(CalibrationError, match=r"'gptq4' chooses codes while the model runs.*with solver = 'imatrix'"):
+        examine(torch.nn.Linear(4, 4), [{"input": torch.ones(1, 4)}], parse_recipe("gptq4"))
+
+
 def test_an_activation_with_nan_is_refused() -> None:
     class Net(torch.nn.Module):
         def __init__(self) -> None:

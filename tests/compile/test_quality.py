@@ -1,6 +1,8 @@
 """Trained models keep their quality: under every recipe that needs no data, and with outliers that were made worse."""
 
+import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,20 +11,28 @@ from torch import Tensor, nn
 
 import qcompile
 from qcompile.cli.subjects import open_subject
+from qcompile.recipe import Recipe, Rule
 from qcompile.report.quality import EmbeddingQuality, LanguageQuality, mean_pooled
+from qcompile.solvers import SOLVERS
+from qcompile.solvers.gptq import solve_gptq
+from qcompile.spec import parse_spec
 from tests.trained import first_windows, inject, language_model, needs_model, other_windows
 
 WINDOWS, BATCH = 24, 8
 CALIBRATION = 64
+# seconds to calibrate for GPTQ on two cores
+LONGEST = 120
 
 # largest KL divergence to float in nats a token, largest relative rise of perplexity
 BARS = {
     "int8": (4.3e-3, 0.005),
     "int8-weight": (1e-3, 0.005),
     "int4-weight": (99e-3, 0.06),
+    "hqq4": (60e-3, 0.05),
     "nf4": (56e-3, 0.05),
     "fp8": (15e-3, 0.015),
 }
+DATA_BARS = {"gptq4": (62e-3, 0.04), "gptq g32": (33e-3, 0.025)}
 LOUD_BARS = {
     "int8-smooth-split-static": (6e-3, 0.005),
     "int8-smooth-split": (4.2e-3, 0.005),
@@ -61,6 +71,22 @@ def above(found: Mapping[str, tuple[float, float]], bars: Mapping[str, tuple[flo
 def test_presets_stay_below_their_bars() -> None:
     found = quality(language_model(), {name: {"recipe": name} for name in BARS}, other_windows(WINDOWS))
     assert above(found, BARS) == {}
+
+
+@needs_model
+def test_codes_chosen_together_beat_nearest_ones_and_large_inputs_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = language_model(), first_windows(CALIBRATION // 2).split(BATCH)
+    finer = Recipe(name="gptq g32", rules=(Rule(weight=parse_spec("int4/g32/asym/bf16"), solver="gptq"),))
+    began = time.perf_counter()
+    plans = {"gptq4": qcompile.calibrate(model, batches, "gptq4", progress=False)}
+    assert time.perf_counter() - began < LONGEST
+    plans["gptq g32"] = qcompile.calibrate(model, batches, finer, progress=False)
+    monkeypatch.setitem(SOLVERS, "gptq", partial(solve_gptq, ordered=False))
+    plans["in their order"] = qcompile.calibrate(model, batches, "gptq4", progress=False)
+    options = {name: {"plan": plan, "lower": False} for name, plan in plans.items()}
+    found = quality(model, options | {"nearest": {"recipe": "int4-weight", "lower": False}}, other_windows(WINDOWS))
+    assert found["gptq4"][0] < found["in their order"][0] < found["nearest"][0]
+    assert above({name: found[name] for name in DATA_BARS}, DATA_BARS) == {}
 
 
 @needs_model

@@ -249,6 +249,19 @@ def test_batches_may_be_a_generator_but_not_one_batch(net: Net) -> None:
         qcompile.calibrate(net, data(), gptq(), progress=False)
 
 
+def test_settings_of_the_caller_hold_in_every_batch() -> None:
+    seen = []
+
+    class Asked(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+            return super().forward(x)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
+        calibrated(Asked(), gptq(), data(rows=100), data(rows=120))
+    assert seen == [(False, True, torch.bfloat16)] * 4
+
+
 class Branches(Net):
     """Which linear reads the norm goes by the number of rows; one is read twice."""
 

@@ -1,21 +1,26 @@
-"""Weights of ONNX files solved by the importance of their columns."""
+"""Weights of ONNX files solved by the importance of their columns, or beforehand on the PyTorch model."""
 
 from dataclasses import replace
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 import qcompile
 from qcompile.backends.onnx.export import export_model
 from qcompile.errors import CalibrationError
+from qcompile.numerics import dequantize
 from qcompile.presets import PRESETS
 from qcompile.recipe import Recipe
 from tests.compile.test_importance import data, trained
+from tests.onnx.canonical import run_onnxruntime
 from tests.onnx.test_quantize import run
 
 PRESET = PRESETS["int4-imatrix"]
+IN_TURN = Recipe(name="gptq", rules=(replace(PRESET.rules[-1], solver="gptq"),))
 
 
 def batch(seed: int) -> dict[str, Tensor]:
@@ -56,4 +61,27 @@ def test_a_plan_of_the_torch_model_solves_the_same(source: Path, tmp_path: Path)
 def test_without_batches_the_error_says_what_to_give(source: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"recipe 'int4-imatrix' needs data: give batches.*'x'"):
         qcompile.quantize_onnx(source, tmp_path / "none.onnx", "int4-imatrix")
+    assert not (tmp_path / "none.onnx").exists()
+
+
+def test_codes_that_were_chosen_on_the_torch_model_run(source: Path, tmp_path: Path) -> None:
+    model = trained()
+    plan = qcompile.calibrate(model, [batch(1), batch(2)], IN_TURN, progress=False)
+    report = qcompile.quantize_onnx(source, tmp_path / "gptq.onnx", plan, target="portable")
+    solved = {name: d.solved for name, d in plan.decisions.items() if d.solved is not None}
+    assert {site.name: site.snr_db for site in report.quantized} == {
+        name: pytest.approx(one.snr_db, abs=1e-4) for name, one in solved.items()
+    }
+    with torch.no_grad():
+        for name, one in solved.items():
+            assert one.qparams.codes is not None
+            model.get_submodule(name).weight.copy_(dequantize(one.qparams.codes, one.qparams))
+        # optimized, onnxruntime rounds what 4-bit weights multiply
+        (found,) = run_onnxruntime(ir.load(tmp_path / "gptq.onnx"), batch(9)["x"], optimize=False)
+        assert_close(found, model(**batch(9)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_alone_has_no_model_that_runs(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"'gptq' chooses codes while the PyTorch model runs"):
+        qcompile.quantize_onnx(source, tmp_path / "none.onnx", IN_TURN, batches=[batch(1)])
     assert not (tmp_path / "none.onnx").exists()
