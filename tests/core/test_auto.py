@@ -146,7 +146,7 @@ def test_columns_are_weighed_where_the_solver_weighs_them() -> None:
     decision = decided(weight, rule("int4/channel", solver="imatrix"), observe(x))
     assert decision.importance is not None
     assert decision.weight is not None
-    with pytest.raises(CalibrationError, match="weighs columns by data"):
+    with pytest.raises(CalibrationError, match="looks at data"):
         decided(weight, rule("int4/channel", solver="imatrix"))
 
 
