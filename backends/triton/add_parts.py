@@ -6,14 +6,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qcompile.backends.triton.table import capability_of
+
 BLOCK = 512
 # first compute capability that has programmatic dependent launch (PTX ISA, griddepcontrol)
-DEPENDENT_CAPABILITY = (9, 0)
+DEPENDENT_CAPABILITY = 90
 
 
 def is_dependent(device: torch.device) -> bool:
     """Whether kernels on the device may start before the one before them has ended, and wait inside."""
-    return torch.cuda.get_device_capability(device) >= DEPENDENT_CAPABILITY
+    return device.type == "cuda" and capability_of(device) >= DEPENDENT_CAPABILITY
 
 
 @triton.jit

@@ -20,10 +20,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qcompile.backends.triton.add_parts import is_dependent
 from qcompile.backends.triton.eight_bit_table import Tiles
 
-# first compute capability on which a kernel may start before the one before it has ended (PTX ISA, griddepcontrol)
-DEPENDENT_CAPABILITY = (9, 0)
 # what a copy by descriptor asks of addresses and strides, in bytes
 ALIGNMENT = 16
 # between the uint8 codes that `zero` counts from and the int8 codes of x
@@ -185,7 +184,7 @@ def matmul(o: Operands, tiles: Tiles) -> Tensor:
     if described:
         x = TensorDescriptor.from_tensor(o.x, [tiles.tokens, tiles.depth])
         w = TensorDescriptor.from_tensor(o.w, [tiles.channels, tiles.depth])
-    dependent = o.x.is_cuda and torch.cuda.get_device_capability() >= DEPENDENT_CAPABILITY
+    dependent = is_dependent(o.x.device)
     grid = (triton.cdiv(N, tiles.channels), triton.cdiv(M, tiles.tokens))
     eight_bit_kernel[grid](
         x,

@@ -25,6 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from qcompile.backends.triton.add_parts import add_parts
 from qcompile.backends.triton.int4_table import ManyRows
 from qcompile.backends.triton.int4_tiles import exact_operand
+from qcompile.backends.triton.table import processors_of
 
 # columns of x in one stage: a row of them is the 128 bytes of the widest swizzle
 STAGE = 64
@@ -223,7 +224,7 @@ def many_rows(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, N: 
     groups = scales.shape[1] // B
     tile = 64 * config.units
     tiles_n, tiles_m = units // config.units, triton.cdiv(M, config.rows)
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count * config.resident
+    programs = processors_of(x.device) * config.resident
     parts = max(1, min(config.slices, B, programs // (tiles_n * tiles_m)))
     blocks = triton.cdiv(B, parts)
     parts = triton.cdiv(B, blocks)

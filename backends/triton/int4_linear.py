@@ -1,5 +1,7 @@
 """W4A16: y[M, N] = x[M, K] @ dequantized(codes[N, K]).T + bias, by the kernel that the table names for M."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from qcompile.backends.triton.int4_gemm import many_rows
 from qcompile.backends.triton.int4_matmul import few_rows
 from qcompile.backends.triton.int4_table import Config, FewRows, ManyRows, choose
 from qcompile.backends.triton.int4_unpack import unpack
+from qcompile.backends.triton.table import capability_of, on_device
 
 # what TMA and copies of 16 bytes ask of x
 ALIGNMENT = 16
@@ -24,12 +27,16 @@ def int4_linear(
         return x.new_empty(0, N)
     if not x.is_contiguous() or x.data_ptr() % ALIGNMENT:
         x = x.clone(memory_format=torch.contiguous_format)
-    with torch.cuda.device(x.device):
+    with on_device(x.device):
         if config is None:
-            major, minor = torch.cuda.get_device_capability()
-            config = choose(M, N, K, 10 * major + minor, wide=scales.dim() == 4)
+            config = _config(M, N, K, x.device, scales.dim() == 4)
         if isinstance(config, FewRows):
             return few_rows(x, words, scales, bias, N, config)
         if isinstance(config, ManyRows):
             return many_rows(x, words, scales, bias, N, config)
         return torch.nn.functional.linear(x, unpack(words, scales, N, K, x.dtype, config), bias)
+
+
+@lru_cache(maxsize=4096)
+def _config(M: int, N: int, K: int, device: torch.device, wide: bool) -> Config:
+    return choose(M, N, K, capability_of(device), wide=wide)

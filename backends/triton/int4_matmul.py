@@ -31,6 +31,7 @@ from qcompile.backends.triton.int4_tiles import (
     operand,
     unpacked,
 )
+from qcompile.backends.triton.table import processors_of
 
 
 @gluon.jit
@@ -182,10 +183,9 @@ def few_rows(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, N: i
     """y [M, N] for contiguous x [M, K], 1 <= M <= config.rows, and a weight as `int4_words` packs it."""
     M, K = x.shape
     units, B = words.shape[:2]
-    device = torch.cuda.get_device_properties(x.device)
     dependent = is_dependent(x.device)
     tiles, parts = units // config.units, triton.cdiv(B, config.blocks)
-    each = triton.cdiv(tiles * parts, device.multi_processor_count * config.resident)
+    each = triton.cdiv(tiles * parts, processors_of(x.device) * config.resident)
     y = x.new_empty(M, N)
     to = y if parts == 1 else x.new_empty(parts, M, N, dtype=torch.float32)
     given = x if bias is None else bias

@@ -5,13 +5,15 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
-from qcompile.backends.triton.int4_table import Config, ManyRows
-from tests.triton.compiled import CAPABILITIES, configs, cubin, name_of, reduce_cubin
+from qcompile.backends.triton.int4_table import TABLE, Config, ManyRows
+from qcompile.backends.triton.table import configs_of
+from tests.triton.compiled import CAPABILITIES, name_of
+from tests.triton.int4_cubins import cubin, reduce_cubin
 
 CASES = [
     pytest.param(config, capability, id=f"sm_{capability}-{name_of(config)}")
     for capability in CAPABILITIES
-    for config in dict.fromkeys(configs(capability))
+    for config in configs_of(TABLE, capability)
 ]
 
 
