@@ -13,19 +13,20 @@ from qcompile.backends.triton import eight_bit
 from qcompile.backends.triton.eight_bit import Operands
 from qcompile.backends.triton.eight_bit_table import FP8, Config, Library, Tiles
 from qcompile.backends.triton.table import capability_of, fitting, is_measured, on_device
+from qcompile.backends.triton.tuned import is_worth, tuned_entries
 
 FIRST_CAPABILITY = (8, 9)
 # cuBLASLt: leading dimensions of fp8 operands are multiples of 16 bytes
 MULTIPLE = 16
 
 
-def why_not(capability: tuple[int, int]) -> str | None:
-    """None if this is the fastest fp8 matmul known on a device, else the reason."""
+def why_not(N: int, K: int, capability: tuple[int, int]) -> str | None:
+    """None if this is the fastest fp8 matmul known for a weight [N, K] on a device, else the reason."""
     major, minor = capability
     if capability < FIRST_CAPABILITY:
         return f"fp8 tensor cores begin with sm_89, this is sm_{major}{minor}"
-    if not is_measured(10 * major + minor):
-        return f"the fp8 kernel was measured on sm_90, this is sm_{major}{minor}"
+    if not is_measured(10 * major + minor) and not is_worth("fp8", N, K):
+        return f"the fp8 kernel was measured on sm_90, this is sm_{major}{minor}: `qcompile tune` measures it here"
     return None
 
 
@@ -43,7 +44,7 @@ def fp8_matmul(o: Operands, config: Config | None = None) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _configs(M: int, N: int, K: int, device: torch.device) -> tuple[Config, ...]:
-    return tuple(fitting(FP8, M, N, K, capability_of(device)))
+    return tuple(fitting(tuned_entries("fp8", N, K, device) + FP8, M, N, K, capability_of(device)))
 
 
 def _library_takes(o: Operands) -> bool:

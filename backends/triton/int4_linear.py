@@ -7,9 +7,10 @@ from torch import Tensor
 
 from qcompile.backends.triton.int4_gemm import many_rows
 from qcompile.backends.triton.int4_matmul import few_rows
-from qcompile.backends.triton.int4_table import Config, FewRows, ManyRows, choose
+from qcompile.backends.triton.int4_table import TABLE, Config, FewRows, ManyRows, choose
 from qcompile.backends.triton.int4_unpack import unpack
 from qcompile.backends.triton.table import capability_of, on_device
+from qcompile.backends.triton.tuned import tuned_entries
 
 # what TMA and copies of 16 bytes ask of x
 ALIGNMENT = 16
@@ -39,4 +40,5 @@ def int4_linear(
 
 @lru_cache(maxsize=4096)
 def _config(M: int, N: int, K: int, device: torch.device, wide: bool) -> Config:
-    return choose(M, N, K, capability_of(device), wide=wide)
+    entries = tuned_entries("int4", N, K, device) + TABLE
+    return choose(M, N, K, capability_of(device), wide=wide, entries=entries)

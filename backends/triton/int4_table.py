@@ -117,9 +117,11 @@ TABLE: tuple[Entry[Config], ...] = (
 )
 
 
-def choose(M: int, N: int, K: int, capability: int, *, wide: bool) -> Config:
+def choose(
+    M: int, N: int, K: int, capability: int, *, wide: bool, entries: tuple[Entry[Config], ...] = TABLE
+) -> Config:
     """The configuration for x [M, K] and a weight [N, K].  capability: 90 for 9.0.  wide: scales are float32."""
-    return next(config for config in fitting(TABLE, M, N, K, capability) if can_run(config, M, N, wide=wide))
+    return next(config for config in fitting(entries, M, N, K, capability) if can_run(config, M, N, wide=wide))
 
 
 def can_run(config: Config, M: int, N: int, *, wide: bool) -> bool:

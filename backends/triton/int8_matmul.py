@@ -16,6 +16,7 @@ from qcompile.backends.triton import eight_bit, hopper
 from qcompile.backends.triton.eight_bit import Operands
 from qcompile.backends.triton.eight_bit_table import INT8, Config, HopperTiles, Tiles
 from qcompile.backends.triton.table import capability_of, fitting, is_measured, on_device
+from qcompile.backends.triton.tuned import is_worth, tuned_entries
 
 # what TMA asks of K, and of N where y has elements of 16 bits
 K_MULTIPLE, N_MULTIPLE = 16, 8
@@ -24,8 +25,8 @@ K_MULTIPLE, N_MULTIPLE = 16, 8
 def why_not(N: int, K: int, capability: tuple[int, int]) -> str | None:
     """None if this is the fastest int8 matmul known for a weight [N, K] on a device, else the reason."""
     major, minor = capability
-    if not is_measured(10 * major + minor):
-        return f"the int8 kernels were measured on sm_90, this is sm_{major}{minor}"
+    if not is_measured(10 * major + minor) and not is_worth("int8", N, K):
+        return f"the int8 kernels were measured on sm_90, this is sm_{major}{minor}: `qcompile tune` measures them here"
     if K % K_MULTIPLE or N % N_MULTIPLE:
         return f"TMA needs K to divide by {K_MULTIPLE} and N by {N_MULTIPLE}, got N={N}, K={K}"
     return None
@@ -46,7 +47,7 @@ def int8_matmul(o: Operands, config: Config | None = None) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _configs(M: int, N: int, K: int, device: torch.device) -> tuple[Config, ...]:
-    return tuple(fitting(INT8, M, N, K, capability_of(device)))
+    return tuple(fitting(tuned_entries("int8", N, K, device) + INT8, M, N, K, capability_of(device)))
 
 
 def _by_rows(o: Operands) -> Operands:

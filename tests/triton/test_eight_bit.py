@@ -81,7 +81,7 @@ def test_int8_says_why_not(N: int, K: int, capability: tuple[int, int], words: s
     ("capability", "words"), [((9, 0), None), ((8, 0), "begin with sm_89"), ((8, 9), "measured on sm_90")]
 )
 def test_fp8_says_why_not(capability: tuple[int, int], words: str | None) -> None:
-    reason = fp8_matmul.why_not(capability)
+    reason = fp8_matmul.why_not(4096, 4096, capability)
     assert reason is None if words is None else words in str(reason)
 
 

@@ -18,6 +18,8 @@ from tests.triton.compiled import name_of
 
 pytestmark = pytest.mark.gpu
 
+# columns that one fp8 instruction adds to a sum
+FP8_DEPTH = 32
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -166,9 +168,13 @@ def test_fp8(M: int, N: int, K: int) -> None:
     x, w = random(M, K).to(torch.float8_e4m3fn), random(N, K).to(torch.float8_e4m3fn)
     o = Operands(x=x, w=w, scale_x=random(M, 1).abs(), scale_w=random(N, 1).abs(), dtype=BFLOAT16)
     scale = o.scale_x.double() * o.scale_w.double().T
-    reference = (x.double() @ w.double().T) * scale
-    # fp8 tensor cores keep about 14 bits of a sum
-    limit = 2.0**-8 * reference.abs() + 2.0**-12 * (x.double().abs() @ w.double().abs().T) * scale
+    sums, largest = torch.zeros(M, N, device="cuda").double(), torch.zeros(M, N, device="cuda").double()
+    for k in range(0, K, FP8_DEPTH):
+        sums += x[:, k : k + FP8_DEPTH].double() @ w[:, k : k + FP8_DEPTH].double().T
+        largest = torch.maximum(largest, sums.abs())
+    reference = sums * scale
+    # fp8 tensor cores cut each sum to about 14 bits
+    limit = 2.0**-8 * reference.abs() + 2.0**-13 * -(-K // FP8_DEPTH) * largest * scale
     for config in configs(torch.float8_e4m3fn):
         poison(M * N)
         y = fp8_matmul(o, config)

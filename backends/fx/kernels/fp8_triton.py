@@ -62,7 +62,7 @@ def why_not(p: Problem) -> str | None:
         return reason
     from qcompile.backends.triton import fp8_matmul
 
-    return fp8_matmul.why_not(p.capability)
+    return fp8_matmul.why_not(p.N, p.K, p.capability)
 
 
 def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: Any) -> tuple[Any, ...]:

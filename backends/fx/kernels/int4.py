@@ -64,9 +64,14 @@ def why_not(p: Problem) -> str | None:
         return f"the kernels begin with sm_80, this is sm_{''.join(map(str, p.capability or ()))}"
     if p.K % MULTIPLE:
         return f"K={p.K} is not a multiple of {MULTIPLE}"
-    if p.capability != MEASURED and not p.small:
-        return f"the int4 kernels were measured on sm_90, this is sm_{''.join(map(str, p.capability))}"
-    return missing("int4_linear")
+    if (reason := missing("int4_linear")) is not None:
+        return reason
+    from qcompile.backends.triton.tuned import is_worth
+
+    if p.capability != MEASURED and not p.small and not is_worth("int4", p.N, p.K):
+        sm = "".join(map(str, p.capability))
+        return f"the int4 kernels were measured on sm_90, this is sm_{sm}: `qcompile tune` measures them here"
+    return None
 
 
 def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
