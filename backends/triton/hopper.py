@@ -27,6 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qcompile.backends.triton.eight_bit import Operands, can_describe, row_stride, step
 from qcompile.backends.triton.eight_bit_table import HopperTiles
+from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import processors_of
 
 # groups of four warps that multiply; the kernel names two
@@ -242,28 +243,20 @@ def matmul(o: Operands, tiles: HopperTiles) -> Tensor:
         return y
     store = min(tiles.channels, STORE // tiles.tokens // o.dtype.itemsize)
     programs = triton.cdiv(M, GROUPS * tiles.tokens) * triton.cdiv(N, tiles.channels)
-    hopper_kernel[(min(programs, processors_of(o.x.device)),)](
+    matrices = (
         _described(o.x, [tiles.tokens, ROW]),
         _described(o.w, [tiles.channels, ROW]),
         _described(y, [tiles.tokens, store]),
         None if o.x_tail is None else _described(o.x_tail, [tiles.tokens, ROW // 2]),
         None if o.w_tail is None else _described(o.w_tail, [ROW // 2, tiles.channels]),
-        o.scale_x,
-        o.scale_w,
-        o.zero,
-        o.sum_w,
-        o.bias,
-        o.residual,
-        M,
-        N,
-        K,
-        0 if o.w_tail is None else o.w_tail.shape[0],
-        row_stride(o.residual),
-        step(o.scale_x),
-        0 if o.zero is None else step(o.zero),
-        GROUPS=GROUPS,
-        STAGES=tiles.stages,
-        ROWS=ROWS_OF_TILES,
+    )
+    tail = 0 if o.w_tail is None else o.w_tail.shape[0]
+    steps = (row_stride(o.residual), step(o.scale_x), 0 if o.zero is None else step(o.zero))
+    launch(
+        hopper_kernel,
+        (min(programs, processors_of(o.x.device)), 1, 1),
+        (*matrices, o.scale_x, o.scale_w, o.zero, o.sum_w, o.bias, o.residual, M, N, K, tail, *steps),
+        {"GROUPS": GROUPS, "STAGES": tiles.stages, "ROWS": ROWS_OF_TILES},
         num_warps=4,
         enable_fp_fusion=False,
     )

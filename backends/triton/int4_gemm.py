@@ -25,6 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from qcompile.backends.triton.add_parts import add_parts
 from qcompile.backends.triton.int4_table import ManyRows
 from qcompile.backends.triton.int4_tiles import exact_operand
+from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import processors_of
 
 # columns of x in one stage: a row of them is the 128 bytes of the widest swizzle
@@ -230,30 +231,25 @@ def many_rows(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, N: 
     parts = triton.cdiv(B, blocks)
     y = x.new_empty(M, N)
     to = y if parts == 1 else x.new_empty(parts, M, N, dtype=torch.float32)
-    many_rows_kernel[(min(programs, tiles_n * tiles_m * parts),)](
-        _descriptor(x, [config.rows, STAGE]),
-        _descriptor(y, [config.rows, tile]),
-        words,
-        scales,
-        x if bias is None else bias,
-        to,
-        M,
-        N,
-        B,
-        tiles_n,
-        tiles_m,
-        ROWS_OF_X=config.rows,
-        UNITS=config.units,
-        STEPS=max(config.steps, groups),
-        STAGES=config.stages,
-        # measured: with slices the accumulators of a product in flight are copied, which costs more than it hides
-        PENDING=1 if parts == 1 else 0,
-        BLOCKS=blocks,
-        PARTS=parts,
-        GROUPS=groups,
-        BIAS=bias is not None,
-        GROUP=TILES_IN_GROUP,
-        DEPENDENT=True,
+    descriptors = (_descriptor(x, [config.rows, STAGE]), _descriptor(y, [config.rows, tile]))
+    launch(
+        many_rows_kernel,
+        (min(programs, tiles_n * tiles_m * parts), 1, 1),
+        (*descriptors, words, scales, x if bias is None else bias, to, M, N, B, tiles_n, tiles_m),
+        {
+            "ROWS_OF_X": config.rows,
+            "UNITS": config.units,
+            "STEPS": max(config.steps, groups),
+            "STAGES": config.stages,
+            # measured: with slices the accumulators of a product in flight are copied, which costs more than it hides
+            "PENDING": 1 if parts == 1 else 0,
+            "BLOCKS": blocks,
+            "PARTS": parts,
+            "GROUPS": groups,
+            "BIAS": bias is not None,
+            "GROUP": TILES_IN_GROUP,
+            "DEPENDENT": True,
+        },
         num_warps=config.warps,
         launch_pdl=True,
     )

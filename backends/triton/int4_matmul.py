@@ -31,6 +31,7 @@ from qcompile.backends.triton.int4_tiles import (
     operand,
     unpacked,
 )
+from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import processors_of
 
 
@@ -189,26 +190,21 @@ def few_rows(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, N: i
     y = x.new_empty(M, N)
     to = y if parts == 1 else x.new_empty(parts, M, N, dtype=torch.float32)
     given = x if bias is None else bias
-    few_rows_kernel[(triton.cdiv(tiles, each), parts)](
-        x,
-        words,
-        scales,
-        given,
-        to,
-        M,
-        N,
-        K,
-        B,
-        tiles,
-        ROWS_OF_X=config.rows,
-        UNITS=config.units,
-        DEPTH=config.depth,
-        BLOCKS=config.blocks,
-        GROUPS=scales.shape[1] // B,
-        WIDE=scales.dim() == 4,
-        WHOLE=parts == 1,
-        BIAS=bias is not None,
-        DEPENDENT=dependent,
+    launch(
+        few_rows_kernel,
+        (triton.cdiv(tiles, each), parts, 1),
+        (x, words, scales, given, to, M, N, K, B, tiles),
+        {
+            "ROWS_OF_X": config.rows,
+            "UNITS": config.units,
+            "DEPTH": config.depth,
+            "BLOCKS": config.blocks,
+            "GROUPS": scales.shape[1] // B,
+            "WIDE": scales.dim() == 4,
+            "WHOLE": parts == 1,
+            "BIAS": bias is not None,
+            "DEPENDENT": dependent,
+        },
         num_warps=config.warps,
         **({"launch_pdl": True} if dependent else {}),
     )

@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 
 from qcompile.backends.triton.int4_table import Unpack
 from qcompile.backends.triton.int4_tiles import SCALE_BITS, ZERO_BITS, offset_of, operand, unpacked
+from qcompile.backends.triton.launch import launch
 
 WARPS = 4
 
@@ -55,16 +56,11 @@ def unpack(words: Tensor, scales: Tensor, N: int, K: int, dtype: torch.dtype, co
     """The weight [N, K] in `dtype`."""
     units, B = words.shape[:2]
     y = torch.empty(N, K, dtype=dtype, device=words.device)
-    unpack_kernel[(triton.cdiv(B, config.blocks), units)](
-        words,
-        scales,
-        y,
-        N,
-        K,
-        B,
-        GROUPS=scales.shape[1] // B,
-        WIDE=scales.dim() == 4,
-        BLOCKS=config.blocks,
+    launch(
+        unpack_kernel,
+        (triton.cdiv(B, config.blocks), units, 1),
+        (words, scales, y, N, K, B),
+        {"GROUPS": scales.shape[1] // B, "WIDE": scales.dim() == 4, "BLOCKS": config.blocks},
         num_warps=WARPS,
     )
     return y
