@@ -72,7 +72,7 @@ def _measure(shapes: Sequence[Shape], formats: str | None, rows: str | None, con
             for o in outcomes:
                 times = (f"{us:.1f}" for us in (o.best.us, o.table_us, o.best.bf16_us))
                 count = f"{o.tried} of {o.tried + len(o.refused)}"
-                table.add_row(name, f"{N} x {K}", str(o.best.rows), *times, count, str(o.best.config))
+                table.add_row(name, f"{N} x {K}", str(o.best.rows), *times, count, o.changes)
     console.print(table)
     console.print(f"wrote {path}", style="dim", markup=False)
 

@@ -16,7 +16,7 @@ from qcompile.backends.triton.eight_bit_table import FP8, INT8, HopperTiles, Lib
 from qcompile.backends.triton.int4_table import TABLE, FewRows, ManyRows, Unpack, choose
 from qcompile.backends.triton.table import configs_of, fitting
 from qcompile.backends.triton.tuned import Key, Tuned, read_tuning, tuned_entries, tuning_of, write_tuning
-from qcompile.backends.triton.tuning import CHOICES, FAMILIES, candidates, neighbours
+from qcompile.backends.triton.tuning import CHOICES, FAMILIES, Outcome, candidates, fastest, neighbours
 
 KEY = Key(device="NVIDIA H200", capability=90, triton="3.6.0", kernels="abc")
 FEW = FewRows(rows=8, units=2, warps=4, depth=2, blocks=4, resident=3)
@@ -116,6 +116,22 @@ def test_candidates_are_few_and_begin_with_the_tables(fmt: str, M: int, capabili
     assert capability == 90 or not any(isinstance(c, ManyRows | HopperTiles) for c in tried)
     # the library is always among them, where there is a way to it
     assert fmt == "int8" or any(isinstance(c, Unpack | Library) for c in tried)
+
+
+def test_what_is_not_clearly_faster_changes_nothing() -> None:
+    assert fastest([10.0, 9.9, 11.0]) == 0
+    assert fastest([10.0, 9.9, 9.0, 9.5]) == 2
+    assert fastest([10.0]) == 0
+
+
+def test_an_outcome_says_what_changed() -> None:
+    def outcome(config: tuned.Config) -> Outcome:
+        return Outcome(best=found(1, config), table=FEW, table_us=8.0, tried=3, refused={})
+
+    assert outcome(FEW).changes == "the table's"
+    assert outcome(replace(FEW, units=1, resident=7)).changes == "units 2 -> 1, resident 3 -> 7"
+    assert outcome(Unpack(blocks=4)).changes == "Unpack blocks=4"
+    assert outcome(Library()).changes == "Library"
 
 
 def test_neighbours_differ_in_one_field_by_one_step() -> None:
