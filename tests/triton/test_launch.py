@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qcompile.backends.triton import add_parts, eight_bit, hopper, int4_gemm, int4_matmul, int4_unpack
 from qcompile.backends.triton import launch as module
+from qcompile.backends.triton.eight_bit import Operands
+from qcompile.backends.triton.eight_bit_table import FEW_ROWS, MANY_ROWS, SAFE
+from qcompile.backends.triton.int4_table import TABLE, FewRows, ManyRows, Unpack
 from qcompile.backends.triton.launch import launch
 
 GRID = (4, 1, 1)
@@ -114,3 +118,40 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for N in range(10):
         launch(kernel, GRID, (torch.ones(1), N), {"BLOCK": 16})
         assert len(module._kept) <= 3
+
+
+def operands() -> Operands:
+    x, w = torch.ones(2, 64, dtype=torch.int8), torch.ones(32, 64, dtype=torch.int8)
+    return Operands(x=x, w=w, scale_x=torch.ones(2, 1), scale_w=torch.ones(32, 1), dtype=torch.bfloat16)
+
+
+def int4(kind: type) -> tuple[Any, ...]:
+    words, scales = torch.ones(4, 3, 1024, dtype=torch.int32), torch.ones(4, 3, 64, dtype=torch.int32)
+    config = next(e.config for e in TABLE if isinstance(e.config, kind))
+    if kind is Unpack:
+        return words, scales, 256, 384, torch.bfloat16, config
+    return torch.ones(2, 384).bfloat16(), words, scales, None, 256, config
+
+
+LAUNCHERS = {
+    "eight_bit": lambda: eight_bit.matmul(operands(), SAFE[0].config),
+    "eight_bit by descriptors": lambda: eight_bit.matmul(operands(), FEW_ROWS[0].config),
+    "hopper": lambda: hopper.matmul(operands(), MANY_ROWS[0].config),
+    "few_rows": lambda: int4_matmul.few_rows(*int4(FewRows)),
+    "many_rows": lambda: int4_gemm.many_rows(*int4(ManyRows)),
+    "unpack": lambda: int4_unpack.unpack(*int4(Unpack)),
+    "add_parts": lambda: add_parts.add_parts(torch.ones(2, 3, 4), None, torch.ones(3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_launchers_give_what_their_kernel_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[Any, ...]] = []
+    for launcher in (add_parts, eight_bit, hopper, int4_gemm, int4_matmul, int4_unpack):
+        monkeypatch.setattr(launcher, "launch", lambda *args, **options: given.append(args))
+        monkeypatch.setattr(launcher, "processors_of", lambda device: 132, raising=False)
+    LAUNCHERS[name]()
+    for kernel, grid, args, constants in given:
+        assert len(grid) == 3
+        assert kernel.arg_names[len(args) :] == list(constants)
+    assert given
