@@ -24,38 +24,24 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.backends.triton.add_parts import add_parts
 from qcompile.backends.triton.int4_table import ManyRows
-from qcompile.backends.triton.int4_tiles import exact_operand
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import processors_of
+from qcompile.backends.triton.width_loads import (
+    by_rows,
+    load_run,
+    load_table,
+    load_words,
+    scales_by_rows,
+    spread,
+)
+from qcompile.backends.triton.width_tiles import scale_of, weight_operand
+from qcompile.backends.triton.widths import Packed
 
 # columns of x in one stage: a row of them is the 128 bytes of the widest swizzle
 STAGE = 64
 # tiles of rows of x that programs share while they walk along N
 TILES_IN_GROUP = 16
 GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-
-
-@gluon.jit
-def _load_words(words_ptr, start, B, UNITS: gl.constexpr):
-    lw: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [gl.num_warps(), 1], [1, 0])
-    part = gl.arange(0, 4 * UNITS, layout=gl.SliceLayout(1, lw))
-    word = gl.arange(0, 256, layout=gl.SliceLayout(0, lw))
-    inside = ((part // 4) * (B * 1024) + (part % 4) * 256)[:, None] + word[None, :]
-    words = gl.load(words_ptr + start * 1024 + inside, cache_modifier=".cg")
-    return gl.reshape(words, [4 * UNITS, 2, 8, 16])
-
-
-@gluon.jit
-def _load_scales(scales_ptr, start, B, UNITS: gl.constexpr, GROUPS: gl.constexpr, layout: gl.constexpr):
-    rows: gl.constexpr = gl.SliceLayout(3, layout)
-    part = gl.arange(0, 4 * UNITS, layout=gl.SliceLayout(1, gl.SliceLayout(2, rows)))[:, None, None]
-    q = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, rows)))[None, :, None]
-    i = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, rows)))[None, None, :]
-    inside = (part // 4) * (B * (GROUPS * 64)) + (part % 4) * 16 + q * 8 + i
-    scales = ()
-    for g in gl.static_range(GROUPS):
-        scales = scales + (gl.load(scales_ptr + start * (GROUPS * 64) + g * 64 + inside),)
-    return scales
 
 
 @gluon.jit
@@ -73,6 +59,7 @@ def many_rows_kernel(
     y_desc,
     words_ptr,
     scales_ptr,
+    levels_ptr,
     bias_ptr,
     parts_ptr,
     M,
@@ -87,7 +74,10 @@ def many_rows_kernel(
     PENDING: gl.constexpr,
     BLOCKS: gl.constexpr,
     PARTS: gl.constexpr,
+    WIDTH: gl.constexpr,
     GROUPS: gl.constexpr,
+    WIDE: gl.constexpr,
+    ZERO: gl.constexpr,
     BIAS: gl.constexpr,
     GROUP: gl.constexpr,
     DEPENDENT: gl.constexpr,
@@ -110,15 +100,21 @@ def many_rows_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
     fence_async_shared()
+    table = by_rows(load_table(levels_ptr, UNITS, WIDTH), UNITS)
     gl.thread_barrier()
 
     tile_n, tile_m = _tile(item // PARTS, tiles_n, tiles_m, GROUP)
     block = 0
     # past the end of K the last block again, against zeros of x
-    start = (tile_n * UNITS).to(gl.int64) * B + gl.minimum((item % PARTS) * BLOCKS, B - 1)
-    words = _load_words(words_ptr, start, B, UNITS)
-    layout: gl.constexpr = words.type.layout
-    scales = _load_scales(scales_ptr, start, B, UNITS, GROUPS, layout)
+    unit = (tile_n * UNITS).to(gl.int64)
+    at = gl.minimum((item % PARTS) * BLOCKS, B - 1)
+    loaded = load_words(words_ptr, unit * B + at, B, UNITS, WIDTH)
+    words = by_rows(spread(loaded, WIDTH), UNITS)
+    layout: gl.constexpr = words[0].type.layout
+    # a row with one scale is multiplied by it at the end
+    SCALED: gl.constexpr = GROUPS > 0
+    PARTS_OF_TILE: gl.constexpr = 4 * UNITS
+    scales, zeros = scales_by_rows(scales_ptr, unit, at, B, UNITS, GROUPS, WIDE, ZERO, layout)
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
@@ -140,7 +136,9 @@ def many_rows_kernel(
             x_column = (ahead % PARTS) * (BLOCKS * 128)
             x_end = x_column + BLOCKS * 128
 
-    weight = exact_operand(words, scales[0], 0, STEPS, 4 * UNITS, mma, dtype)
+    weight = weight_operand(
+        words, table, scales[0], zeros[0], 0, STEPS, PARTS_OF_TILE, mma, WIDTH, SCALED, WIDE, ZERO, dtype
+    )
     flying = weight
     acc = gl.zeros([TILE, ROWS_OF_X], gl.float32, layout=mma)
     for it in range(0, total):
@@ -153,9 +151,18 @@ def many_rows_kernel(
             next_item = item + programs
             next_n, next_m = _tile(gl.minimum(next_item, items - 1) // PARTS, tiles_n, tiles_m, GROUP)
         next_at = gl.minimum((gl.minimum(next_item, items - 1) % PARTS) * BLOCKS + next_block, B - 1)
-        start = (next_n * UNITS).to(gl.int64) * B + next_at
-        next_words = _load_words(words_ptr, start, B, UNITS)
-        next_scales = _load_scales(scales_ptr, start, B, UNITS, GROUPS, layout)
+        unit = (next_n * UNITS).to(gl.int64)
+        words = by_rows(spread(loaded, WIDTH), UNITS)
+        # of two runs of words, each takes the registers of the one before it as soon as that is unpacked
+        RUNS: gl.constexpr = WIDTH == "int8"
+        if not RUNS:
+            next_loaded = load_words(words_ptr, unit * B + next_at, B, UNITS, WIDTH)
+            next_words = by_rows(spread(next_loaded, WIDTH), UNITS)
+        if SCALED or ZERO:
+            next_scales, next_zeros = scales_by_rows(scales_ptr, unit, next_at, B, UNITS, GROUPS, WIDE, ZERO, layout)
+        else:
+            next_scales = scales
+            next_zeros = zeros
         for step in gl.static_range(STEPS):
             stage = it * 2 + step // HALF
             if step % HALF == 0:
@@ -186,20 +193,39 @@ def many_rows_kernel(
             flying = weight
             if step < STEPS - 1:
                 group_scales = scales[(step + 1) * GROUPS // STEPS]
-                weight = exact_operand(words, group_scales, step + 1, STEPS, 4 * UNITS, mma, dtype)
+                group_zeros = zeros[(step + 1) * GROUPS // STEPS]
+                weight = weight_operand(
+                    words, table, group_scales, group_zeros, step + 1, STEPS, PARTS_OF_TILE, mma,
+                    WIDTH, SCALED, WIDE, ZERO, dtype,
+                )  # fmt: skip
             else:
-                weight = exact_operand(next_words, next_scales[0], 0, STEPS, 4 * UNITS, mma, dtype)
+                weight = weight_operand(
+                    next_words, table, next_scales[0], next_zeros[0], 0, STEPS, PARTS_OF_TILE, mma,
+                    WIDTH, SCALED, WIDE, ZERO, dtype,
+                )  # fmt: skip
+            if RUNS and step == 0:
+                first = load_run(words_ptr, unit * B + next_at, B, UNITS, WIDTH, 0)
+                next_words = by_rows((first, first), UNITS)
+            if RUNS and step == STEPS - 2:
+                next_loaded = (first, load_run(words_ptr, unit * B + next_at, B, UNITS, WIDTH, 1))
             if PENDING == 0:
                 acc, flying, weight = warpgroup_mma_wait(0, deps=[acc, flying, weight])
         if next_block == 0:
             acc, flying = warpgroup_mma_wait(0, deps=[acc, flying])
-            n = tile_n * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, mma))
+            rows: gl.constexpr = gl.SliceLayout(1, mma)
+            n = tile_n * TILE + gl.arange(0, TILE, layout=rows)
+            if not SCALED:
+                unit = (tile_n * UNITS).to(gl.int64)
+                found, _ = scales_by_rows(scales_ptr, unit, 0, B, UNITS, GROUPS, WIDE, ZERO, layout)
+                scale = gl.convert_layout(gl.reshape(scale_of(found[0], WIDE), [TILE]), rows, assert_trivial=True)
+                y = acc * scale[:, None]
+            else:
+                y = acc
             if PARTS > 1:
                 m = tile_m * ROWS_OF_X + gl.arange(0, ROWS_OF_X, layout=gl.SliceLayout(0, mma))
                 to = ((item % PARTS) * M + m).to(gl.int64)[None, :] * N + n[:, None]
-                gl.store(parts_ptr + to, acc, mask=(n[:, None] < N) & (m[None, :] < M))
+                gl.store(parts_ptr + to, y, mask=(n[:, None] < N) & (m[None, :] < M))
             else:
-                y = acc
                 if BIAS:
                     y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
                 ys = gl.allocate_shared_memory(dtype, [ROWS_OF_X, TILE], y_desc.layout)
@@ -213,16 +239,16 @@ def many_rows_kernel(
         tile_n = next_n
         tile_m = next_m
         block = next_block
-        words = next_words
+        loaded = next_loaded
         scales = next_scales
+        zeros = next_zeros
     tma.store_wait(0)
 
 
-def many_rows(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, N: int, config: ManyRows) -> Tensor:
-    """y [M, N] for contiguous x [M, K], M >= 1, and a weight as `int4_words` packs it, its scales bfloat16."""
+def many_rows(x: Tensor, weight: Packed, bias: Tensor | None, N: int, config: ManyRows) -> Tensor:
+    """y [M, N] for contiguous x [M, K], M >= 1, and a weight whose scales, if many a row, x's dtype can hold."""
     M = x.shape[0]
-    units, B = words.shape[:2]
-    groups = scales.shape[1] // B
+    units, B = weight.words.shape[:2]
     tile = 64 * config.units
     tiles_n, tiles_m = units // config.units, triton.cdiv(M, config.rows)
     programs = processors_of(x.device) * config.resident
@@ -232,20 +258,25 @@ def many_rows(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, N: 
     y = x.new_empty(M, N)
     to = y if parts == 1 else x.new_empty(parts, M, N, dtype=torch.float32)
     descriptors = (_descriptor(x, [config.rows, STAGE]), _descriptor(y, [config.rows, tile]))
+    levels = weight.words if weight.levels is None else weight.levels
+    pointers = (weight.words, weight.scales, levels, x if bias is None else bias, to)
     launch(
         many_rows_kernel,
         (min(programs, tiles_n * tiles_m * parts), 1, 1),
-        (*descriptors, words, scales, x if bias is None else bias, to, M, N, B, tiles_n, tiles_m),
+        (*descriptors, *pointers, M, N, B, tiles_n, tiles_m),
         {
             "ROWS_OF_X": config.rows,
             "UNITS": config.units,
-            "STEPS": max(config.steps, groups),
+            "STEPS": max(config.steps, weight.groups),
             "STAGES": config.stages,
             # measured: with slices the accumulators of a product in flight are copied, which costs more than it hides
             "PENDING": 1 if parts == 1 else 0,
             "BLOCKS": blocks,
             "PARTS": parts,
-            "GROUPS": groups,
+            "WIDTH": weight.width,
+            "GROUPS": weight.groups,
+            "WIDE": weight.wide,
+            "ZERO": weight.zero,
             "BIAS": bias is not None,
             "GROUP": TILES_IN_GROUP,
             "DEPENDENT": True,

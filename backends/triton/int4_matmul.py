@@ -22,39 +22,50 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.backends.triton.add_parts import add_parts, is_dependent
 from qcompile.backends.triton.int4_table import FewRows
-from qcompile.backends.triton.int4_tiles import (
-    INTEGER_BITS,
-    INTEGER_OFFSET,
-    SCALE_BITS,
-    ZERO_BITS,
-    offset_of,
-    operand,
-    unpacked,
-)
+from qcompile.backends.triton.int4_tiles import operand
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import processors_of
+from qcompile.backends.triton.width_loads import load_scales, load_table, load_words
+from qcompile.backends.triton.width_tiles import held_zero, planes, scale_of, zero_of
+from qcompile.backends.triton.widths import Packed
 
 
 @gluon.jit
-def _block(words_ptr, scales_ptr, unit, block, B, UNITS: gl.constexpr, GROUPS: gl.constexpr, WIDE: gl.constexpr):
-    """Words and scales of units unit.. at a block of columns."""
-    lw: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [gl.num_warps(), 1], [1, 0])
+def _block(
+    words_ptr,
+    scales_ptr,
+    unit,
+    block,
+    B,
+    UNITS: gl.constexpr,
+    WIDTH: gl.constexpr,
+    GROUPS: gl.constexpr,
+    WIDE: gl.constexpr,
+    ZERO: gl.constexpr,
+):
+    """Words of units unit.. at a block of columns, and the scales of its groups."""
+    words = load_words(words_ptr, unit.to(gl.int64) * B + block, B, UNITS, WIDTH)
+    if GROUPS == 0:
+        return words, (), ()
+    else:
+        scales, zeros = _scales(scales_ptr, unit, block, B, UNITS, GROUPS, WIDE, ZERO)
+        return words, scales, zeros
+
+
+@gluon.jit
+def _scales(
+    scales_ptr,
+    unit,
+    block,
+    B,
+    UNITS: gl.constexpr,
+    GROUPS: gl.constexpr,
+    WIDE: gl.constexpr,
+    ZERO: gl.constexpr,
+):
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
-    part = gl.arange(0, 4 * UNITS, layout=gl.SliceLayout(1, lw))
-    word = gl.arange(0, 256, layout=gl.SliceLayout(0, lw))
-    inside = ((part // 4) * (B * 1024) + (part % 4) * 256)[:, None] + word[None, :]
-    start = unit.to(gl.int64) * B + block
-    words = gl.load(words_ptr + start * 1024 + inside, cache_modifier=".cg")
     row = gl.arange(0, 64 * UNITS, layout=gl.SliceLayout(1, mma))
-    PLANES: gl.constexpr = 2 if WIDE else 1
-    beside = (row // 64) * (B * (GROUPS * PLANES * 64)) + row % 64
-    scales_ptr += start * (GROUPS * PLANES * 64)
-    scales = ()
-    zeros = ()
-    for g in gl.static_range(GROUPS):
-        scales = scales + (gl.load(scales_ptr + g * (PLANES * 64) + beside),)
-        zeros = zeros + ((gl.load(scales_ptr + g * 128 + 64 + beside) if WIDE else scales[g]),)
-    return words, scales, zeros
+    return load_scales(scales_ptr, unit.to(gl.int64), block, B, row // 64, row % 64, GROUPS, WIDE, ZERO)
 
 
 @gluon.jit
@@ -82,6 +93,7 @@ def few_rows_kernel(
     x_ptr,
     words_ptr,
     scales_ptr,
+    levels_ptr,
     bias_ptr,
     y_ptr,
     M,
@@ -93,8 +105,10 @@ def few_rows_kernel(
     UNITS: gl.constexpr,
     DEPTH: gl.constexpr,
     BLOCKS: gl.constexpr,
+    WIDTH: gl.constexpr,
     GROUPS: gl.constexpr,
     WIDE: gl.constexpr,
+    ZERO: gl.constexpr,
     WHOLE: gl.constexpr,
     BIAS: gl.constexpr,
     DEPENDENT: gl.constexpr,
@@ -105,9 +119,11 @@ def few_rows_kernel(
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1], [16, 8])
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     dtype: gl.constexpr = x_ptr.dtype.element_ty
-    OFFSET: gl.constexpr = offset_of(dtype)
+    # of a block: one where a row has one scale, which is multiplied at the end
+    SPANS: gl.constexpr = max(GROUPS, 1)
     # of 16 columns, in a group
-    PLANES: gl.constexpr = 8 // GROUPS
+    PLANES: gl.constexpr = 8 // SPANS
+    SUMS: gl.constexpr = ZERO or zero_of(WIDTH, dtype) != 0
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
     part = gl.program_id(1)
@@ -120,8 +136,11 @@ def few_rows_kernel(
     ring = ()
     for d in gl.static_range(DEPTH):
         at = gl.minimum(first + d, B - 1)
-        ring = ring + (_block(words_ptr, scales_ptr, tile * UNITS, at, B, UNITS, GROUPS, WIDE),)
+        ring = ring + (_block(words_ptr, scales_ptr, tile * UNITS, at, B, UNITS, WIDTH, GROUPS, WIDE, ZERO),)
     block = DEPTH
+    table = load_table(levels_ptr, UNITS, WIDTH)
+    if GROUPS == 0:
+        row_scales, row_zeros = _scales(scales_ptr, tile * UNITS, 0, B, UNITS, GROUPS, WIDE, ZERO)
 
     if DEPENDENT:
         gdc_wait()
@@ -134,10 +153,11 @@ def few_rows_kernel(
         column = (first + i) * 128 + k
         async_copy.async_copy_global_to_shared(xs.index(i), x_ptr + m * K + column, mask=(m < M) & (column < K))
     async_copy.commit_group()
-    PADDED: gl.constexpr = triton.next_power_of_2(BLOCKS) * GROUPS
-    sums = gl.allocate_shared_memory(gl.float32, [PADDED, ROWS_OF_X], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    table: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    _sums(sums._reinterpret(gl.float32, [PADDED, ROWS_OF_X], table), x_ptr, first, M, K, ROWS_OF_X, BLOCKS, GROUPS)
+    if SUMS:
+        PADDED: gl.constexpr = triton.next_power_of_2(BLOCKS) * SPANS
+        sums = gl.allocate_shared_memory(gl.float32, [PADDED, ROWS_OF_X], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        _sums(sums._reinterpret(gl.float32, [PADDED, ROWS_OF_X], flat), x_ptr, first, M, K, ROWS_OF_X, BLOCKS, SPANS)
     async_copy.wait_group(0)
     gl.thread_barrier()
 
@@ -153,24 +173,39 @@ def few_rows_kernel(
                 tile = pid
         for d in gl.static_range(DEPTH):
             words, scales, zeros = ring[d]
-            planes = unpacked(words, dtype)
-            for g in gl.static_range(GROUPS):
-                a = operand(planes, g * PLANES, PLANES, 4 * UNITS, mma)
+            made = planes(words, table, WIDTH, dtype)
+            for g in gl.static_range(SPANS):
+                a = operand(made, g * PLANES, PLANES, 4 * UNITS, mma)
                 x = xs.index(at_x).slice(g * 16 * PLANES, 16 * PLANES, dim=1).permute((1, 0)).load(right)
-                dot = mma_v2(a, x, gl.zeros([TILE, ROWS_OF_X], gl.float32, layout=mma))
-                scale = (scales[g] if WIDE else scales[g] & SCALE_BITS).to(gl.float32, bitcast=True)
-                zero = ((zeros[g] & ZERO_BITS) | INTEGER_BITS).to(gl.float32, bitcast=True)
-                shift = scale * (zero - (INTEGER_OFFSET - OFFSET))
-                total_x = sums.index(at_x * GROUPS + g).load(gl.SliceLayout(0, mma))
-                acc += dot * scale[:, None] - shift[:, None] * total_x[None, :]
+                if GROUPS == 0 and not SUMS:
+                    acc = mma_v2(a, x, acc)
+                else:
+                    dot = mma_v2(a, x, gl.zeros([TILE, ROWS_OF_X], gl.float32, layout=mma))
+                    if SUMS:
+                        total_x = sums.index(at_x * SPANS + g).load(gl.SliceLayout(0, mma))
+                    if GROUPS == 0:
+                        shift = held_zero(row_zeros[0], WIDTH, ZERO, dtype)
+                        acc += dot - (shift[:, None] if ZERO else shift) * total_x[None, :]
+                    else:
+                        scale = scale_of(scales[g], WIDE)
+                        acc += dot * scale[:, None]
+                        if SUMS:
+                            shift = scale * held_zero(zeros[g], WIDTH, ZERO, dtype)
+                            acc -= shift[:, None] * total_x[None, :]
             at = gl.minimum(first + block + d, B - 1)
-            ring = ring[:d] + (_block(words_ptr, scales_ptr, tile * UNITS, at, B, UNITS, GROUPS, WIDE),) + ring[d + 1 :]
+            ring = (
+                ring[:d]
+                + (_block(words_ptr, scales_ptr, tile * UNITS, at, B, UNITS, WIDTH, GROUPS, WIDE, ZERO),)
+                + ring[d + 1 :]
+            )
             at_x += 1
         block += DEPTH
         if at_x == BLOCKS:
             n = done * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, mma))
             row = gl.arange(0, ROWS_OF_X, layout=gl.SliceLayout(0, mma))
             inside = (n[:, None] < N) & (row[None, :] < M)
+            if GROUPS == 0:
+                acc *= scale_of(row_scales[0], WIDE)[:, None]
             if BIAS and WHOLE:
                 acc += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
             to = (part * M + row).to(gl.int64)[None, :] * N + n[:, None]
@@ -178,29 +213,35 @@ def few_rows_kernel(
             acc = gl.zeros([TILE, ROWS_OF_X], gl.float32, layout=mma)
             at_x = 0
             done += programs
+            if GROUPS == 0:
+                next_unit = gl.minimum(done, tiles - 1) * UNITS
+                row_scales, row_zeros = _scales(scales_ptr, next_unit, 0, B, UNITS, GROUPS, WIDE, ZERO)
 
 
-def few_rows(x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, N: int, config: FewRows) -> Tensor:
-    """y [M, N] for contiguous x [M, K], 1 <= M <= config.rows, and a weight as `int4_words` packs it."""
+def few_rows(x: Tensor, weight: Packed, bias: Tensor | None, N: int, config: FewRows) -> Tensor:
+    """y [M, N] for contiguous x [M, K], 1 <= M <= config.rows."""
     M, K = x.shape
-    units, B = words.shape[:2]
+    units, B = weight.words.shape[:2]
     dependent = is_dependent(x.device)
     tiles, parts = units // config.units, triton.cdiv(B, config.blocks)
     each = triton.cdiv(tiles * parts, processors_of(x.device) * config.resident)
     y = x.new_empty(M, N)
     to = y if parts == 1 else x.new_empty(parts, M, N, dtype=torch.float32)
     given = x if bias is None else bias
+    levels = weight.words if weight.levels is None else weight.levels
     launch(
         few_rows_kernel,
         (triton.cdiv(tiles, each), parts, 1),
-        (x, words, scales, given, to, M, N, K, B, tiles),
+        (x, weight.words, weight.scales, levels, given, to, M, N, K, B, tiles),
         {
             "ROWS_OF_X": config.rows,
             "UNITS": config.units,
             "DEPTH": config.depth,
             "BLOCKS": config.blocks,
-            "GROUPS": scales.shape[1] // B,
-            "WIDE": scales.dim() == 4,
+            "WIDTH": weight.width,
+            "GROUPS": weight.groups,
+            "WIDE": weight.wide,
+            "ZERO": weight.zero,
             "WHOLE": parts == 1,
             "BIAS": bias is not None,
             "DEPENDENT": dependent,

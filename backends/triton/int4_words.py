@@ -17,54 +17,21 @@ scales of 0.
 Source of the trick with the bits of the mantissa: Kim 2022 (Who Says Elephants Can't Run); of the order: Marlin.
 """
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-ROWS, COLUMNS, WORDS = 64, 128, 1024
-# groups of fewer columns than a block; others are whole blocks
-SMALL_GROUPS = (32, 64)
+from qcompile.backends.triton.widths import COLUMNS, ROWS, SMALL_GROUPS, WIDTHS, pack_codes, pack_scales, unpack_codes
+
+__all__ = ["COLUMNS", "ROWS", "SIGNED_ZERO", "SMALL_GROUPS", "pack_scales", "pack_words", "unpack_words"]
+
 # the code of 0 where codes are signed: they are stored one higher than two's complement allows, as 1..15
 SIGNED_ZERO = 8
 
 
 def pack_words(codes: Tensor) -> Tensor:
     """Codes 0..15, uint8 [N, K], as words, int32 [ceil(N / 64), ceil(K / 128), 1024]."""
-    N, K = codes.shape
-    full = pad(codes, (0, -K % COLUMNS, 0, -N % ROWS)).view(torch.uint8)
-    units, blocks = full.shape[0] // ROWS, full.shape[1] // COLUMNS
-    # unit part q i block d p c j e -> unit block part q i j c d, p and e within the word
-    fields = full.view(units, 4, 2, 8, blocks, 2, 4, 2, 4, 2).permute(0, 4, 1, 2, 3, 8, 7, 5, 6, 9)
-    words = torch.zeros(fields.shape[:-2], dtype=torch.int32, device=codes.device)
-    for p in range(4):
-        for e in range(2):
-            words |= fields[..., p, e].to(torch.int32) << (4 * p + 16 * e)
-    return words.reshape(units, blocks, WORDS)
+    return pack_codes(codes, WIDTHS["int4"])
 
 
 def unpack_words(words: Tensor, N: int, K: int) -> Tensor:
     """The codes that `pack_words` packed, uint8 [N, K]."""
-    units, blocks = words.shape[:2]
-    lanes = words.view(units, blocks, 4, 2, 8, 4, 2, 2)
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device).view(2, 4).t()
-    fields = (lanes[..., None, None] >> shifts) & 15  # unit block part q i j c d p e
-    codes = fields.permute(0, 2, 3, 4, 1, 7, 8, 6, 5, 9).reshape(units * ROWS, blocks * COLUMNS)
-    return codes[:N, :K].to(torch.uint8)
-
-
-def pack_scales(scale: Tensor, zero: Tensor, *, narrow: bool) -> Tensor:
-    """Scales and zero points of small groups or of whole blocks, as the module states.
-
-    scale: float32 [N, G].  zero: integers, [N, G].  narrow: bfloat16 holds the scales.
-    """
-    rows = -scale.shape[0] % ROWS
-    bits = pad(scale.float(), (0, 0, 0, rows)).view(torch.int32)
-    zeros = pad(zero.to(torch.int32), (0, 0, 0, rows))
-    if narrow:
-        return _by_unit(bits | zeros)
-    return torch.stack([_by_unit(bits), _by_unit(zeros)], dim=2).contiguous()
-
-
-def _by_unit(values: Tensor) -> Tensor:
-    """[N, G] as [N / 64, G, 64]."""
-    return values.view(-1, ROWS, values.shape[1]).transpose(1, 2).contiguous()
+    return unpack_codes(words, WIDTHS["int4"], N, K)

@@ -7,20 +7,54 @@ pytest.importorskip("triton.experimental.gluon")
 
 from qcompile.backends.triton.int4_table import TABLE, Config, ManyRows
 from qcompile.backends.triton.table import configs_of
+from qcompile.backends.triton.width_ptx import TABLE_BYTES
+from qcompile.backends.triton.width_table import TABLES
 from tests.triton.compiled import CAPABILITIES, name_of
-from tests.triton.int4_cubins import cubin, reduce_cubin
+from tests.triton.int4_cubins import Form, cubin, kernel, reduce_cubin
 
 CASES = [
-    pytest.param(config, capability, id=f"sm_{capability}-{name_of(config)}")
+    pytest.param(config, capability, width, id=f"{width}-sm_{capability}-{name_of(config)}")
+    for width in TABLES
     for capability in CAPABILITIES
-    for config in configs_of(TABLE, capability)
+    for config in configs_of(TABLES[width], capability)
 ]
+# of each kernel the first configuration; of 4 bits all, whose kernels they are
+VARIANTS = [
+    pytest.param(config, capability, width, id=f"{width}-sm_{capability}-{name_of(config)}")
+    for width in TABLES
+    for capability in CAPABILITIES
+    for config in (
+        configs_of(TABLES[width], capability)
+        if width == "int4"
+        else {type(c): c for c in reversed(configs_of(TABLES[width], capability))}.values()
+    )
+]
+# what presets ask for
+FORMS = {
+    "int8": Form(width="int8", groups=0, wide=True, zero=False),
+    "int4": Form(),
+    "book": Form(width="book", groups=2, wide=True, zero=False),
+    "int3": Form(width="int3"),
+    "int2": Form(width="int2"),
+}
 
 
-@pytest.mark.parametrize(("config", "capability"), CASES)
+@pytest.mark.parametrize(("config", "capability", "width"), CASES)
+def test_configuration_compiles(config: Config, capability: int, width: str) -> None:
+    assert cubin(config, capability, torch.bfloat16, FORMS[width])[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("config", configs_of(TABLE, 90), ids=name_of)
+def test_slices_compile(config: Config) -> None:
+    assert cubin(config, 90, torch.bfloat16, FORMS["int8"], parts=4)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("config", configs_of(TABLES["book"], 90), ids=name_of)
 @pytest.mark.parametrize("parts", [1, 4])
-def test_configuration_compiles(config: Config, capability: int, parts: int) -> None:
-    assert cubin(config, capability, torch.bfloat16, 1, wide=False, parts=parts)[:4] == b"\x7fELF"
+def test_shared_memory_beside_a_table_can_be_had(config: Config, parts: int) -> None:
+    shared = kernel(config, 90, torch.bfloat16, FORMS["book"], parts=parts).metadata.shared
+    # 48 KB need no asking; Triton asks for its own part alone
+    assert shared + TABLE_BYTES <= 49152 or 49152 < shared <= 232448 - TABLE_BYTES
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -29,11 +63,15 @@ def test_reduction_compiles(capability: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "capability"), CASES)
+@pytest.mark.parametrize(("config", "capability", "width"), VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("wide", [False, True])
-def test_every_variant_compiles(config: Config, capability: int, dtype: torch.dtype, groups: int, wide: bool) -> None:
-    if wide and isinstance(config, ManyRows):
+@pytest.mark.parametrize("groups", [0, 1, 2, 4])
+@pytest.mark.parametrize(("wide", "zero"), [(False, True), (True, True), (True, False), (False, False)])
+def test_every_variant_compiles(
+    config: Config, capability: int, width: str, dtype: torch.dtype, groups: int, wide: bool, zero: bool
+) -> None:
+    book = width == "book"
+    if (zero if book else not wide and not zero) or (isinstance(config, ManyRows) and wide and width == "int4"):
         return
-    assert cubin(config, capability, dtype, groups, wide=wide)[:4] == b"\x7fELF"
+    form = Form(width=width, groups=groups, wide=wide, zero=zero)
+    assert cubin(config, capability, dtype, form)[:4] == b"\x7fELF"

@@ -18,6 +18,7 @@ from qcompile.backends.triton.eight_bit import Operands
 from qcompile.backends.triton.eight_bit_table import FEW_ROWS, MANY_ROWS, SAFE
 from qcompile.backends.triton.int4_table import TABLE, FewRows, ManyRows, Unpack
 from qcompile.backends.triton.launch import launch
+from qcompile.backends.triton.widths import Packed
 
 GRID = (4, 1, 1)
 
@@ -127,10 +128,11 @@ def operands() -> Operands:
 
 def int4(kind: type) -> tuple[Any, ...]:
     words, scales = torch.ones(4, 3, 1024, dtype=torch.int32), torch.ones(4, 3, 64, dtype=torch.int32)
+    weight = Packed(words=words, scales=scales, width="int4")
     config = next(e.config for e in TABLE if isinstance(e.config, kind))
     if kind is Unpack:
-        return words, scales, 256, 384, torch.bfloat16, config
-    return torch.ones(2, 384).bfloat16(), words, scales, None, 256, config
+        return weight, 256, 384, torch.bfloat16, config
+    return torch.ones(2, 384).bfloat16(), weight, None, 256, config
 
 
 LAUNCHERS = {

@@ -87,6 +87,18 @@ def test_choice_and_reason(
     assert words is None or words in refused[f"{kernel}-triton"]
 
 
+@pytest.mark.parametrize(
+    "weight", ["int8/channel", "nf4/g64", "int3/g128/asym/bf16", "int2/g64/asym/bf16", "lloyd4/g32"]
+)
+def test_weights_alone(weight: str) -> None:
+    x = torch.randn(3, 128, dtype=torch.bfloat16)
+    graph = FX.open(Layer(128, torch.bfloat16), x)
+    quantize(graph, plan_for(graph, None, weight))
+    (run,) = lower(graph, HOPPER, PlainPacks())
+    assert run.kernel == "weight-triton"
+    assert graph_text(graph).count("linear_weight") == 1
+
+
 def test_kernels_of_a_device_are_no_candidates_elsewhere() -> None:
     p = Problem(
         N=64, K=64, weight=parse_spec("int8/channel"), input=parse_spec("int8/token"), dtype=torch.float32, device="cpu"
@@ -94,4 +106,9 @@ def test_kernels_of_a_device_are_no_candidates_elsewhere() -> None:
     chosen, refused = choose(p)
     assert chosen.name == "int8"
     assert refused == {}
-    assert {kernel.name for kernel in KERNELS if kernel.device == "cuda"} == {"int8-triton", "fp8-triton", "int4"}
+    assert {kernel.name for kernel in KERNELS if kernel.device == "cuda"} == {
+        "int8-triton",
+        "fp8-triton",
+        "int4",
+        "weight-triton",
+    }

@@ -10,11 +10,11 @@ from torch import Tensor
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from qcompile.backends.triton import tuned, tuning
-from qcompile.backends.triton.int4_linear import _config
 from qcompile.backends.triton.int4_table import Unpack
 from qcompile.backends.triton.table import capability_of
 from qcompile.backends.triton.tuned import key_of, tuning_of, write_tuning
 from qcompile.backends.triton.tuning import FAMILIES, tune
+from qcompile.backends.triton.width_linear import _config
 from qcompile.cli.doctor import tuning_lines
 
 pytestmark = pytest.mark.gpu
@@ -44,7 +44,7 @@ def test_the_op_takes_what_was_tuned() -> None:
     assert "shipped tables" in next(tuning_lines())
     tuning_of.cache_clear()
     path = write_tuning(key_of(device), [replace(outcome.best, config=held)])
-    assert _config(16, 256, 512, device, False) == held
+    assert _config("int4", 16, 256, 512, device, True) == held
     assert f"1 weights from {path}" in next(tuning_lines())
 
 

@@ -51,9 +51,15 @@ def why_not(p: Problem) -> str | None:
     """None if the kernels can run `p`, else the reason."""
     if p.input is not None:
         return "the input is quantized"
-    fmt, columns = p.weight.format, p.weight.granularity.columns
+    fmt = p.weight.format
     if not isinstance(fmt, Integer) or fmt.bits != 4 or p.weight.granularity.rows != 1:
         return f"weight {p.weight} is not 4-bit integers by channel or group"
+    return unfit(p) or missing("int4_linear")
+
+
+def unfit(p: Problem) -> str | None:
+    """None if kernels of words in blocks can run groups, device, dtype and shape of `p`, else the reason."""
+    columns = p.weight.granularity.columns
     if columns not in (ALL, *SMALL_GROUPS) and columns % COLUMNS:
         return f"groups are {', '.join(map(str, SMALL_GROUPS))} or multiples of {COLUMNS} columns, got {columns}"
     if p.device != "cuda":
@@ -64,14 +70,19 @@ def why_not(p: Problem) -> str | None:
         return f"the kernels begin with sm_80, this is sm_{''.join(map(str, p.capability or ()))}"
     if p.K % MULTIPLE:
         return f"K={p.K} is not a multiple of {MULTIPLE}"
-    if (reason := missing("int4_linear")) is not None:
-        return reason
+    if p.capability != MEASURED and not p.small and not _is_worth(p):
+        sm = "".join(map(str, p.capability))
+        return f"these kernels were measured on sm_90, this is sm_{sm}: `qcompile tune` measures 4-bit ones here"
+    return None
+
+
+def _is_worth(p: Problem) -> bool:
+    """Whether it was tuned on this device, and is nowhere slower than bfloat16."""
+    if not isinstance(p.weight.format, Integer) or p.weight.format.bits != 4 or missing("tuned") is not None:
+        return False
     from qcompile.backends.triton.tuned import is_worth
 
-    if p.capability != MEASURED and not p.small and not is_worth("int4", p.N, p.K):
-        sm = "".join(map(str, p.capability))
-        return f"the int4 kernels were measured on sm_90, this is sm_{sm}: `qcompile tune` measures them here"
-    return None
+    return is_worth("int4", p.N, p.K)
 
 
 def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -87,12 +98,12 @@ def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tenso
     group = torch.arange(blocks, device=codes.device) * width // (columns or K)
     group = group.clamp(max=qparams.scale.shape[1] - 1)
     scale = qparams.scale[:, group]
-    narrow = qparams.spec.scale in BFLOAT16_SCALES and _fits(scale, dtype)
+    narrow = qparams.spec.scale in BFLOAT16_SCALES and fits(scale, dtype)
     scales = pack_scales(scale, zero[:, group], narrow=narrow)
     return {"words": pack_words(codes.contiguous()), "scales": scales}
 
 
-def _fits(scale: Tensor, dtype: torch.dtype) -> bool:
+def fits(scale: Tensor, dtype: torch.dtype) -> bool:
     """Whether numbers of dtype hold these scales in full: kernels that multiply single weights need that."""
     limits = torch.finfo(dtype)
     return bool(((scale == 0) | ((scale >= limits.smallest_normal) & (scale <= limits.max))).all())

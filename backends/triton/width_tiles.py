@@ -1,0 +1,169 @@
+"""From words of `widths` to operands of tensor cores, for kernels of Gluon.
+
+A plane is 16 columns. Its floats are codes + `offset_of`, exactly, or numbers of a code book. `weight_operand` makes of
+them the weight in the dtype of x: codes less their zero point, exactly, and times the scale, rounded once.
+"""
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from qcompile.backends.triton.int4_tiles import (
+    INTEGER_BITS,
+    INTEGER_OFFSET,
+    SCALE_BITS,
+    ZERO_BITS,
+    operand,
+)
+from qcompile.backends.triton.width_loads import is_book, spread
+from qcompile.backends.triton.width_ptx import (
+    PIECES,
+    constraints,
+    offset,
+    planes_ptx,
+    weight_ptx,
+)
+from qcompile.backends.triton.widths import WIDTHS
+
+
+@triton.constexpr_function
+def is_half(dtype):
+    return dtype == gl.float16
+
+
+@triton.constexpr_function
+def offset_of(width, dtype):
+    """What is added to a code in its plane."""
+    return float(offset(width, dtype == gl.float16))
+
+
+@triton.constexpr_function
+def zero_of(width, dtype):
+    """What a plane holds where a signed code is 0."""
+    return offset(width, dtype == gl.float16) + WIDTHS[width].center
+
+
+@triton.constexpr_function
+def float_zero_of(width, dtype):
+    return float(offset(width, dtype == gl.float16) + WIDTHS[width].center)
+
+
+@triton.constexpr_function
+def elements_of(width):
+    return PIECES[width].elements
+
+
+@triton.constexpr_function
+def types_of(dtype, count):
+    return (dtype,) * count
+
+
+@gluon.jit
+def planes(words, table, WIDTH: gl.constexpr, dtype: gl.constexpr):
+    """The eight planes of words that `load_words` loaded."""
+    return gl.inline_asm_elementwise(
+        planes_ptx(WIDTH, is_half(dtype), 0, 8),
+        constraints(WIDTH, 8, len(table)),
+        spread(words, WIDTH) + table,
+        dtype=types_of(dtype, 8),
+        # reads what was put into shared memory
+        is_pure=not is_book(WIDTH),
+        pack=elements_of(WIDTH),
+    )
+
+
+@gluon.jit
+def scale_of(bits, WIDE: gl.constexpr):
+    """Float32 scales of what `load_scales` found."""
+    return (bits if WIDE else bits & SCALE_BITS).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def held_zero(zeros, WIDTH: gl.constexpr, ZERO: gl.constexpr, dtype: gl.constexpr):
+    """What planes hold at the code of 0, float32: a number if no zero points are stored."""
+    if ZERO:
+        zero = ((zeros & ZERO_BITS) | INTEGER_BITS).to(gl.float32, bitcast=True)
+        return zero - (INTEGER_OFFSET - offset_of(WIDTH, dtype))
+    else:
+        return float_zero_of(WIDTH, dtype)
+
+
+@gluon.jit
+def _pair(low):
+    """The low half of each word, twice."""
+    return (low << 16) | (low & 65535)
+
+
+@gluon.jit
+def _bits(number, dtype: gl.constexpr):
+    """Float32 as 16-bit floats twice in 32 bits, and these."""
+    rounded = number.to(dtype)
+    return _pair(rounded.to(gl.int16, bitcast=True).to(gl.int32)), rounded
+
+
+@gluon.jit
+def _zero_pair(zeros, WIDTH: gl.constexpr, dtype: gl.constexpr):
+    if WIDTH == "int8":
+        pair, _ = _bits(held_zero(zeros, WIDTH, True, dtype), dtype)
+        return pair
+    elif dtype == gl.float16:
+        return _pair(((zeros & ZERO_BITS) << 4) | 0x5400)
+    else:
+        return _pair((zeros & ZERO_BITS) | 0x4300)
+
+
+@gluon.jit
+def _scale_pairs(scales, WIDE: gl.constexpr, dtype: gl.constexpr):
+    """The scale as one pair, or as two whose sum it is."""
+    if WIDE:
+        pair, first = _bits(scale_of(scales, WIDE), dtype)
+        more, _ = _bits(scale_of(scales, WIDE) - first.to(gl.float32), dtype)
+        return (gl.expand_dims(pair, 3), gl.expand_dims(more, 3))
+    elif dtype == gl.float16:
+        pair, _ = _bits(scale_of(scales, WIDE), dtype)
+        return (gl.expand_dims(pair, 3),)
+    else:
+        return (gl.expand_dims(_pair(scales >> 16), 3),)
+
+
+@gluon.jit
+def weight_operand(
+    words,
+    table,
+    scales,
+    zeros,
+    step: gl.constexpr,
+    steps: gl.constexpr,
+    parts: gl.constexpr,
+    mma: gl.constexpr,
+    WIDTH: gl.constexpr,
+    SCALED: gl.constexpr,
+    WIDE: gl.constexpr,
+    ZERO: gl.constexpr,
+    dtype: gl.constexpr,
+):
+    """Step of a block as the first operand [16 * parts, 128 / steps]: the weight, without scales if not SCALED.
+
+    words, table: of `spread` and `load_table`, [parts, 2, 8, 16].  scales, zeros: [parts, 2, 8].
+    """
+    COUNT: gl.constexpr = 8 // steps
+    SCALES: gl.constexpr = (2 if WIDE else 1) if SCALED else 0
+    FIXED: gl.constexpr = None if ZERO else zero_of(WIDTH, dtype)
+    if WIDTH == "int8":
+        # the run that has these planes alone: the other may be on its way
+        operands = (words[step * COUNT // 4], words[step * COUNT // 4])
+    else:
+        operands = words + table
+    if ZERO:
+        operands = operands + (gl.expand_dims(_zero_pair(zeros, WIDTH, dtype), 3),)
+    if SCALED:
+        operands = operands + _scale_pairs(scales, WIDE, dtype)
+    made = gl.inline_asm_elementwise(
+        weight_ptx(WIDTH, is_half(dtype), step * COUNT, COUNT, FIXED, SCALES),
+        constraints(WIDTH, COUNT, len(operands) - len(words)),
+        operands,
+        dtype=types_of(dtype, COUNT),
+        is_pure=not is_book(WIDTH),
+        pack=elements_of(WIDTH),
+    )
+    return operand(made, 0, COUNT, parts, mma)

@@ -1,0 +1,176 @@
+"""Linears with 8-, 3- and 2-bit weights and code books on a GPU, against the oracle's weight in float64."""
+
+import pytest
+import torch
+from torch import Tensor, library
+
+pytest.importorskip("triton.experimental.gluon")
+
+from qcompile.backends.fx.kernels import weight_triton
+from qcompile.backends.triton.int4_table import Config, FewRows, ManyRows
+from qcompile.backends.triton.width_linear import width_linear
+from qcompile.backends.triton.width_table import TABLES, rounds_twice
+from qcompile.backends.triton.widths import Packed
+from qcompile.numerics import dequantize, find_qparams, quantize
+from qcompile.spec import parse_spec
+from tests.triton.compiled import name_of
+
+pytestmark = pytest.mark.gpu
+
+BFLOAT16 = torch.bfloat16
+PRESETS = ["int8/channel", "nf4/g64", "int3/g128/asym/bf16", "int2/g64/asym/bf16"]
+OTHERS = ["int8/g32/asym/bf16", "int8/channel/asym", "nf4/channel", "bnb_fp4/g32/bf16", "lloyd4/g128", "int3/channel"]
+OTHERS += ["int2/g32", "int3/g64", "fp4_e2m1/b32/e8m0", "int8/g64"]
+
+
+def packed(text: str, N: int, K: int, dtype: torch.dtype) -> tuple[Packed, Tensor]:
+    """A random weight, and the oracle's floats."""
+    weight = torch.randn(N, K, device="cuda")
+    qparams = find_qparams(weight, parse_spec(text))
+    codes = quantize(weight, qparams)
+    width = weight_triton.width_of(qparams.spec.format)
+    assert width is not None
+    return Packed(width=width, **weight_triton.pack(codes, qparams, dtype)), dequantize(codes, qparams).double()
+
+
+def check(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """y is rounded once, and so may be a number of a table and the weight; sums with an offset keep about 19 bits."""
+    added = 0.0 if bias is None else bias.double()
+    reference = x.double() @ weight.T + added
+    magnitude = x.double().abs() @ weight.abs().T + (0.0 if bias is None else bias.double().abs())
+    assert y.dtype is x.dtype
+    assert ((y.double() - reference).abs() <= 2 * torch.finfo(x.dtype).eps * magnitude).all()
+
+
+def configs(weight: Packed, M: int, N: int, dtype: torch.dtype) -> list[Config]:
+    """Those of the table that can run the problem on this device."""
+    major, minor = torch.cuda.get_device_capability()
+    found = []
+    for entry in TABLES[weight.width]:
+        config, (low, high) = entry.config, entry.capabilities
+        fits = low <= 10 * major + minor <= high and -(-N // 64) % getattr(config, "units", 1) == 0
+        fits = fits and (not isinstance(config, FewRows) or config.rows >= M)
+        if fits and not (isinstance(config, ManyRows) and (rounds_twice(weight, dtype) or N % 8)):
+            found.append(config)
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("M", [1, 3, 16, 17, 33, 257])
+@pytest.mark.parametrize(("N", "K"), [(48, 64), (400, 352), (256, 2208), (12, 128)])
+@pytest.mark.parametrize("text", PRESETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_odd_shapes(M: int, N: int, K: int, text: str, dtype: torch.dtype) -> None:
+    spec = parse_spec(text)
+    if spec.granularity.columns and K % spec.granularity.columns:
+        text = text.replace(spec.granularity.name, "g32")
+    weight, floats = packed(text, N, K, dtype)
+    x, bias = torch.randn(M, K, dtype=dtype, device="cuda"), torch.randn(N, dtype=dtype, device="cuda")
+    check(width_linear(x, weight, bias, N), x, floats, bias)
+    check(width_linear(x, weight, None, N), x, floats, None)
+
+
+@pytest.mark.parametrize("M", [1, 7, 16, 30, 128, 300])
+@pytest.mark.parametrize("text", PRESETS + OTHERS)
+def test_every_configuration(M: int, text: str) -> None:
+    N, K = 1024, 2176 - 128 * (M % 2)
+    weight, floats = packed(text, N, K, BFLOAT16)
+    x = torch.randn(M, K, dtype=BFLOAT16, device="cuda")
+    for config in configs(weight, M, N, BFLOAT16):
+        # what the allocator hands out next holds NaN
+        torch.full((M * N * 8,), torch.nan, device="cuda")
+        y = width_linear(x, weight, None, N, config)
+        assert y.isfinite().all(), name_of(config)
+        check(y, x, floats, None)
+        assert torch.equal(y, width_linear(x, weight, None, N, config)), "the result is not deterministic"
+
+
+@pytest.mark.parametrize("M", [2, 9, 40, 5000])
+@pytest.mark.parametrize("text", OTHERS)
+def test_float16(M: int, text: str) -> None:
+    weight, floats = packed(text, 320, 768, torch.float16)
+    x = torch.randn(M, 768, dtype=torch.float16, device="cuda")
+    check(width_linear(x, weight, None, 320), x, floats, None)
+
+
+def arguments(weight: Packed, x: Tensor, N: int) -> tuple[object, ...]:
+    return x, weight.words, weight.scales, weight.levels, None, N, weight.width
+
+
+@pytest.mark.parametrize("text", PRESETS)
+def test_no_rows(text: str) -> None:
+    weight, _ = packed(text, 64, 256, BFLOAT16)
+    x = torch.empty(0, 256, dtype=BFLOAT16, device="cuda")
+    assert torch.ops.qcompile.linear_weight(*arguments(weight, x, 64)).shape == (0, 64)
+
+
+@pytest.mark.parametrize("M", [5, 40, 200])
+@pytest.mark.parametrize("text", PRESETS)
+def test_inputs_that_are_not_contiguous(M: int, text: str) -> None:
+    weight, floats = packed(text, 256, 512, BFLOAT16)
+    wide = torch.randn(M, 1024, dtype=BFLOAT16, device="cuda")
+    for x in (wide[:, ::2], wide[:, 1:513], wide[:, 512:], torch.randn(512, M, device="cuda").bfloat16().T):
+        check(torch.ops.qcompile.linear_weight(*arguments(weight, x, 256)), x, floats, None)
+
+
+@pytest.mark.parametrize("M", [4, 16, 48, 130])
+@pytest.mark.parametrize("text", PRESETS)
+def test_rows_are_alone(M: int, text: str) -> None:
+    N, K = 512, 1024
+    weight, _ = packed(text, N, K, BFLOAT16)
+    x = torch.randn(M, K, dtype=BFLOAT16, device="cuda")
+    clean = width_linear(x, weight, None, N)
+    poisoned = x.clone()
+    poisoned[0], poisoned[1, 3], poisoned[2, 5] = 0, torch.nan, torch.inf
+    y = width_linear(poisoned, weight, None, N)
+    assert torch.equal(y[3:], clean[3:])
+    assert (y[0] == 0).all()
+    assert y[1].isnan().all()
+    assert not y[2].isfinite().any()
+    # the same rows elsewhere in x of the same length
+    order = torch.randperm(M, device="cuda")
+    assert torch.equal(width_linear(x[order].contiguous(), weight, None, N), clean[order])
+
+
+@pytest.mark.parametrize("M", [1, 16, 64])
+@pytest.mark.parametrize("text", PRESETS)
+def test_long_rows(M: int, text: str) -> None:
+    weight, floats = packed(text, 128, 28672, BFLOAT16)
+    x = torch.randn(M, 28672, dtype=BFLOAT16, device="cuda") + 1
+    check(width_linear(x, weight, None, 128), x, floats, None)
+
+
+@pytest.mark.parametrize("M", [1, 20, 140])
+@pytest.mark.parametrize("text", PRESETS)
+def test_graph_replays(M: int, text: str) -> None:
+    N, K = 512, 1024
+    weight, _ = packed(text, N, K, BFLOAT16)
+    x = torch.randn(M, K, dtype=BFLOAT16, device="cuda")
+    width_linear(x, weight, None, N)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = width_linear(width_linear(x, weight, None, N)[:, :512].repeat(1, 2), weight, None, N)
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        first = width_linear(x, weight, None, N)[:, :512].repeat(1, 2)
+        assert torch.equal(y, width_linear(first, weight, None, N))
+
+
+@pytest.mark.parametrize("M", [0, 3, 40])
+@pytest.mark.parametrize("text", PRESETS)
+def test_the_op_is_clean(M: int, text: str) -> None:
+    weight, _ = packed(text, 64, 256, BFLOAT16)
+    x = torch.randn(M, 256, dtype=BFLOAT16, device="cuda")
+    library.opcheck(torch.ops.qcompile.weight_mm.default, arguments(weight, x, 64))
+
+
+def test_joined_packs_are_packs_of_the_whole() -> None:
+    (first, a), (second, b) = (packed("nf4/g64", 128, 256, BFLOAT16) for _ in range(2))
+    whole = Packed(
+        words=torch.cat([first.words, second.words]),
+        scales=torch.cat([first.scales, second.scales]),
+        levels=torch.cat([first.levels, second.levels]),
+        width="book",
+    )
+    x = torch.randn(5, 256, dtype=BFLOAT16, device="cuda")
+    check(width_linear(x, whole, None, 256), x, torch.cat([a, b]), None)

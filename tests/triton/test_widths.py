@@ -1,0 +1,245 @@
+"""How weights of other widths than 4 bits lie in memory, and what is made of their words, without a GPU."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from qcompile.backends.fx.kernels import weight_triton
+from qcompile.backends.fx.kernels.problem import Problem
+from qcompile.backends.triton.int4_table import FewRows, ManyRows, Unpack
+from qcompile.backends.triton.widths import LEVELS, WIDTHS, Packed, pack_codes, pack_levels, unpack_codes
+from qcompile.formats import code_values, parse_format
+from qcompile.numerics import dequantize, find_qparams, quantize
+from qcompile.spec import parse_spec
+from tests.triton.ptx import halves, run
+
+HALF = {torch.bfloat16: False, torch.float16: True}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize(("N", "K"), [(64, 128), (1, 32), (65, 160), (200, 352)])
+def test_words_hold_every_code(name: str, N: int, K: int) -> None:
+    width = WIDTHS[name]
+    codes = torch.randint(0, 2**width.bits, (N, K), dtype=torch.uint8)
+    words = pack_codes(codes, width)
+    assert words.shape == (-(-N // 64), -(-K // 128), 256 * width.bits)
+    assert torch.equal(unpack_codes(words, width, N, K), codes)
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_a_lane_holds_what_tensor_cores_take_from_it(name: str) -> None:
+    width = WIDTHS[name]
+    for row, column in [(0, 0), (5, 1), (9, 2), (16, 8), (63, 127), (22, 93)]:
+        codes = torch.zeros(64, 128, dtype=torch.uint8)
+        codes[row, column] = 1
+        (changed,) = (pack_codes(codes, width) ^ pack_codes(codes * 0, width)).flatten().nonzero().flatten().tolist()
+        last = name == "int3" and changed >= 512
+        part, inside = divmod(
+            changed - 512 if last else changed, 64 if last else 128 if width.bits < 4 else 64 * width.bits
+        )
+        assert part == row // 16
+        # words of a lane stand together, in pieces of 16 bytes, or of 8
+        lane = inside // (2 if last else 4) % 32
+        assert lane == 4 * (row % 8) + column % 8 // 2
+
+
+def fragments(words: Tensor, name: str) -> list[Tensor]:
+    """Registers of words of one block's first part, as `width_tiles` loads them: [2, 8, 4, 2 / c, ...] flattened.
+
+    Each holds, for one (q, i, j) and c, what a piece reads; of int3, for both c.
+    """
+    words = words.flatten().to(torch.int64) & 0xFFFFFFFF
+    if name in ("int2", "int3"):
+        pairs = words[:128].view(8, 4, 2, 2).permute(2, 0, 1, 3)
+        if name == "int2":
+            return [pairs.flatten()] * 2
+        last = words[512 : 512 + 64].view(8, 4, 2).permute(2, 0, 1).flatten()
+        return [pairs[..., w].flatten() for w in (0, 0, 1, 1)] + [last] * 4
+    runs = words[:512].view(2, 256) if name == "int8" else words[:256].view(1, 256)
+    return [run.view(-1, 2)[:, d] for run in runs for d in range(2)]
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("first", "count"), [(0, 8), (0, 4), (4, 4), (2, 2), (6, 2)])
+def test_pieces_make_planes(name: str, dtype: torch.dtype, first: int, count: int) -> None:
+    ptx = pytest.importorskip("qcompile.backends.triton.width_ptx")
+    width = WIDTHS[name]
+    codes = torch.randint(0, 2**width.bits, (64, 128), dtype=torch.uint8)
+    levels = torch.randn(LEVELS).to(dtype)
+    both = ptx.PIECES[name].elements == 4
+    given = fragments(pack_codes(codes, width), name)
+    assert len(given) == ptx.PIECES[name].words
+    if width.book:
+        # four times the lane, of q i j c
+        given += [torch.arange(128).view(2, 32, 2)[0, :, :1].expand(2, 32, 2).flatten() * 2] * 2
+        values = levels.double()[codes.long()]
+    else:
+        values = codes.double() + ptx.offset(name, HALF[dtype])
+    results: list[Tensor | None] = [None] * (2 * count if both else count)
+    operands = results + given
+    run(ptx.planes_ptx(name, HALF[dtype], first, count), operands, pack_levels(levels.float(), dtype))
+    # row q i, column plane c j e of the first part
+    expected = values[:16].view(2, 8, 8, 2, 4, 2).permute(2, 0, 1, 4, 3, 5)[first : first + count]
+    made = torch.stack([halves(o, dtype) for o in operands[: len(results)]])
+    if both:
+        made = made.view(count, 2, -1, 2).transpose(1, 2)
+    assert torch.equal(made.reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("zero", [None, "fixed"])
+@pytest.mark.parametrize("scales", [0, 1, 2])
+def test_pieces_make_the_weight(name: str, dtype: torch.dtype, zero: str | None, scales: int) -> None:
+    ptx = pytest.importorskip("qcompile.backends.triton.width_ptx")
+    width, half = WIDTHS[name], HALF[dtype]
+    if width.book and zero is None:
+        return
+    codes = torch.randint(0, 2**width.bits, (64, 128), dtype=torch.uint8)
+    levels = torch.randn(LEVELS).to(dtype)
+    elements, given = ptx.PIECES[name].elements, fragments(pack_codes(codes, width), name)
+    if width.book:
+        # four times the lane, of q i j c
+        given += [torch.arange(128).view(2, 32, 2)[0, :, :1].expand(2, 32, 2).flatten() * 2] * 2
+
+    def pair(number: float) -> list[Tensor]:
+        bits = int(torch.tensor(number).to(dtype).view(torch.int16)) & 0xFFFF
+        return [torch.full_like(given[0], bits << 16 | bits)] * elements
+
+    point, offset = 2**width.bits - 1, ptx.offset(name, half)
+    scale = 0.0123 if scales == 2 else float(torch.tensor(0.0123).to(dtype))
+    if zero is None:
+        given += pair(point + offset)
+    if scales:
+        given += pair(scale)
+    if scales == 2:
+        given += pair(scale - float(torch.tensor(scale).to(dtype)))
+    operands: list[Tensor | None] = [None] * (4 * elements // 2) + given
+    fixed = None if zero is None else offset + width.center
+    run(ptx.weight_ptx(name, half, 4, 4, fixed, scales), operands, pack_levels(levels.float(), dtype))
+    assert len(operands) == len(ptx.constraints(name, 4, (len(given) - ptx.PIECES[name].words) // elements).split(","))
+    values = levels.double()[codes.long()] if width.book else codes.double() - (point if zero is None else width.center)
+    expected = (values * (scale if scales else 1.0)).to(dtype).double()
+    expected = expected[:16].view(2, 8, 8, 2, 4, 2).permute(2, 0, 1, 4, 3, 5)[4:]
+    made = torch.stack([halves(o, dtype) for o in operands[: 2 * elements]])
+    if elements == 4:
+        made = made.view(4, 2, -1, 2).transpose(1, 2)
+    # a scale of two floats has four bits more than the product keeps
+    limit = torch.finfo(dtype).eps * expected.abs() if scales == 2 else 0.0 * expected
+    assert ((made.reshape(expected.shape) - expected).abs() <= limit).all()
+
+
+def restored(packed: Packed, N: int, K: int, dtype: torch.dtype) -> Tensor:
+    """The weight, float32, from what kernels read."""
+    width = WIDTHS[packed.width]
+    codes = unpack_codes(packed.words, width, N, K)
+    zeros: Tensor | int = width.center
+    if packed.wide:
+        values = packed.scales[:, :, 0]
+        zeros = packed.scales[:, :, 1] if packed.zero else zeros
+    else:
+        values = packed.scales & -65536
+        zeros = packed.scales & 0xFFFF if packed.zero else zeros
+    span = K if packed.groups == 0 else 128 // packed.groups
+
+    def spread(by_unit: Tensor) -> Tensor:
+        return by_unit.transpose(1, 2).reshape(packed.words.shape[0] * 64, -1)[:N].repeat_interleave(span, 1)[:, :K]
+
+    scale = spread(values.contiguous().view(torch.float32))
+    if packed.levels is not None:
+        return packed.levels.view(dtype).view(-1, 2)[:LEVELS, 0].float()[codes.long()] * scale
+    return (codes.float() - (spread(zeros) if isinstance(zeros, Tensor) else zeros)) * scale
+
+
+SPECS = [
+    "int8/channel",
+    "int8/channel/asym",
+    "int8/g64/bf16",
+    "int8/g32/asym",
+    "int3/channel",
+    "int3/g128/asym/bf16",
+    "int3/g64",
+    "int2/g256/asym/bf16",
+    "int2/g32",
+]
+BOOKS = ["nf4/g64", "nf4/channel", "nf4/g64/dq256", "bnb_fp4/g64/bf16", "fp4_e2m1/b32/e8m0", "lloyd4/g128"]
+
+
+@pytest.mark.parametrize("text", SPECS + BOOKS)
+@pytest.mark.parametrize(("N", "K"), [(80, 256), (64, 768)])
+def test_packs_hold_the_weight(text: str, N: int, K: int) -> None:
+    qparams = find_qparams(torch.randn(N, K), parse_spec(text))
+    codes = quantize(torch.randn(N, K), qparams)
+    width = weight_triton.width_of(qparams.spec.format)
+    assert width is not None
+    packed = Packed(width=width, **weight_triton.pack(codes, qparams, torch.bfloat16))
+    assert packed.wide == (qparams.spec.scale not in ("bf16", "e8m0"))
+    assert packed.groups == (0 if "channel" in text else 128 // min(qparams.spec.granularity.columns, 128))
+    expected = dequantize(codes, qparams)
+    # numbers of a table are rounded to the dtype of x
+    limit = torch.finfo(torch.bfloat16).eps / 2 * expected.abs() if packed.levels is not None else 0.0 * expected
+    assert ((restored(packed, N, K, torch.bfloat16) - expected).abs() <= limit).all()
+
+
+def test_one_scale_a_row_is_stored_once() -> None:
+    qparams = find_qparams(torch.randn(64, 1024), parse_spec("int8/channel"))
+    packed = weight_triton.pack(quantize(torch.randn(64, 1024), qparams), qparams, torch.bfloat16)
+    assert packed["scales"].numel() == 64
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4_e2m1", "fp4_e3m0", "bnb_fp4"])
+def test_tables_hold_their_numbers(name: str) -> None:
+    values = code_values(parse_format(name))
+    pairs = pack_levels(values, torch.float16).view(torch.float16).view(LEVELS, LEVELS, 2)
+    assert torch.equal(pairs[3, :, 0], values.half())
+    assert torch.equal(pairs[:, 5, 1], values.half())
+
+
+@pytest.mark.parametrize(
+    ("weight", "more", "reason"),
+    [
+        ("int8/channel", {"input": parse_spec("int8/token")}, "input is quantized"),
+        ("int4/g128", {}, "not 8-, 3- or 2-bit"),
+        ("int5/g128", {}, "not 8-, 3- or 2-bit"),
+        ("fp8_e4m3/channel", {}, "table of 16"),
+        ("quantile3/g64", {}, "table of 16"),
+        ("fp4_e2m1/b16/fp8_e4m3", {}, "multiples of 128"),
+        ("int8/b64x64", {}, "by channel or group"),
+        ("nf4/g64", {"device": "cpu"}, "NVIDIA"),
+        ("nf4/g64", {"dtype": torch.float32}, "float32"),
+        ("int3/g128", {"capability": (7, 5)}, "sm_75"),
+        ("int3/g128", {"capability": (8, 0)}, "measured on sm_90, this is sm_80"),
+        ("int2/channel", {"K": 100}, "multiple of 8"),
+    ],
+)
+def test_refusals_say_why(weight: str, more: dict[str, object], reason: str) -> None:
+    fields = {"N": 64, "K": 256, "input": None, "dtype": torch.bfloat16, "device": "cuda", "capability": (9, 0)}
+    assert reason in str(weight_triton.why_not(Problem(weight=parse_spec(weight), **(fields | more))))
+
+
+def test_learned_tables_are_not_joined() -> None:
+    def joins(text: str, N: int) -> bool:
+        p = Problem(N=N, K=64, weight=parse_spec(text), input=None, dtype=torch.bfloat16, device="cuda")
+        assert weight_triton.KERNEL.joins is not None
+        return weight_triton.KERNEL.joins([p, p])
+
+    assert joins("nf4/g64", 128)
+    assert joins("int8/channel", 128)
+    assert not joins("nf4/g64", 100)
+    assert not joins("lloyd4/g64", 128)
+
+
+def test_every_problem_finds_a_configuration() -> None:
+    table = pytest.importorskip("qcompile.backends.triton.width_table")
+    for width in WIDTHS:
+        for capability in (80, 86, 90, 100, 120):
+            for M in (1, 8, 9, 16, 17, 32, 33, 128, 129, 512, 513, 5000, 1 << 20):
+                for N, K in ((8, 32), (48, 64), (64, 128), (4096, 14336), (28672, 4096), (12345, 4096)):
+                    for exact in (True, False):
+                        config = table.choose(width, M, N, K, capability, exact=exact)
+                        assert not isinstance(config, FewRows) or config.rows >= M
+                        assert not isinstance(config, ManyRows) or (capability == 90 and exact and N % 8 == 0)
+                        assert isinstance(config, Unpack) or -(-N // 64) % config.units == 0
+        few = [entry.config for entry in table.TABLES[width] if isinstance(entry.config, FewRows)]
+        assert all(config.blocks % config.depth == 0 for config in few)
