@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from qcompile.backends.fx.fuse import fuse
 from qcompile.backends.fx.graph import FxGraph
 from qcompile.backends.fx.kernels import Kernel, Problem, choose, embedding, llm_int8, tail
 from qcompile.backends.fx.targets import aten
@@ -134,6 +135,8 @@ def lower(graph: FxGraph, target: Target, packs: PackSource) -> list[Lowered]:
         if graph.op(value) is Op.SELECT:
             _lower_select(graph, value)
     graph.prune()
+    if target.capability is not None:
+        fuse(graph, target.capability)
     _wait_for_packs(target)
     return lowered
 

@@ -35,6 +35,8 @@ CASES = [
     ("weight-triton", "nf4/g32/dq256", None),
     ("weight-triton", "int3/g32/asym/bf16", None),
     ("weight-triton", "int2/channel", None),
+    ("int4-int8", "int4/g32/asym/bf16", "int8/token/asym"),
+    ("int4-int8", "int4/g32", "int8/token"),
     ("packed", "int3/g32/asym/bf16", None),
     ("packed", "nf4/g32/dq256", None),
 ]

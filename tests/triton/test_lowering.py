@@ -68,6 +68,7 @@ def test_what_does_not_fit_runs_in_the_library() -> None:
         ("fp8_e4m3/channel", "fp8_e4m3/token", torch.float16, (9, 0), "fp8", "bfloat16"),
         ("fp8_e4m3/channel", "fp8_e5m2/token", torch.bfloat16, (9, 0), "fp8", "not both e4m3"),
         ("fp8_e4m3/channel", "fp8_e4m3/token", torch.bfloat16, (8, 9), "fp8", "measured on sm_90"),
+        ("int4/g32/asym/bf16", "int8/token/asym", torch.bfloat16, (9, 0), "int4-int8", None),
     ],
 )
 def test_choice_and_reason(
@@ -99,6 +100,18 @@ def test_weights_alone(weight: str) -> None:
     assert graph_text(graph).count("linear_weight") == 1
 
 
+@pytest.mark.parametrize("given", ["int8/token", "int8/token/asym"])
+def test_narrow_weights_and_inputs_are_multiplied_by_one_op(given: str) -> None:
+    graph = FX.open(Layer(64, torch.bfloat16), torch.randn(3, 64, dtype=torch.bfloat16))
+    quantize(graph, plan_for(graph, given, weight="int4/g32/asym/bf16"))
+    (run,) = lower(graph, HOPPER, PlainPacks())
+    text = graph_text(graph)
+    assert run.kernel == "int4-int8"
+    assert text.count("linear_int4_int8") == 1
+    assert "dequantize" not in text
+    assert "aten.linear" not in text
+
+
 def test_kernels_of_a_device_are_no_candidates_elsewhere() -> None:
     p = Problem(
         N=64, K=64, weight=parse_spec("int8/channel"), input=parse_spec("int8/token"), dtype=torch.float32, device="cpu"
@@ -111,4 +124,5 @@ def test_kernels_of_a_device_are_no_candidates_elsewhere() -> None:
         "fp8-triton",
         "int4",
         "weight-triton",
+        "int4-int8",
     }

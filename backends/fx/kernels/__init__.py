@@ -1,6 +1,17 @@
 """The kernels of the FX host, in order of preference: the first that does not refuse runs a problem."""
 
-from qcompile.backends.fx.kernels import dense, fp8, fp8_triton, int4, int8, int8_triton, narrow, packed, weight_triton
+from qcompile.backends.fx.kernels import (
+    dense,
+    fp8,
+    fp8_triton,
+    int4,
+    int4_int8,
+    int8,
+    int8_triton,
+    narrow,
+    packed,
+    weight_triton,
+)
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 
 __all__ = ["KERNELS", "Kernel", "Problem", "choose"]
@@ -11,6 +22,7 @@ KERNELS: tuple[Kernel, ...] = (
     fp8_triton.KERNEL,
     fp8.KERNEL,
     int4.KERNEL,
+    int4_int8.KERNEL,
     weight_triton.KERNEL,
     narrow.KERNEL,
     dense.KERNEL,

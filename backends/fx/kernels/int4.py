@@ -51,21 +51,15 @@ def why_not(p: Problem) -> str | None:
     """None if the kernels can run `p`, else the reason."""
     if p.input is not None:
         return "the input is quantized"
-    fmt = p.weight.format
-    if not isinstance(fmt, Integer) or fmt.bits != 4 or p.weight.granularity.rows != 1:
-        return f"weight {p.weight} is not 4-bit integers by channel or group"
-    return unfit(p) or missing("int4_linear")
+    return no_weight(p) or unfit(p) or missing("int4_linear")
 
 
 def unfit(p: Problem) -> str | None:
     """None if kernels of words in blocks can run groups, device, dtype and shape of `p`, else the reason."""
-    columns = p.weight.granularity.columns
-    if columns not in (ALL, *SMALL_GROUPS) and columns % COLUMNS:
-        return f"groups are {', '.join(map(str, SMALL_GROUPS))} or multiples of {COLUMNS} columns, got {columns}"
+    if (reason := _no_blocks(p)) is not None:
+        return reason
     if p.device != "cuda":
         return "these kernels are for NVIDIA GPUs"
-    if p.dtype not in (torch.bfloat16, torch.float16):
-        return f"the input is {str(p.dtype).removeprefix('torch.')}, and tensor cores take bfloat16 and float16"
     if p.capability is None or p.capability < FIRST_CAPABILITY:
         return f"the kernels begin with sm_80, this is sm_{''.join(map(str, p.capability or ()))}"
     if p.K % MULTIPLE:
@@ -73,6 +67,23 @@ def unfit(p: Problem) -> str | None:
     if p.capability != MEASURED and not p.small and not _is_worth(p):
         sm = "".join(map(str, p.capability))
         return f"these kernels were measured on sm_90, this is sm_{sm}: `qcompile tune` measures 4-bit ones here"
+    return None
+
+
+def no_weight(p: Problem) -> str | None:
+    """None if words and scales can hold the weight, and tensor cores take results of its dtype, else the reason."""
+    fmt = p.weight.format
+    if not isinstance(fmt, Integer) or fmt.bits != 4 or p.weight.granularity.rows != 1:
+        return f"weight {p.weight} is not 4-bit integers by channel or group"
+    return _no_blocks(p)
+
+
+def _no_blocks(p: Problem) -> str | None:
+    columns = p.weight.granularity.columns
+    if columns not in (ALL, *SMALL_GROUPS) and columns % COLUMNS:
+        return f"groups are {', '.join(map(str, SMALL_GROUPS))} or multiples of {COLUMNS} columns, got {columns}"
+    if p.dtype not in (torch.bfloat16, torch.float16):
+        return f"the input is {str(p.dtype).removeprefix('torch.')}, and tensor cores take bfloat16 and float16"
     return None
 
 
@@ -86,7 +97,13 @@ def _is_worth(p: Problem) -> bool:
 
 
 def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Codes and scales in the layouts of `int4_words`; groups of more columns than a block are several groups."""
+    """Codes and scales in the layouts of `int4_words`."""
+    stored, scales = codes_and_scales(codes, qparams, dtype)
+    return {"words": pack_words(stored.contiguous()), "scales": scales}
+
+
+def codes_and_scales(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes 0..15, and packed scales; groups of more columns than a block are several groups."""
     K = codes.shape[1]
     if qparams.zero is None:
         codes, zero = codes + SIGNED_ZERO, torch.full_like(qparams.scale, SIGNED_ZERO)
@@ -99,8 +116,7 @@ def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tenso
     group = group.clamp(max=qparams.scale.shape[1] - 1)
     scale = qparams.scale[:, group]
     narrow = qparams.spec.scale in BFLOAT16_SCALES and fits(scale, dtype)
-    scales = pack_scales(scale, zero[:, group], narrow=narrow)
-    return {"words": pack_words(codes.contiguous()), "scales": scales}
+    return codes, pack_scales(scale, zero[:, group], narrow=narrow)
 
 
 def fits(scale: Tensor, dtype: torch.dtype) -> bool:

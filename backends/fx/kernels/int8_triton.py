@@ -73,7 +73,8 @@ def _linear_int8_triton(
     weight_tail: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    if zero is not None:
+    # a kernel that quantizes may have taken the offset off already
+    if codes.dtype is torch.uint8:
         codes = (codes.float() - int8.OFFSET).to(torch.int8)
     bias = None if bias is None else bias.expand(weight.shape[0]).contiguous()
     if x_tail is not None:

@@ -1,0 +1,179 @@
+"""FUSE: a quantization that finds its scales while running, and the norm or activation before it, become one op."""
+
+from dataclasses import dataclass
+from operator import getitem
+
+import torch
+from torch import fx
+
+from qcompile.backends.fx import ops
+from qcompile.backends.fx.graph import FxGraph
+from qcompile.backends.fx.kernels.int8 import OFFSET
+from qcompile.backends.fx.rows import QUANTIZE_ROWS, why_not
+from qcompile.backends.fx.targets import aten, is_call
+from qcompile.backends.fx.values import dtype, example, fake_mode, infer
+from qcompile.backends.fx.writes import is_written
+from qcompile.graph import Op
+from qcompile.spec import Spec
+
+# those that were measured beside Inductor, in examples/benchmarks/quantize_rows.md
+_ACTIVATIONS = (Op.SILU,)
+# torch.nn.functional.layer_norm's own
+_LAYER_NORM_EPS = 1e-5
+# a matmul that takes integers with a zero as int8, less OFFSET
+_TAKES_OFFSET = (torch.ops.qcompile.linear_int8_triton.default,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Before:
+    """What is made of x before it is quantized.
+
+    second: added to x before a norm, or multiplied with the activation of x.  total: their sum, if others read it.
+    gone: the values that the op makes in its registers, or does not make at all.
+    """
+
+    kind: str
+    x: fx.Node
+    gone: tuple[fx.Node, ...]
+    second: fx.Node | None = None
+    weight: fx.Node | None = None
+    bias: fx.Node | None = None
+    eps: float = 0.0
+    total: fx.Node | None = None
+
+
+def fuse(graph: FxGraph, capability: tuple[int, int]) -> int:
+    """Replace quantizations after norms and activations for a CUDA device; returns how many."""
+    edits = 0
+    for value in list(graph.values()):
+        if is_call(value, ops.QUANTIZE_DYNAMIC):
+            edits += _fuse(graph, value, capability)
+    graph.prune()
+    return edits
+
+
+def _fuse(graph: FxGraph, quantize: fx.Node, capability: tuple[int, int]) -> bool:
+    value, spec = graph.inputs(quantize)[0], graph.qparams(quantize)
+    assert value is not None
+    assert isinstance(spec, Spec)
+    kind, K = dtype(value), graph.shape(value)[-1]
+    if kind is None or K is None or why_not(spec, kind, K, capability) is not None:
+        return False
+    before = _norm(graph, value) or _activation(graph, value) or _attention(graph, value)
+    if before is None or any(is_written(node) for node in (*before.gone, before.x, before.second) if node is not None):
+        return False
+    _replace(graph, quantize, before, spec)
+    return True
+
+
+def _replace(graph: FxGraph, quantize: fx.Node, before: _Before, spec: Spec) -> None:
+    offset = 0 if spec.symmetric or not _takes_offset(quantize) else OFFSET
+    read = (before.x, before.second, before.weight, before.bias)
+    arguments = (*read, before.kind, before.eps, str(spec), offset, before.total is not None)
+    # who reads the sum must find it there
+    with quantize.graph.inserting_before(quantize if before.total is None else min(before.total.users)):
+        new = quantize.graph.call_function(QUANTIZE_ROWS, arguments)
+        new.meta = dict(quantize.meta)
+        new.meta["example_value"] = infer(QUANTIZE_ROWS, arguments, fake_mode(quantize.graph))
+        if before.total is not None:
+            total = quantize.graph.call_function(getitem, (new, 2 if spec.symmetric else 3))
+            total.meta = dict(before.total.meta)
+    quantize.replace_all_uses_with(new)
+    if before.total is not None:
+        before.total.replace_all_uses_with(total)
+
+
+def _takes_offset(quantize: fx.Node) -> bool:
+    """Whether all that read the codes take them less OFFSET."""
+    codes = [part for part in quantize.users if part.target is getitem and part.args[1] == 0]
+    readers = [reader for part in codes for reader in part.users]
+    return all(is_call(reader, *_TAKES_OFFSET) for reader in readers)
+
+
+def _norm(graph: FxGraph, value: fx.Node) -> _Before | None:
+    """A norm over the last dimension, and the sum before it."""
+    found = _norm_of(graph, value)
+    if found is None or not _is_alone(graph, value):
+        return None
+    x, weight, bias = (*graph.inputs(value), None, None)[:3]
+    if x is None or dtype(x) != dtype(value):
+        return None
+    kind, eps = found
+    a, b = _summands(graph, x)
+    total = None if b is None or _is_alone(graph, x) else x
+    late = total is not None and any(v is not None and not v < min(total.users) for v in (weight, bias))
+    if b is None or late:
+        return _Before(kind=kind, x=x, gone=(value,), weight=weight, bias=bias, eps=eps)
+    return _Before(kind=kind, x=a, second=b, gone=(value, x), weight=weight, bias=bias, eps=eps, total=total)
+
+
+def _norm_of(graph: FxGraph, value: fx.Node) -> tuple[str, float] | None:
+    """Kind and epsilon."""
+    match graph.op(value):
+        case Op.LAYER_NORM:
+            kind, given = "layer_norm", _argument(value, 4, "eps", _LAYER_NORM_EPS)
+        case Op.RMS_NORM if is_call(value, ops.RMS_NORM):
+            kind = "rms_norm_weight_last" if value.args[3] else "rms_norm"
+            given = value.args[2]
+        case Op.RMS_NORM:
+            kind, given = "rms_norm", _argument(value, 3, "eps", None)
+        case _:
+            return None
+    return (kind, float(given)) if isinstance(given, float | int) else None
+
+
+def _activation(graph: FxGraph, value: fx.Node) -> _Before | None:
+    """An activation, or the product of one with another value."""
+    if not _is_alone(graph, value):
+        return None
+    if graph.op(value) in _ACTIVATIONS:
+        x = graph.inputs(value)[0]
+        assert x is not None
+        return _Before(kind=graph.op(value).value, x=_strided(x), gone=(value,))
+    if graph.op(value) is not Op.MUL:
+        return None
+    for active, gate in (tuple(graph.inputs(value)), tuple(graph.inputs(value))[::-1]):
+        if active is None or gate is None or graph.op(active) not in _ACTIVATIONS or not _is_alone(graph, active):
+            continue
+        x = graph.inputs(active)[0]
+        if x is not None and _are_alike(value, x, gate):
+            kind = graph.op(active).value
+            return _Before(kind=kind, x=_strided(x), second=_strided(gate), gone=(value, active))
+    return None
+
+
+def _attention(graph: FxGraph, value: fx.Node) -> _Before | None:
+    """What attention makes, which Inductor does not compute itself and so fuses with nothing."""
+    source = value
+    while graph.op(source) in (Op.RESHAPE, Op.TRANSPOSE):
+        below = graph.inputs(source)[0]
+        assert below is not None
+        source = below
+    return _Before(kind="nothing", x=value, gone=()) if graph.op(source) is Op.ATTENTION else None
+
+
+def _summands(graph: FxGraph, value: fx.Node) -> tuple[fx.Node, fx.Node] | tuple[fx.Node, None]:
+    """Both of a sum of values of its own shape and dtype; else the value itself."""
+    a, b = graph.inputs(value)[:2] if graph.op(value) is Op.ADD else (None, None)
+    return (a, b) if a is not None and b is not None and _are_alike(value, a, b) else (value, None)
+
+
+def _strided(value: fx.Node) -> fx.Node:
+    """Columns of a wider matrix where they lie, if `value` is a copy of them."""
+    columns = value.args[0] if is_call(value, aten.clone.default) else None
+    return columns if isinstance(columns, fx.Node) and is_call(columns, aten.slice.Tensor) else value
+
+
+def _are_alike(*values: fx.Node) -> bool:
+    """Whether the values have one shape and one dtype."""
+    known = [example(value) for value in values]
+    return all(isinstance(k, torch.Tensor) for k in known) and len({(tuple(k.shape), k.dtype) for k in known}) == 1
+
+
+def _is_alone(graph: FxGraph, value: fx.Node) -> bool:
+    """Whether one other value reads this one, and nothing else does."""
+    return len(graph.users(value)) == 1 and value not in graph.outputs()
+
+
+def _argument(node: fx.Node, position: int, name: str, default: object) -> object:
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)

@@ -1,0 +1,149 @@
+"""W4A8 on Hopper: 4-bit weights under 8-bit inputs, the Triton kernel of `qcompile.backends.triton.int4_int8_linear`.
+
+codes int8 (or uint8, with zero) [..., K], scale and zero float32 [..., 1] or []; words, scales and sums as
+`qcompile.backends.triton.int4_int8_words` packs them. Products of codes are summed exactly, in int32, group by group;
+what quantizes before is plain torch, which Inductor fuses with its neighbours; M is known to the opaque op alone.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.backends.fx.kernels import int4, int8
+from qcompile.backends.fx.kernels.problem import Kernel, Problem
+from qcompile.backends.fx.registry import REGISTRY
+from qcompile.backends.triton import int4_int8_words
+from qcompile.backends.triton.int4_words import COLUMNS, ROWS, SMALL_GROUPS
+from qcompile.backends.triton.ready import missing
+from qcompile.formats import Integer
+from qcompile.numerics import QParams
+from qcompile.spec import ALL
+
+REGISTRY.define(
+    "int4_int8_mm(Tensor codes, Tensor scale, Tensor? zero, Tensor words, Tensor scales, Tensor sums, Tensor? bias,"
+    " ScalarType dtype) -> Tensor"
+)
+REGISTRY.define(
+    "linear_int4_int8(Tensor codes, Tensor scale, Tensor? zero, Tensor words, Tensor scales, Tensor sums,"
+    " Tensor? bias, ScalarType dtype) -> Tensor"
+)
+
+
+def _int4_int8_mm(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    words: Tensor,
+    scales: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """codes int8 [M, K]; scale and zero [M, 1] or []; y [M, N]."""
+    from qcompile.backends.triton.int4_int8_linear import Operands, int4_int8_linear
+
+    o = Operands(x=codes, scale_x=scale, zero=zero, words=words, scales=scales, sums=sums, bias=bias)
+    return int4_int8_linear(o, dtype)
+
+
+def _int4_int8_mm_meta(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, words: Tensor, scales: Tensor, sums: Tensor, *rest: Any
+) -> Tensor:
+    return codes.new_empty((codes.shape[0], sums.shape[0]), dtype=rest[-1])
+
+
+def _linear_int4_int8(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    words: Tensor,
+    scales: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    N = sums.shape[0]
+    if zero is not None:
+        codes = (codes.float() - int8.OFFSET).to(torch.int8)
+    y = torch.ops.qcompile.int4_int8_mm(
+        codes.reshape(-1, codes.shape[-1]),
+        _by_rows(scale),
+        None if zero is None else _by_rows(zero),
+        words,
+        scales,
+        sums,
+        None if bias is None else bias.expand(N).contiguous(),
+        dtype,
+    )
+    return y.reshape(*codes.shape[:-1], N)
+
+
+def _by_rows(scale: Tensor) -> Tensor:
+    return scale if scale.dim() < 2 else scale.reshape(-1, 1)
+
+
+REGISTRY.impl("int4_int8_mm", _int4_int8_mm, "CUDA")
+REGISTRY.impl("int4_int8_mm", _int4_int8_mm_meta, "Meta")
+REGISTRY.impl("linear_int4_int8", _linear_int4_int8, "CompositeImplicitAutograd")
+
+
+def why_not(p: Problem) -> str | None:
+    """None if the kernel can run `p`, else the reason."""
+    if p.input is None:
+        return "the input is not quantized"
+    if not isinstance(p.input.format, Integer) or p.input.granularity.columns != ALL:
+        return f"input {p.input} is not integers with one scale a token or tensor"
+    if (reason := int4.no_weight(p)) is not None:
+        return reason
+    if p.capability is None:
+        return "it needs a CUDA device"
+    if (reason := missing("int4_int8_linear")) is not None:
+        return reason
+    from qcompile.backends.triton import int4_int8_linear
+
+    return int4_int8_linear.why_not(p.N, p.K, p.capability)
+
+
+def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Codes, scales and sums in the layouts of `int4_int8_words`."""
+    stored, scales = int4.codes_and_scales(codes, qparams, dtype)
+    return {"words": int4_int8_words.pack_words(stored), "scales": scales, "sums": _sums(codes, qparams)}
+
+
+def _sums(codes: Tensor, qparams: QParams) -> Tensor:
+    """Of each row of the dequantized weight, added as the kernel adds its products where it does not cut K.
+
+    So a row of zeros in x, whose codes are all -128, gives 0.
+    """
+    N, K = codes.shape
+    columns = qparams.spec.granularity.columns or K
+    width = columns if columns in SMALL_GROUPS else COLUMNS
+    integers = codes.float()
+    if qparams.zero is not None:
+        integers = integers - qparams.zero.repeat_interleave(columns, 1)[:, :K]
+    integers = torch.nn.functional.pad(integers, (0, -K % width)).view(N, -1, width).sum(2)
+    total = torch.zeros(N, device=codes.device)
+    for i in range(integers.shape[1]):
+        scale = qparams.scale[:, min(i * width // columns, qparams.scale.shape[1] - 1)]
+        # the product is exact in float64: one rounding, as of a fused multiply-add
+        total = (total.double() + integers[:, i].double() * scale.double()).float()
+    return total
+
+
+def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: Any) -> tuple[Any, ...]:
+    return (*x, packed["words"], packed["scales"], packed["sums"], bias, p.dtype)
+
+
+KERNEL = Kernel(
+    name="int4-int8",
+    why_not=why_not,
+    pack=pack,
+    op=torch.ops.qcompile.linear_int4_int8.default,
+    arguments=_arguments,
+    takes_codes=True,
+    device="cuda",
+    # packs are whole units of rows
+    joins=lambda problems: all(p.N % ROWS == 0 for p in problems),
+)

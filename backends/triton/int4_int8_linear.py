@@ -1,0 +1,153 @@
+"""W4A8: y[M, N] = dequantized(codes of x)[M, K] @ dequantized(codes[N, K]).T + bias, as the table has it for M."""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from qcompile.backends.triton.add_parts import add_parts
+from qcompile.backends.triton.int4_int8_gemm import int4_int8_kernel
+from qcompile.backends.triton.int4_int8_table import Tiles, choose
+
+# units of 64 rows of the weight, a tile: groups of warps that multiply; the kernel names two
+UNITS = 2
+# of a group that multiplies
+WARPS = 4
+# registers of a thread that multiplies, and of one that copies: 65536 by 128 threads of three kinds
+REGISTERS, COPYING = 232, 40
+# rows of tiles that walk along N together, so that they share their weights in L2
+ROWS_OF_TILES = 8
+# rows of x, a copy
+PIECE = 64
+# columns of a block of the weight
+BLOCK = 128
+# as TMA sees a block: words in rows of 128 bytes, scales in rows of 32
+WORD_ROWS, WORD_ROW, SCALE_ROW = 32, 32, 8
+# what TMA asks of rows of x, in bytes
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operands:
+    """What is multiplied.
+
+    x: int8 [M, K], contiguous, of whole multiples of 16 columns; scale_x and zero float32, one a row or one for all.
+    words, scales, sums: as `int4_int8_words` packs them.  bias: [N].
+    """
+
+    x: Tensor
+    scale_x: Tensor
+    zero: Tensor | None
+    words: Tensor
+    scales: Tensor
+    sums: Tensor
+    bias: Tensor | None
+
+
+def why_not(N: int, K: int, capability: tuple[int, int]) -> str | None:
+    """None if the kernel can multiply by a weight [N, K] on a device, else the reason."""
+    if capability != (9, 0):
+        return f"the W4A8 kernel is for sm_90, this is sm_{capability[0]}{capability[1]}"
+    if K % ALIGNMENT:
+        return f"TMA needs K to divide by {ALIGNMENT}, got K={K}"
+    return None
+
+
+def int4_int8_linear(o: Operands, dtype: torch.dtype, tiles: Tiles | None = None) -> Tensor:
+    """y [M, N] in dtype, bfloat16 or float16, for x of any strides.  tiles: to use in place of the table's."""
+    M, N = o.x.shape[0], o.sums.shape[0]
+    if M == 0:
+        return torch.empty(0, N, dtype=dtype, device=o.x.device)
+    if not o.x.is_contiguous() or o.x.data_ptr() % ALIGNMENT:
+        o = replace(o, x=o.x.clone(memory_format=torch.contiguous_format))
+    with torch.cuda.device(o.x.device):
+        return _multiply(o, dtype, tiles or choose(M, N))
+
+
+def pieces(tiles: Tiles) -> tuple[int, int]:
+    """Rows of x of a copy, and of a product."""
+    return min(tiles.tokens, PIECE), min(tiles.tokens, tiles.width)
+
+
+def constants(tiles: Tiles, groups: int, *, wide: bool, whole: bool) -> dict[str, int | bool]:
+    """What the kernel is compiled for.
+
+    groups: of a block of columns.  wide: scales are float32.  whole: y needs no parts.
+    """
+    piece, width = pieces(tiles)
+    return {
+        "UNITS": UNITS,
+        "PIECES": tiles.tokens // piece,
+        "WIDTH": width,
+        "STAGES": tiles.stages,
+        "ROWS": ROWS_OF_TILES,
+        "GROUPS": groups,
+        "WIDE": wide,
+        "WHOLE": whole,
+        "PENDING": tiles.pending,
+        "REGISTERS": REGISTERS,
+        "COPYING": COPYING,
+    }
+
+
+def _multiply(o: Operands, dtype: torch.dtype, tiles: Tiles) -> Tensor:
+    """y [M, N] in dtype, bfloat16 or float16, for M >= 1."""
+    M, N = o.x.shape[0], o.sums.shape[0]
+    units, B = o.words.shape[:2]
+    groups, planes = o.scales.shape[1] // B, o.scales.dim() - 2
+    tiles_m, tiles_n = triton.cdiv(M, tiles.tokens), triton.cdiv(units, UNITS)
+    programs = _processors(o.x.device.index)
+    parts = max(1, min(tiles.slices, B, programs // (tiles_m * tiles_n)))
+    blocks = triton.cdiv(B, parts)
+    parts = triton.cdiv(B, blocks)
+    # rows that TMA cannot write are written as the only part
+    whole = parts == 1 and N * dtype.itemsize % 16 == 0
+    y = o.x.new_empty(M, N, dtype=dtype)
+    to = y if whole else o.x.new_empty(parts, M, N, dtype=torch.float32)
+    piece, width = pieces(tiles)
+    int4_int8_kernel[(min(programs, tiles_m * tiles_n * parts),)](
+        _described(o.x, [piece, BLOCK]),
+        _described(o.words.view(-1, WORD_ROW), [WORD_ROWS, WORD_ROW]),
+        _described(o.scales.view(-1, SCALE_ROW), [8 * groups * planes, SCALE_ROW]),
+        _described(y if whole else y.new_empty(8, 64), [width, 64]),
+        to,
+        o.scale_x,
+        o.zero,
+        o.sums,
+        o.bias,
+        M,
+        N,
+        B,
+        _step(o.scale_x),
+        0 if o.zero is None else _step(o.zero),
+        tiles_m,
+        tiles_n,
+        parts,
+        blocks,
+        **constants(tiles, groups, wide=planes == 2, whole=whole),
+        num_warps=WARPS,
+        launch_pdl=True,
+    )
+    if not whole:
+        add_parts(to, o.bias, y)
+    return y
+
+
+def _step(scale: Tensor) -> int:
+    """How far apart the scales of two rows are: 0 if all rows share one."""
+    return 0 if scale.numel() == 1 else scale.stride(0)
+
+
+@cache
+def _processors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _described(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+    dtype = {torch.int8: gl.int8, torch.int32: gl.int32, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype[matrix.dtype])
+    return TensorDescriptor.from_tensor(matrix, block, layout)

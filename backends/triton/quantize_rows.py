@@ -1,0 +1,277 @@
+"""Codes and scales of rows, found in one pass over memory together with the norm or activation before them.
+
+    scale[m] = max |v[m, :]| / most, codes = round(v / scale)                      v = what `BEFORE` makes of x
+    scale[m] = (max(v, 0) - min(v, 0)) / most, zero = round(-min(v, 0) / scale)    with a zero point
+
+A program holds a whole row in registers, so a row's result depends on nothing but that row. v and every step on the way
+to it that has a name in the model are rounded to the dtype of x, as eager torch rounds what it writes to memory: from
+the same v, codes are those of `qcompile.numerics` to the bit. v itself may differ from eager torch's in its last bit,
+because sums are added in another order, and exp and rsqrt are approximated by other instructions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from qcompile.formats import Float, Integer
+from qcompile.numerics import SMALLEST_SCALE
+from qcompile.spec import ALL, Spec
+
+# what may come before the quantization; the kernel tells them apart by number
+BEFORE = ("nothing", "rms_norm", "rms_norm_weight_last", "layer_norm", "silu", "gelu", "gelu_tanh")
+NOTHING, RMS_NORM, RMS_NORM_WEIGHT_LAST, LAYER_NORM, SILU, GELU = (tl.constexpr(i) for i in range(6))
+# longest row whose elements fit the registers of 32 warps beside what is computed of them
+MAX_K = 32768
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# compute capability of the devices on which it was measured, and the first that has the cast to e4m3
+MEASURED, FIRST_FP8 = (9, 0), (8, 9)
+DEPENDENT_CAPABILITY = (9, 0)
+# 1.5 * 2**23: a float32 of this size has integers as its last bits, so that adding it rounds, ties to even
+ROUNDER = tl.constexpr(12582912.0)
+SMALLEST = tl.constexpr(SMALLEST_SCALE)
+# below it the remainder of a division may be too small for float32; both sides times the inverse leave it as it is
+SMALL, LIFT = tl.constexpr(2.0**-64), tl.constexpr(2.0**64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """codes int8 or uint8 [..., K]; scale and zero float32 [..., 1]; total: x + second, [..., K] in x's dtype."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    total: Tensor | None
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _smaller(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _kept(v, dtype: tl.constexpr, INLINE: tl.constexpr):
+    """v rounded to dtype, as float32. INLINE: two at a time, which Triton's own cast does not do."""
+    if INLINE and dtype == tl.bfloat16:
+        v = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [v], tl.bfloat16, is_pure=True, pack=2)
+    elif INLINE and dtype == tl.float16:
+        v = tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [v], tl.float16, is_pure=True, pack=2)
+    return v.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _sigmoid(u, INLINE: tl.constexpr):
+    """INLINE: without the instructions that keep numbers below 2**-126."""
+    u *= -1.4426950408889634
+    if INLINE:
+        e = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [u], tl.float32, is_pure=True, pack=1) + 1.0
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [e], tl.float32, is_pure=True, pack=1)
+    return 1.0 / (1.0 + tl.exp2(u))
+
+
+@triton.jit
+def _activated(v, BEFORE: tl.constexpr, INLINE: tl.constexpr):
+    """Eager torch cancels digits in 1 + tanh where the sigmoid does not."""
+    if BEFORE == SILU:
+        return v * _sigmoid(v, INLINE)
+    elif BEFORE == GELU:
+        return v * 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
+    else:
+        return v * _sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v), INLINE)
+
+
+@triton.jit
+def _normalized(
+    v, weight, bias, columns, inside, K, eps, dtype: tl.constexpr, BEFORE: tl.constexpr, INLINE: tl.constexpr
+):
+    if BEFORE == LAYER_NORM:
+        v = tl.where(inside, v - tl.sum(v, 0) / K, 0.0)
+    v = v * tl.rsqrt(tl.sum(v * v, 0) / K + eps)
+    if BEFORE == RMS_NORM_WEIGHT_LAST:
+        v = _kept(v, dtype, INLINE)
+    if weight is not None:
+        v = v * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        v += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    return _kept(v, dtype, INLINE)
+
+
+@triton.jit
+def divide(v, scale):
+    """v / scale, correctly rounded, for v of 11 significant bits and fewer: tested for every such v and scale."""
+    inverse = tl.div_rn(1.0, scale)
+    quotient = v * inverse
+    # with these signs -0 stays -0, which has a code of its own in fp8
+    excess = tl.fma(quotient, scale, -v)
+    return tl.fma(-excess, inverse, quotient)
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x,
+    second,
+    weight,
+    bias,
+    codes,
+    scales,
+    zeros,
+    total,
+    K,
+    stride_x,
+    stride_second,
+    eps,
+    BEFORE: tl.constexpr,
+    MOST: tl.constexpr,
+    INTEGER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    INLINE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Row program_id(0). MOST: largest code, or number of the format.  OFFSET: is taken off codes with a zero."""
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    dtype: tl.constexpr = x.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < K
+    v = tl.load(x + row * stride_x + columns, mask=inside, other=0.0).to(tl.float32)
+    if BEFORE >= SILU:
+        v = _kept(_activated(v, BEFORE, INLINE), dtype, INLINE)
+    if second is not None:
+        other = tl.load(second + row * stride_second + columns, mask=inside, other=0.0).to(tl.float32)
+        v = _kept(v * other if BEFORE >= SILU else v + other, dtype, INLINE)
+    if total is not None:
+        tl.store(total + row * K + columns, v.to(dtype), mask=inside)
+    if BEFORE >= RMS_NORM and BEFORE <= LAYER_NORM:
+        v = _normalized(v, weight, bias, columns, inside, K, eps, dtype, BEFORE, INLINE)
+
+    if zeros is None:
+        low = 0.0
+        extent = tl.reduce(tl.abs(v), 0, _larger)
+    else:
+        low = _smaller(tl.reduce(v, 0, _smaller), 0.0)
+        extent = _larger(tl.reduce(v, 0, _larger), 0.0) - low
+    scale = tl.div_rn(extent, MOST)
+    scale = tl.where(scale == 0.0, 1.0, _larger(scale, SMALLEST))
+    tl.store(scales + row, scale)
+    if INLINE and dtype != tl.float32:
+        if scale < SMALL:
+            v *= LIFT
+            divisor = scale * LIFT
+        else:
+            divisor = scale
+        scaled = divide(v, divisor)
+    else:
+        scaled = tl.div_rn(v, scale)
+    if not INTEGER:
+        # saturates; beyond the range is only what rounding put there
+        bits = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    elif zeros is None:
+        # within the range, because scale was found from the row
+        bits = (scaled + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        zero = (tl.div_rn(-low, scale) + ROUNDER) - ROUNDER
+        zero = _smaller(_larger(zero, 0.0), MOST)
+        tl.store(zeros + row, zero)
+        ends: tl.constexpr = ROUNDER - OFFSET
+        placed = tl.minimum(tl.maximum(scaled + ROUNDER + (zero - OFFSET), ends), ends + MOST)
+        bits = placed.to(tl.int32, bitcast=True).to(codes.dtype.element_ty)
+    tl.store(codes + row * K + columns, bits, mask=inside)
+
+
+def why_not(spec: Spec, dtype: torch.dtype, K: int, capability: tuple[int, int]) -> str | None:
+    """None if this is the fastest way known to quantize rows of K elements of `dtype`, else the reason."""
+    if spec.granularity.rows != 1 or spec.granularity.columns != ALL or spec.scale != "fp32":
+        return f"{spec} is not one float32 scale a row"
+    if not isinstance(spec.format, Integer) and spec.format.name != "fp8_e4m3":
+        return f"{spec} is neither integers nor fp8_e4m3"
+    if dtype not in DTYPES:
+        return f"rows of {dtype} are not supported"
+    if K > MAX_K:
+        return f"a row of {K} elements does not fit into registers (most: {MAX_K})"
+    if isinstance(spec.format, Float) and capability < FIRST_FP8:
+        return f"casts to fp8 begin with sm_89, this is sm_{capability[0]}{capability[1]}"
+    if capability != MEASURED:
+        return f"the kernel was measured on sm_90, this is sm_{capability[0]}{capability[1]}"
+    return None
+
+
+def warps_for(K: int) -> int:
+    """Warps of a program: 32 elements a thread, so that two programs of 16 warps share a multiprocessor."""
+    return max(1, min(32, triton.next_power_of_2(K) // 1024))
+
+
+def quantize_rows(
+    x: Tensor,
+    spec: Spec,
+    *,
+    before: str = "nothing",
+    second: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+    offset: int = 0,
+    keep_total: bool = False,
+) -> Rows:
+    """x [..., K], and second of its shape: added before a norm, or multiplied with after an activation.
+
+    weight, bias: of a norm, [K].  offset: 0, or 128 for codes with a zero as int8, less 128.
+    keep_total: return the sum, too..
+    """
+    *batch, K = x.shape
+    rows, other = _rows(x), None if second is None else _rows(second)
+    M = rows.shape[0]
+    integer = isinstance(spec.format, Integer)
+    dtype = torch.int8 if integer and (spec.symmetric or offset) else torch.uint8
+    codes = torch.empty((*batch, K), dtype=dtype, device=x.device)
+    scale = torch.empty((*batch, 1), dtype=torch.float32, device=x.device)
+    zero = None if spec.symmetric else torch.empty_like(scale)
+    total = torch.empty((*batch, K), dtype=x.dtype, device=x.device) if keep_total else None
+    result = Rows(codes=codes, scale=scale, zero=zero, total=total)
+    if M == 0:
+        return result
+    dependent = x.is_cuda and torch.cuda.get_device_capability(x.device) >= DEPENDENT_CAPABILITY
+    with torch.cuda.device(x.device if x.is_cuda else -1):
+        quantize_rows_kernel[(M,)](
+            rows,
+            other,
+            weight if weight is None else weight.contiguous(),
+            bias if bias is None else bias.contiguous(),
+            codes,
+            scale,
+            zero,
+            total,
+            K,
+            rows.stride(0),
+            0 if other is None else other.stride(0),
+            eps,
+            BEFORE=BEFORE.index(before),
+            MOST=float(spec.code_range[1] if integer else spec.format.max),
+            INTEGER=integer,
+            OFFSET=float(offset),
+            # the interpreter knows no assembly, and its fused multiply-add is not fused
+            INLINE=x.is_cuda,
+            DEPENDENT=dependent,
+            BLOCK=triton.next_power_of_2(K),
+            num_warps=warps_for(K),
+            # each operation rounds by itself, as it does in the oracle
+            enable_fp_fusion=False,
+            **({"launch_pdl": True} if dependent else {}),
+        )
+    return result
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as [M, K], whose elements of a row lie one behind the other; a copy only where they do not."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -1,0 +1,59 @@
+"""Compile the kernel that quantizes rows for a device that need not be there."""
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qcompile.backends.triton import quantize_rows as rows
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def cubin(
+    K: int,
+    capability: int,
+    dtype: torch.dtype,
+    before: str,
+    *,
+    integer: bool,
+    zeros: bool = False,
+    second: bool = False,
+) -> bytes:
+    """The binary for rows of K elements, as the launcher would have it compiled; second: and what is made with it."""
+    name = NAMES[dtype]
+    norm = "norm" in before
+    given = {"x": name, "codes": "u8" if zeros or not integer else "i8", "scales": "fp32"}
+    given |= {"second": name} if second else {}
+    given |= {"total": name} if second and norm else {}
+    given |= {"zeros": "fp32"} if zeros else {}
+    given |= {"weight": name} if norm else {}
+    given |= {"bias": name} if before == "layer_norm" else {}
+    constants = {
+        "BEFORE": rows.BEFORE.index(before),
+        "MOST": (255.0 if zeros else 127.0) if integer else 448.0,
+        "INTEGER": integer,
+        "OFFSET": 0.0,
+        "INLINE": True,
+        "DEPENDENT": capability >= 90,
+        "BLOCK": triton.next_power_of_2(K),
+    }
+    optional = ("second", "weight", "bias", "zeros", "total")
+    constants |= dict.fromkeys((n for n in optional if n not in given), None)
+    kernel = rows.quantize_rows_kernel
+    kinds = {n: f"*{kind}" for n, kind in given.items()} | {"eps": "fp32"} | dict.fromkeys(constants, "constexpr")
+    signature = {n: kinds.get(n, "i32") for n in kernel.arg_names}
+    # what a launch finds out by itself: pointers and lengths are multiples of 16
+    aligned = [n for n, kind in signature.items() if kind.startswith("*") or (kind == "i32" and K % 16 == 0)]
+    place = {n: (kernel.arg_names.index(n),) for n in signature}
+    compiled = triton.compile(
+        ASTSource(
+            kernel,
+            signature,
+            {place[n]: value for n, value in constants.items()},
+            {place[n]: [["tt.divisibility", 16]] for n in aligned},
+        ),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": rows.warps_for(K), "enable_fp_fusion": False},
+    )
+    return compiled.asm["cubin"]

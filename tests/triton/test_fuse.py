@@ -1,0 +1,237 @@
+"""Which quantizations FUSE takes, and that the graph computes what it did, with the op in plain torch on the CPU."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+
+from qcompile.backends.fx.fuse import fuse
+from qcompile.backends.fx.lower import Target, lower
+from qcompile.backends.fx.rows import QUANTIZE_ROWS
+from qcompile.graph import graph_text
+from qcompile.numerics import find_qparams, quantize
+from qcompile.pipeline import quantize as quantize_graph
+from qcompile.presets import parse_recipe
+from qcompile.spec import parse_spec
+from tests.hosts import FX, result
+from tests.passes.test_permute_outliers import PlainPacks
+
+HOPPER = (9, 0)
+K = 32
+
+
+def plain(
+    x: Tensor,
+    second: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    before: str,
+    eps: float,
+    spec: str,
+    offset: int,
+    keep_total: bool,
+) -> list[Tensor]:
+    """What the op computes, in plain torch."""
+    total = x if second is None else x + second
+    match before:
+        case "nothing":
+            value = total
+        case "layer_norm":
+            value = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+        case "rms_norm":
+            value = F.rms_norm(total, total.shape[-1:], weight, eps)
+        case "rms_norm_weight_last":
+            value = F.rms_norm(total.float(), total.shape[-1:], None, eps).to(total.dtype)
+            value = value if weight is None else weight * value
+        case _:
+            value = F.silu(x) if second is None else F.silu(x) * second
+    qparams = find_qparams(value, parse_spec(spec))
+    codes = quantize(value, qparams)
+    assert offset == 0
+    found = [codes, qparams.scale, *([] if qparams.zero is None else [qparams.zero])]
+    return [*found, total.clone()] if keep_total else found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def op_on_cpu() -> Iterator[None]:
+    library = torch.library.Library("qcompile", "IMPL")
+    library.impl("quantize_rows", plain, "CPU")
+    yield
+    library._destroy()
+
+
+class RMSNorm(nn.Module):
+    """Llama's."""
+
+    def __init__(self, add_one: bool = False) -> None:
+        super().__init__()
+        self.weight, self.add_one = nn.Parameter(torch.randn(K)), add_one
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        if self.add_one:
+            return (normed * (1 + self.weight.float())).to(x.dtype)
+        return self.weight * normed.to(x.dtype)
+
+
+class Net(nn.Module):
+    """Linears q and k that read what `before` makes of (x, y, norm); what they give, and whatever else it returns."""
+
+    def __init__(self, before: Callable[..., Any], norm: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.before, self.norm = before, norm
+        self.q, self.k = nn.Linear(K, 16, bias=False), nn.Linear(K, 16)
+        self.to(dtype)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        made = self.before(x, y, self.norm)
+        value, *others = made if isinstance(made, tuple) else (made,)
+        return torch.cat([self.q(value), self.k(value), *others], -1)
+
+
+def fused(net: nn.Module, *given: Tensor, recipe: str = "int8") -> list[tuple[Any, ...]]:
+    """The arguments of each op that was made; raises AssertionError if the graph's result changed."""
+    graph = FX.open(net, *given)
+    quantize_graph(graph, parse_recipe(recipe))
+    expected = result(graph, *given)
+    count = fuse(graph, HOPPER)
+    nodes = [node for node in graph.module.graph.nodes if node.target is QUANTIZE_ROWS]
+    assert len(nodes) == count
+    torch.testing.assert_close(result(graph, *given), expected, rtol=1e-6, atol=1e-6)
+    return [node.args for node in nodes]
+
+
+def pair(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return torch.randn(2, 3, K).to(dtype), torch.randn(2, 3, K).to(dtype)
+
+
+CASES: dict[str, tuple[Callable[..., Any], nn.Module, str, bool, bool]] = {
+    # before, norm, kind, a second operand, the sum kept
+    "norm": (lambda x, y, norm: norm(x), nn.RMSNorm(K, eps=1e-5), "rms_norm", False, False),
+    "sum": (lambda x, y, norm: norm(x + y), nn.RMSNorm(K, eps=1e-5), "rms_norm", True, False),
+    "sum read": (lambda x, y, norm: (norm(z := x + y), z), nn.RMSNorm(K, eps=1e-5), "rms_norm", True, True),
+    "sum of one": (lambda x, y, norm: norm(x + x), nn.LayerNorm(K), "layer_norm", True, False),
+    "by hand": (lambda x, y, norm: norm(x), RMSNorm(), "rms_norm_weight_last", False, False),
+    "plus one": (lambda x, y, norm: norm(x + y), RMSNorm(add_one=True), "rms_norm_weight_last", True, False),
+    "layer norm": (lambda x, y, norm: (norm(z := x + y), z), nn.LayerNorm(K), "layer_norm", True, True),
+    "no weight": (lambda x, y, norm: norm(x), nn.LayerNorm(K, elementwise_affine=False), "layer_norm", False, False),
+    "silu": (lambda x, y, norm: F.silu(x), nn.Identity(), "silu", False, False),
+    "gate": (lambda x, y, norm: F.silu(x) * y, nn.Identity(), "silu", True, False),
+    "gate first": (lambda x, y, norm: y * F.silu(x), nn.Identity(), "silu", True, False),
+    "two active": (lambda x, y, norm: F.silu(x) * F.silu(y), nn.Identity(), "silu", True, False),
+}
+
+
+@pytest.mark.parametrize("recipe", ["int8", "fp8"])
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_fused(name: str, recipe: str) -> None:
+    before, norm, kind, second, total = CASES[name]
+    (arguments,) = fused(Net(before, norm), *pair(), recipe=recipe)
+    assert arguments[4] == kind
+    assert (arguments[1] is not None) is second
+    assert arguments[8] is total
+
+
+def test_attention_without_what_surrounds_it() -> None:
+    def attention(x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
+        heads = x.unflatten(-1, (4, -1)).transpose(1, 2)
+        return F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).reshape(x.shape)
+
+    (arguments,) = fused(Net(attention, nn.Identity()), *pair())
+    assert arguments[4] == "nothing"
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param(lambda x, y, norm: x, id="nothing before"),
+        pytest.param(lambda x, y, norm: x * y, id="another op"),
+        pytest.param(lambda x, y, norm: torch.relu(x) * y, id="another activation"),
+        pytest.param(lambda x, y, norm: F.gelu(x) * y, id="gelu, not measured"),
+        pytest.param(lambda x, y, norm: (v := norm(x), v), id="norm read by others"),
+        pytest.param(lambda x, y, norm: (v := F.silu(x) * y, v), id="product read by others"),
+        pytest.param(lambda x, y, norm: F.silu(x.select(1, 0)[:, None]) * y, id="broadcast"),
+        pytest.param(lambda x, y, norm: norm(x.double()).float(), id="cast"),
+        pytest.param(lambda x, y, norm: F.rms_norm(x, (K,)), id="epsilon that torch chooses"),
+        pytest.param(lambda x, y, norm: F.layer_norm(x, (3, K)), id="norm of several dimensions"),
+    ],
+)
+def test_what_is_left_to_inductor(before: Callable[..., Any]) -> None:
+    assert fused(Net(before, RMSNorm()), *pair()) == []
+
+
+def test_an_activation_that_others_read_is_left() -> None:
+    def before(x: Tensor, y: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        active = F.silu(x)
+        return active * y, active
+
+    assert fused(Net(before, nn.Identity()), *pair()) == []
+
+
+def test_a_sum_with_what_spreads_over_it_stays() -> None:
+    (arguments,) = fused(Net(lambda x, y, norm: norm(x + y[:, :1]), RMSNorm()), *pair())
+    assert arguments[1] is None
+
+
+def test_what_is_written_in_place_stays() -> None:
+    def before(x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
+        total = x + y
+        value = norm(total)
+        total.mul_(2)
+        return value
+
+    class Written(Net):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return super().forward(x.clone(), y)
+
+    assert fused(Written(before, RMSNorm()), *pair()) == []
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
+def test_other_devices_are_left(capability: tuple[int, int]) -> None:
+    graph = FX.open(Net(CASES["norm"][0], RMSNorm()), *pair())
+    quantize_graph(graph, parse_recipe("int8"))
+    assert fuse(graph, capability) == 0
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(K, 2 * K, bias=False) for _ in range(2))
+        self.down = nn.Linear(2 * K, K, bias=False)
+        self.bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class JoinedPacks(PlainPacks):
+    def joined(self, members: Any, kernel: Any, problem: Any) -> dict[str, Tensor]:
+        N = problem.N * len(members)
+        return {"weight": torch.zeros(N, problem.K, dtype=torch.int8), "scale": torch.ones(N, 1), "sum": torch.ones(N)}
+
+
+def test_a_lowered_gate_is_read_where_it_lies() -> None:
+    graph = FX.open(Gated(), torch.randn(3, K).bfloat16())
+    quantize_graph(graph, parse_recipe("int8"))
+    lower(graph, Target(device="cuda", capability=HOPPER), JoinedPacks())
+    text = graph_text(graph)
+    assert "aten.clone" not in text
+    assert text.count("quantize_rows") == 1
+    (node,) = (n for n in graph.module.graph.nodes if n.target is QUANTIZE_ROWS)
+    assert [operand.target for operand in node.args[:2]] == [torch.ops.aten.slice.Tensor] * 2
+    # the matmul takes codes with a zero as int8
+    assert node.args[7] == 128
+
+
+def test_a_graph_for_another_device_is_not_fused() -> None:
+    graph = FX.open(Gated(), torch.randn(3, K).bfloat16())
+    quantize_graph(graph, parse_recipe("int8"))
+    lower(graph, Target(device="cpu"), JoinedPacks())
+    assert "quantize_rows" not in graph_text(graph)

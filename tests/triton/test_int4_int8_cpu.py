@@ -1,0 +1,113 @@
+"""The W4A8 kernel without a GPU: its weight, its table, its binaries, and what it refuses."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+
+from qcompile.backends.fx.kernels import int4_int8
+from qcompile.backends.fx.kernels.problem import Problem
+from qcompile.backends.triton.int4_int8_table import TABLE, Tiles, choose
+from qcompile.backends.triton.int4_int8_words import pack_words, unpack_words
+from qcompile.numerics import dequantize, find_qparams, quantize
+from qcompile.spec import parse_spec
+from tests.triton.int4_int8_cubins import cubin, name_of
+
+CONFIGS = [pytest.param(tiles, id=name_of(tiles)) for tiles in dict.fromkeys(entry.tiles for entry in TABLE)]
+
+
+@pytest.mark.parametrize(("N", "K"), [(64, 128), (1, 32), (65, 160), (200, 352), (128, 1024)])
+def test_words_hold_every_code(N: int, K: int) -> None:
+    codes = torch.randint(0, 16, (N, K), dtype=torch.uint8)
+    words = pack_words(codes)
+    assert words.shape == (-(-N // 64), -(-K // 128), 1024)
+    assert torch.equal(unpack_words(words, N, K), codes)
+
+
+def test_a_code_stands_where_the_module_says() -> None:
+    for row, column in [(0, 0), (5, 1), (9, 2), (16, 8), (63, 127), (22, 93)]:
+        codes = torch.zeros(64, 128, dtype=torch.uint8)
+        codes[row, column] = 15
+        words = pack_words(codes).flatten()
+        (at,) = words.nonzero().flatten().tolist()
+        s, h, j, b = column // 32, column // 16 % 2, column // 4 % 4, column % 4
+        i, q, part = row % 8, row // 8 % 2, row // 16
+        assert at == 256 * part + 128 * q + 16 * i + 4 * j + s
+        assert int(words[at]) & 0xFFFFFFFF == 15 << (8 * b + 4 * h)
+
+
+@pytest.mark.parametrize("text", ["int4/g32", "int4/g64/asym/bf16", "int4/g128/asym/bf16", "int4/g256", "int4/channel"])
+@pytest.mark.parametrize(("N", "K"), [(80, 256), (64, 768)])
+def test_packs_hold_the_weight_and_its_sums(text: str, N: int, K: int) -> None:
+    weight, spec = torch.randn(N, K), parse_spec(text)
+    qparams = find_qparams(weight, spec)
+    codes = quantize(weight, qparams)
+    packed = int4_int8.pack(codes, qparams, torch.bfloat16)
+    words, scales = packed["words"], packed["scales"]
+    wide = scales.dim() == 4
+    assert wide == (spec.scale == "fp32")
+    values = scales[:, :, 0] if wide else scales & -65536
+    zeros = scales[:, :, 1] if wide else scales & 0xFFFF
+    scale, zero = (t.transpose(1, 2).reshape(words.shape[0] * 64, -1)[:N] for t in (values.view(torch.float32), zeros))
+    width = 128 * words.shape[1] // scales.shape[1]
+    restored = (unpack_words(words, N, K) - zero.repeat_interleave(width, 1)[:, :K]) * scale.repeat_interleave(width, 1)
+    assert torch.equal(restored, dequantize(codes, qparams))
+    torch.testing.assert_close(packed["sums"].double(), restored.double().sum(1), rtol=0, atol=1e-4)
+
+
+def test_sums_take_a_row_of_zeros_out_exactly() -> None:
+    """Products of codes -128, added in float32 group by group, as a fused multiply-add does."""
+    qparams = find_qparams(torch.randn(64, 2048) + 0.3, parse_spec("int4/g64/asym/bf16"))
+    codes = torch.randint(0, 16, (64, 2048), dtype=torch.uint8)
+    assert qparams.zero is not None
+    total = torch.zeros(64)
+    for g in range(32):
+        dots = -128 * (codes[:, 64 * g : 64 * g + 64].long() - qparams.zero[:, g : g + 1].long()).sum(1)
+        total = (total.double() + dots.double() * qparams.scale[:, g].double()).float()
+    assert torch.equal(total, -128 * int4_int8.pack(codes, qparams, torch.bfloat16)["sums"])
+
+
+@pytest.mark.parametrize("tiles", CONFIGS)
+@pytest.mark.parametrize("whole", [True, False])
+def test_configuration_compiles(tiles: Tiles, whole: bool) -> None:
+    assert cubin(tiles, torch.bfloat16, 1, wide=False, whole=whole, full=True)[:4] == b"\x7fELF"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiles", CONFIGS)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_variant_compiles(tiles: Tiles, groups: int, wide: bool, dtype: torch.dtype) -> None:
+    for full in (False, True):
+        assert cubin(tiles, dtype, groups, wide=wide, whole=True, full=full)[:4] == b"\x7fELF"
+
+
+def test_the_table_takes_every_problem() -> None:
+    for M in (1, 8, 9, 16, 17, 64, 65, 257, 2048, 1 << 20):
+        for N in (8, 4096, 28672, 12345):
+            assert choose(M, N).tokens >= min(M, 128)
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "reason"),
+    [
+        ("int8/token/asym", {}, None),
+        ("int8/token", {"weight": parse_spec("int4/g32")}, None),
+        ("int8/tensor", {"dtype": torch.float16}, None),
+        (None, {}, "not quantized"),
+        ("fp8_e4m3/token", {}, "not integers"),
+        ("int8/g128", {}, "one scale a token or tensor"),
+        ("int8/token", {"weight": parse_spec("nf4/g64")}, "not 4-bit integers"),
+        ("int8/token", {"weight": parse_spec("int4/g16")}, "multiples of 128"),
+        ("int8/token", {"dtype": torch.float32}, "float32"),
+        ("int8/token", {"device": "cpu", "capability": None}, "CUDA"),
+        ("int8/token", {"capability": (8, 9)}, "sm_89"),
+        ("int8/token", {"K": 120}, "K=120"),
+    ],
+)
+def test_refusals_say_why(given: str | None, more: dict[str, object], reason: str | None) -> None:
+    fields = {"N": 64, "K": 256, "dtype": torch.bfloat16, "device": "cuda", "capability": (9, 0)}
+    fields |= {"weight": parse_spec("int4/g128"), "input": None if given is None else parse_spec(given)}
+    found = int4_int8.why_not(Problem(**(fields | more)))
+    assert found is None if reason is None else reason in str(found)

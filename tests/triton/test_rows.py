@@ -1,0 +1,162 @@
+"""Quantizing rows without a GPU: the kernel becomes a binary for each device; the interpreter finds exact codes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from qcompile.backends.triton.quantize_rows import BEFORE, MAX_K, warps_for, why_not
+from qcompile.spec import parse_spec
+from tests.triton.rows_cubins import cubin
+
+ROOT = Path(__file__).resolve().parents[2]
+BFLOAT16 = torch.bfloat16
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("before", BEFORE)
+def test_integers_compile(before: str, capability: int) -> None:
+    assert cubin(4096, capability, BFLOAT16, before, integer=True, zeros=True, second=True)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("before", ["nothing", "rms_norm", "silu"])
+def test_fp8_compiles(before: str, capability: int) -> None:
+    assert cubin(14336, capability, BFLOAT16, before, integer=False, second=True)[:4] == b"\x7fELF"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("K", [1, 100, 4096, 14336, MAX_K])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize(("integer", "zeros"), [(True, False), (True, True), (False, False)])
+def test_every_variant_compiles(
+    K: int, dtype: torch.dtype, before: str, second: bool, integer: bool, zeros: bool
+) -> None:
+    assert cubin(K, 90, dtype, before, integer=integer, zeros=zeros, second=second)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "K", "capability", "words"),
+    [
+        ("int8/token", BFLOAT16, 4096, (9, 0), None),
+        ("int8/token/asym", torch.float32, 1, (9, 0), None),
+        ("int4/token", torch.float16, MAX_K, (9, 0), None),
+        ("fp8_e4m3/token", BFLOAT16, 4096, (9, 0), None),
+        ("fp8_e4m3/token", BFLOAT16, 4096, (8, 0), "begin with sm_89"),
+        ("int8/token", BFLOAT16, 4096, (8, 0), "measured on sm_90"),
+        ("int8/token", BFLOAT16, 4096, (10, 0), "this is sm_100"),
+        ("int8/token", BFLOAT16, MAX_K + 1, (9, 0), f"{MAX_K + 1} elements"),
+        ("int8/token", torch.float64, 4096, (9, 0), "float64"),
+        ("int8/g128", BFLOAT16, 4096, (9, 0), "scale a row"),
+        ("int8/tensor", BFLOAT16, 4096, (9, 0), "scale a row"),
+        ("int8/token/bf16", BFLOAT16, 4096, (9, 0), "scale a row"),
+        ("fp8_e5m2/token", BFLOAT16, 4096, (9, 0), "neither"),
+        ("nf4/token", BFLOAT16, 4096, (9, 0), "neither"),
+    ],
+)
+def test_says_why_not(spec: str, dtype: torch.dtype, K: int, capability: tuple[int, int], words: str | None) -> None:
+    reason = why_not(parse_spec(spec), dtype, K, capability)
+    assert reason is None if words is None else words in str(reason)
+
+
+@pytest.mark.parametrize("K", [1, 31, 512, 4096, 14336, 28672, MAX_K])
+def test_a_block_of_threads_is_no_larger_than_a_device_takes(K: int) -> None:
+    assert 1 <= warps_for(K) <= 32
+
+
+INTERPRETED = """
+import torch
+import torch.nn.functional as F
+from qcompile.backends.triton.quantize_rows import quantize_rows
+from qcompile.numerics import find_qparams, quantize
+from qcompile.spec import parse_spec
+
+torch.manual_seed(0)
+exact = {"rtol": 0, "atol": 0, "equal_nan": True}
+activations = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+def check(found, value, spec, offset=0):
+    expected = find_qparams(value, spec)
+    finite = expected.scale.isfinite().expand_as(value)
+    torch.testing.assert_close(found.scale, expected.scale, **exact)
+    if expected.zero is not None:
+        torch.testing.assert_close(found.zero, expected.zero, **exact)
+    assert torch.equal((found.codes.int() + offset)[finite], quantize(value, expected).int()[finite])
+
+
+for text in ("int8/token", "int8/token/asym", "int4/token", "int4/token/asym"):
+    spec = parse_spec(text)
+    for dtype in (torch.float32, torch.float16):
+        x = torch.randn(9, 113).to(dtype)[:, 3:104]
+        x[0], x[1, 4], x[2, 7], x[3, 8] = 0, torch.nan, torch.inf, -torch.inf
+        x[4], x[5] = x[4].abs() + 2, -x[5].abs() - 2
+        x[6] = torch.finfo(dtype).smallest_normal
+        check(quantize_rows(x, spec), x, spec)
+        # ties, and what lies beside them
+        ties = torch.arange(-spec.code_range[1], spec.code_range[1] + 0.5, 0.5).to(dtype)
+        eps = torch.finfo(dtype).eps
+        ties = torch.stack([ties, ties * (1 + eps), ties * (1 - eps)])
+        ties[:, 0] = spec.code_range[1]
+        check(quantize_rows(ties, spec), ties, spec)
+        second = torch.randn(9, 101).to(dtype)
+        found = quantize_rows(x, spec, second=second, keep_total=True)
+        torch.testing.assert_close(found.total, x + second, **exact)
+        check(found, x + second, spec)
+        assert quantize_rows(x[:0], spec).codes.shape == (0, 101)
+
+spec = parse_spec("int8/token/asym")
+x = torch.randn(2, 3, 60)
+check(quantize_rows(x, spec, offset=128), x, spec, 128)
+check(quantize_rows(x.transpose(1, 2), spec), x.transpose(1, 2).contiguous(), spec)
+
+
+def near(found, value, dtype):
+    # codes of a float as near as its dtype tells: at most one apart, under equal scales but for the last bits
+    expected = find_qparams(value.to(dtype), spec)
+    torch.testing.assert_close(found.scale, expected.scale, rtol=4 * torch.finfo(dtype).eps, atol=0)
+    off = (found.codes.int() - quantize(value.to(dtype), expected).int()).abs()
+    assert off.max() <= 1 and (off > 0).float().mean() < 0.02, (off.max(), (off > 0).float().mean())
+
+
+for dtype in (torch.float32, torch.float16):
+    both = torch.randn(5, 2 * 77).to(dtype)
+    x, second = both[:, :77], both[:, 77:]
+    weight, bias = torch.randn(77).to(dtype), torch.randn(77).to(dtype)
+    for before, activation in activations.items():
+        near(quantize_rows(x, spec, before=before), activation(x), dtype)
+        near(quantize_rows(x, spec, before=before, second=second), activation(x) * second, dtype)
+    total = x + second
+    normed = F.rms_norm(total.float(), (77,), None, 1e-5)
+    given = {"second": second, "weight": weight, "eps": 1e-5, "keep_total": True}
+    found = quantize_rows(x, spec, before="rms_norm", **given)
+    torch.testing.assert_close(found.total, total, **exact)
+    near(found, normed * weight.float(), dtype)
+    near(quantize_rows(x, spec, before="rms_norm_weight_last", **given), weight * normed.to(dtype), dtype)
+    layer = F.layer_norm(total.float(), (77,), weight.float(), bias.float(), 1e-5)
+    near(quantize_rows(x, spec, before="layer_norm", bias=bias, **given), layer, dtype)
+    near(quantize_rows(x, spec, before="rms_norm", eps=1e-5), F.rms_norm(x.float(), (77,), None, 1e-5), dtype)
+print("equal")
+"""
+
+
+def test_the_interpreter_finds_the_codes_of_the_oracle() -> None:
+    numpy = pytest.importorskip("numpy")
+    if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("Triton's interpreter needs numpy<2.4")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
