@@ -28,3 +28,15 @@ def test_example(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert SAYS[name] in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.slow
+def test_a_result_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "plot.png"
+    script = EXAMPLES / "benchmarks" / "triton_plot.py"
+    done = subprocess.run(
+        [sys.executable, script, "--out", out], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert out.read_bytes()[:4] == b"\x89PNG"

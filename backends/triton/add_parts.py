@@ -6,14 +6,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qcompile.backends.triton.launch import launch
+from qcompile.backends.triton.table import capability_of
+
 BLOCK = 512
 # first compute capability that has programmatic dependent launch (PTX ISA, griddepcontrol)
-DEPENDENT_CAPABILITY = (9, 0)
+DEPENDENT_CAPABILITY = 90
 
 
 def is_dependent(device: torch.device) -> bool:
     """Whether kernels on the device may start before the one before them has ended, and wait inside."""
-    return torch.cuda.get_device_capability(device) >= DEPENDENT_CAPABILITY
+    return device.type == "cuda" and capability_of(device) >= DEPENDENT_CAPABILITY
 
 
 @triton.jit
@@ -45,16 +48,11 @@ def reduce_kernel(
 def add_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Write the sum of parts [P, M, N] and bias [N] to y [M, N]."""
     dependent = is_dependent(y.device)
-    reduce_kernel[(triton.cdiv(y.numel(), BLOCK),)](
-        parts,
-        y if bias is None else bias,
-        y,
-        y.numel(),
-        y.shape[1],
-        PARTS=parts.shape[0],
-        BIAS=bias is not None,
-        DEPENDENT=dependent,
-        SIZE=BLOCK,
+    launch(
+        reduce_kernel,
+        (triton.cdiv(y.numel(), BLOCK), 1, 1),
+        (parts, y if bias is None else bias, y, y.numel(), y.shape[1]),
+        {"PARTS": parts.shape[0], "BIAS": bias is not None, "DEPENDENT": dependent, "SIZE": BLOCK},
         num_warps=4,
         **({"launch_pdl": True} if dependent else {}),
     )

@@ -20,10 +20,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qcompile.backends.triton.add_parts import is_dependent
 from qcompile.backends.triton.eight_bit_table import Tiles
+from qcompile.backends.triton.launch import launch
 
-# first compute capability on which a kernel may start before the one before it has ended (PTX ISA, griddepcontrol)
-DEPENDENT_CAPABILITY = (9, 0)
 # what a copy by descriptor asks of addresses and strides, in bytes
 ALIGNMENT = 16
 # between the uint8 codes that `zero` counts from and the int8 codes of x
@@ -185,40 +185,27 @@ def matmul(o: Operands, tiles: Tiles) -> Tensor:
     if described:
         x = TensorDescriptor.from_tensor(o.x, [tiles.tokens, tiles.depth])
         w = TensorDescriptor.from_tensor(o.w, [tiles.channels, tiles.depth])
-    dependent = o.x.is_cuda and torch.cuda.get_device_capability() >= DEPENDENT_CAPABILITY
-    grid = (triton.cdiv(N, tiles.channels), triton.cdiv(M, tiles.tokens))
-    eight_bit_kernel[grid](
-        x,
-        w,
-        o.w,
-        y,
-        o.scale_x,
-        o.scale_w,
-        o.zero,
-        o.sum_w,
-        o.bias,
-        o.residual,
-        o.x_tail,
-        o.w_tail,
-        M,
-        N,
-        K,
-        0 if o.w_tail is None else o.w_tail.shape[0],
-        row_stride(o.x),
-        row_stride(o.residual),
-        row_stride(o.x_tail),
-        step(o.scale_x),
-        0 if o.zero is None else step(o.zero),
-        TOKENS=tiles.tokens,
-        CHANNELS=tiles.channels,
-        DEPTH=tiles.depth,
-        TAIL=TAIL_DEPTH,
-        INTEGER=o.x.dtype is torch.int8,
-        DESCRIBED=described,
-        EVEN=N % tiles.channels == 0 and K % tiles.depth == 0,
+    dependent = is_dependent(o.x.device)
+    tail = 0 if o.w_tail is None else o.w_tail.shape[0]
+    strides = (row_stride(o.x), row_stride(o.residual), row_stride(o.x_tail))
+    steps = (step(o.scale_x), 0 if o.zero is None else step(o.zero))
+    vectors = (o.scale_x, o.scale_w, o.zero, o.sum_w, o.bias)
+    launch(
+        eight_bit_kernel,
+        (triton.cdiv(N, tiles.channels), triton.cdiv(M, tiles.tokens), 1),
+        (x, w, o.w, y, *vectors, o.residual, o.x_tail, o.w_tail, M, N, K, tail, *strides, *steps),
+        {
+            "TOKENS": tiles.tokens,
+            "CHANNELS": tiles.channels,
+            "DEPTH": tiles.depth,
+            "TAIL": TAIL_DEPTH,
+            "INTEGER": o.x.dtype is torch.int8,
+            "DESCRIBED": described,
+            "EVEN": N % tiles.channels == 0 and K % tiles.depth == 0,
+            "DEPENDENT": dependent,
+        },
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        DEPENDENT=dependent,
         # each operation rounds by itself, as it does in the oracle
         enable_fp_fusion=False,
         **({"launch_pdl": True} if dependent else {}),

@@ -11,8 +11,6 @@ Written in Gluon, because Triton 3.6 specializes no warps on Hopper, and waits f
 1190 us at M, N, K = 8192, 28672, 4096 on one H200 (floor 970, `torch._int_mm` alone 2110).
 """
 
-from functools import cache
-
 import torch
 import triton
 from torch import Tensor
@@ -29,6 +27,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qcompile.backends.triton.eight_bit import Operands, can_describe, row_stride, step
 from qcompile.backends.triton.eight_bit_table import HopperTiles
+from qcompile.backends.triton.launch import launch
+from qcompile.backends.triton.table import processors_of
 
 # groups of four warps that multiply; the kernel names two
 GROUPS = 2
@@ -229,11 +229,6 @@ def why_not(o: Operands) -> str | None:
     return None
 
 
-@cache
-def _processors(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def _described(matrix: Tensor, block: list[int]) -> TensorDescriptor:
     dtype = {torch.int8: gl.int8, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
     layout = gl.NVMMASharedLayout.get_default_for(block, dtype[matrix.dtype])
@@ -248,28 +243,20 @@ def matmul(o: Operands, tiles: HopperTiles) -> Tensor:
         return y
     store = min(tiles.channels, STORE // tiles.tokens // o.dtype.itemsize)
     programs = triton.cdiv(M, GROUPS * tiles.tokens) * triton.cdiv(N, tiles.channels)
-    hopper_kernel[(min(programs, _processors(o.x.device.index)),)](
+    matrices = (
         _described(o.x, [tiles.tokens, ROW]),
         _described(o.w, [tiles.channels, ROW]),
         _described(y, [tiles.tokens, store]),
         None if o.x_tail is None else _described(o.x_tail, [tiles.tokens, ROW // 2]),
         None if o.w_tail is None else _described(o.w_tail, [ROW // 2, tiles.channels]),
-        o.scale_x,
-        o.scale_w,
-        o.zero,
-        o.sum_w,
-        o.bias,
-        o.residual,
-        M,
-        N,
-        K,
-        0 if o.w_tail is None else o.w_tail.shape[0],
-        row_stride(o.residual),
-        step(o.scale_x),
-        0 if o.zero is None else step(o.zero),
-        GROUPS=GROUPS,
-        STAGES=tiles.stages,
-        ROWS=ROWS_OF_TILES,
+    )
+    tail = 0 if o.w_tail is None else o.w_tail.shape[0]
+    steps = (row_stride(o.residual), step(o.scale_x), 0 if o.zero is None else step(o.zero))
+    launch(
+        hopper_kernel,
+        (min(programs, processors_of(o.x.device)), 1, 1),
+        (*matrices, o.scale_x, o.scale_w, o.zero, o.sum_w, o.bias, o.residual, M, N, K, tail, *steps),
+        {"GROUPS": GROUPS, "STAGES": tiles.stages, "ROWS": ROWS_OF_TILES},
         num_warps=4,
         enable_fp_fusion=False,
     )

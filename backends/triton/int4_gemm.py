@@ -24,6 +24,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.backends.triton.add_parts import add_parts
 from qcompile.backends.triton.int4_table import ManyRows
+from qcompile.backends.triton.launch import launch
+from qcompile.backends.triton.table import processors_of
 from qcompile.backends.triton.width_loads import (
     by_rows,
     load_run,
@@ -249,40 +251,36 @@ def many_rows(x: Tensor, weight: Packed, bias: Tensor | None, N: int, config: Ma
     units, B = weight.words.shape[:2]
     tile = 64 * config.units
     tiles_n, tiles_m = units // config.units, triton.cdiv(M, config.rows)
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count * config.resident
+    programs = processors_of(x.device) * config.resident
     parts = max(1, min(config.slices, B, programs // (tiles_n * tiles_m)))
     blocks = triton.cdiv(B, parts)
     parts = triton.cdiv(B, blocks)
     y = x.new_empty(M, N)
     to = y if parts == 1 else x.new_empty(parts, M, N, dtype=torch.float32)
-    many_rows_kernel[(min(programs, tiles_n * tiles_m * parts),)](
-        _descriptor(x, [config.rows, STAGE]),
-        _descriptor(y, [config.rows, tile]),
-        weight.words,
-        weight.scales,
-        weight.words if weight.levels is None else weight.levels,
-        x if bias is None else bias,
-        to,
-        M,
-        N,
-        B,
-        tiles_n,
-        tiles_m,
-        ROWS_OF_X=config.rows,
-        UNITS=config.units,
-        STEPS=max(config.steps, weight.groups),
-        STAGES=config.stages,
-        # measured: with slices the accumulators of a product in flight are copied, which costs more than it hides
-        PENDING=1 if parts == 1 else 0,
-        BLOCKS=blocks,
-        PARTS=parts,
-        WIDTH=weight.width,
-        GROUPS=weight.groups,
-        WIDE=weight.wide,
-        ZERO=weight.zero,
-        BIAS=bias is not None,
-        GROUP=TILES_IN_GROUP,
-        DEPENDENT=True,
+    descriptors = (_descriptor(x, [config.rows, STAGE]), _descriptor(y, [config.rows, tile]))
+    levels = weight.words if weight.levels is None else weight.levels
+    pointers = (weight.words, weight.scales, levels, x if bias is None else bias, to)
+    launch(
+        many_rows_kernel,
+        (min(programs, tiles_n * tiles_m * parts), 1, 1),
+        (*descriptors, *pointers, M, N, B, tiles_n, tiles_m),
+        {
+            "ROWS_OF_X": config.rows,
+            "UNITS": config.units,
+            "STEPS": max(config.steps, weight.groups),
+            "STAGES": config.stages,
+            # measured: with slices the accumulators of a product in flight are copied, which costs more than it hides
+            "PENDING": 1 if parts == 1 else 0,
+            "BLOCKS": blocks,
+            "PARTS": parts,
+            "WIDTH": weight.width,
+            "GROUPS": weight.groups,
+            "WIDE": weight.wide,
+            "ZERO": weight.zero,
+            "BIAS": bias is not None,
+            "GROUP": TILES_IN_GROUP,
+            "DEPENDENT": True,
+        },
         num_warps=config.warps,
         launch_pdl=True,
     )

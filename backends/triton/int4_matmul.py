@@ -23,6 +23,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from qcompile.backends.triton.add_parts import add_parts, is_dependent
 from qcompile.backends.triton.int4_table import FewRows
 from qcompile.backends.triton.int4_tiles import operand
+from qcompile.backends.triton.launch import launch
+from qcompile.backends.triton.table import processors_of
 from qcompile.backends.triton.width_loads import load_scales, load_table, load_words
 from qcompile.backends.triton.width_tiles import held_zero, planes, scale_of, zero_of
 from qcompile.backends.triton.widths import Packed
@@ -220,36 +222,30 @@ def few_rows(x: Tensor, weight: Packed, bias: Tensor | None, N: int, config: Few
     """y [M, N] for contiguous x [M, K], 1 <= M <= config.rows."""
     M, K = x.shape
     units, B = weight.words.shape[:2]
-    device = torch.cuda.get_device_properties(x.device)
     dependent = is_dependent(x.device)
     tiles, parts = units // config.units, triton.cdiv(B, config.blocks)
-    each = triton.cdiv(tiles * parts, device.multi_processor_count * config.resident)
+    each = triton.cdiv(tiles * parts, processors_of(x.device) * config.resident)
     y = x.new_empty(M, N)
     to = y if parts == 1 else x.new_empty(parts, M, N, dtype=torch.float32)
     given = x if bias is None else bias
-    few_rows_kernel[(triton.cdiv(tiles, each), parts)](
-        x,
-        weight.words,
-        weight.scales,
-        weight.words if weight.levels is None else weight.levels,
-        given,
-        to,
-        M,
-        N,
-        K,
-        B,
-        tiles,
-        ROWS_OF_X=config.rows,
-        UNITS=config.units,
-        DEPTH=config.depth,
-        BLOCKS=config.blocks,
-        WIDTH=weight.width,
-        GROUPS=weight.groups,
-        WIDE=weight.wide,
-        ZERO=weight.zero,
-        WHOLE=parts == 1,
-        BIAS=bias is not None,
-        DEPENDENT=dependent,
+    levels = weight.words if weight.levels is None else weight.levels
+    launch(
+        few_rows_kernel,
+        (triton.cdiv(tiles, each), parts, 1),
+        (x, weight.words, weight.scales, levels, given, to, M, N, K, B, tiles),
+        {
+            "ROWS_OF_X": config.rows,
+            "UNITS": config.units,
+            "DEPTH": config.depth,
+            "BLOCKS": config.blocks,
+            "WIDTH": weight.width,
+            "GROUPS": weight.groups,
+            "WIDE": weight.wide,
+            "ZERO": weight.zero,
+            "WHOLE": parts == 1,
+            "BIAS": bias is not None,
+            "DEPENDENT": dependent,
+        },
         num_warps=config.warps,
         **({"launch_pdl": True} if dependent else {}),
     )

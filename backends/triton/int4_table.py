@@ -6,6 +6,7 @@ The first entry that takes a problem runs it. examples/benchmarks/triton_kernels
 from dataclasses import dataclass
 
 from qcompile.backends.triton.int4_words import COLUMNS, ROWS
+from qcompile.backends.triton.table import HOPPER, Entry, fitting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,79 +52,61 @@ class Unpack:
 # rows of y, of 16-bit floats, start at multiples of 16 bytes (CUDA driver API, cuTensorMapEncodeTiled)
 TMA_MULTIPLE = 8
 Config = FewRows | ManyRows | Unpack
-WITHOUT_LIMIT = 1 << 62
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A configuration. capabilities: first and last it is for; rows: of x at most; columns, work: K, blocks at least.
-
-    Tiles of several units are for weights whose units divide by it; wgmma is for scales that are bfloat16.
-    """
-
-    config: Config
-    capabilities: tuple[int, int] = (80, 999)
-    rows: int = WITHOUT_LIMIT
-    columns: int = 0
-    work: int = 0
-
-
-_HOPPER = (90, 90)
 # from so many columns on, tiles of N are few in the models that have them, and K is cut into slices
 _LONG = 8192
-# blocks that keep all multiprocessors of an H200 busy with tiles of four units
-_LARGE = 5000
-TABLE = (
+# weights that keep all multiprocessors of an H200 busy with tiles of four units
+_LARGE = 5000 * ROWS * COLUMNS
+TABLE: tuple[Entry[Config], ...] = (
     Entry(
-        capabilities=_HOPPER,
+        capabilities=HOPPER,
         rows=8,
-        work=_LARGE,
+        weights=_LARGE,
         config=FewRows(rows=8, units=1, warps=4, depth=2, blocks=8, resident=7),
     ),
     Entry(
-        capabilities=_HOPPER,
+        capabilities=HOPPER,
         rows=8,
         config=FewRows(rows=8, units=1, warps=4, depth=2, blocks=4, resident=7),
     ),
     Entry(
-        capabilities=_HOPPER,
+        capabilities=HOPPER,
         rows=16,
-        work=_LARGE,
+        weights=_LARGE,
         config=FewRows(rows=16, units=4, warps=4, depth=2, blocks=8, resident=2),
     ),
     Entry(
-        capabilities=_HOPPER,
+        capabilities=HOPPER,
         rows=16,
         config=FewRows(rows=16, units=1, warps=4, depth=2, blocks=4, resident=5),
     ),
     Entry(
-        capabilities=_HOPPER,
+        capabilities=HOPPER,
         rows=32,
         columns=_LONG,
         config=ManyRows(rows=32, units=2, warps=4, steps=4, stages=4, slices=8, resident=3),
     ),
     Entry(
-        capabilities=_HOPPER,
+        capabilities=HOPPER,
         rows=32,
         config=ManyRows(rows=32, units=2, warps=4, steps=2, stages=8, slices=8, resident=3),
     ),
     Entry(
-        capabilities=_HOPPER,
+        capabilities=HOPPER,
         rows=64,
         config=ManyRows(rows=64, units=2, warps=4, steps=4, stages=4, slices=8, resident=2),
     ),
     Entry(
-        capabilities=_HOPPER,
+        capabilities=HOPPER,
         rows=128,
         config=ManyRows(rows=128, units=2, warps=4, steps=4, stages=4, slices=8, resident=2),
     ),
     Entry(
-        capabilities=_HOPPER,
+        capabilities=HOPPER,
         rows=256,
         config=ManyRows(rows=256, units=2, warps=8, steps=4, stages=4, slices=8, resident=1),
     ),
     Entry(
-        capabilities=_HOPPER,
+        capabilities=HOPPER,
         rows=2048,
         config=ManyRows(rows=256, units=2, warps=8, steps=4, stages=4, slices=2, resident=1),
     ),
@@ -134,17 +117,20 @@ TABLE = (
 )
 
 
-def choose(M: int, N: int, K: int, capability: int, *, wide: bool) -> Config:
+def choose(
+    M: int, N: int, K: int, capability: int, *, wide: bool, entries: tuple[Entry[Config], ...] = TABLE
+) -> Config:
     """The configuration for x [M, K] and a weight [N, K].  capability: 90 for 9.0.  wide: scales are float32."""
-    return next(e.config for e in TABLE if takes(e, M, N, K, capability, wide))
+    return next(config for config in fitting(entries, M, N, K, capability) if can_run(config, M, N, wide=wide))
 
 
-def takes(entry: Entry, M: int, N: int, K: int, capability: int, wide: bool) -> bool:
-    config = entry.config
-    units, blocks = -(-N // ROWS), -(-K // COLUMNS)
-    low, high = entry.capabilities
-    if not low <= capability <= high or entry.rows < M or entry.columns > K or units * blocks < entry.work:
+def can_run(config: Config, M: int, N: int, *, wide: bool) -> bool:
+    """Whether the configuration can multiply x of M rows and a weight of N: tiles hold whole units of the weight.
+
+    wgmma is for scales that are bfloat16.
+    """
+    if isinstance(config, Unpack):
+        return True
+    if -(-N // ROWS) % config.units or (isinstance(config, FewRows) and config.rows < M):
         return False
-    if not isinstance(config, Unpack) and units % config.units:
-        return False
-    return not isinstance(config, ManyRows) or (not wide and N % TMA_MULTIPLE == 0)
+    return isinstance(config, FewRows) or (not wide and N % TMA_MULTIPLE == 0)

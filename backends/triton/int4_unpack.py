@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 
 from qcompile.backends.triton.int4_table import Unpack
 from qcompile.backends.triton.int4_tiles import operand
+from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.width_loads import load_scales, load_table, load_words
 from qcompile.backends.triton.width_tiles import held_zero, planes, scale_of
 from qcompile.backends.triton.widths import Packed
@@ -65,19 +66,18 @@ def unpack(weight: Packed, N: int, K: int, dtype: torch.dtype, config: Unpack) -
     """The weight [N, K] in `dtype`."""
     units, B = weight.words.shape[:2]
     y = torch.empty(N, K, dtype=dtype, device=weight.words.device)
-    unpack_kernel[(triton.cdiv(B, config.blocks), units)](
-        weight.words,
-        weight.scales,
-        weight.words if weight.levels is None else weight.levels,
-        y,
-        N,
-        K,
-        B,
-        WIDTH=weight.width,
-        GROUPS=weight.groups,
-        WIDE=weight.wide,
-        ZERO=weight.zero,
-        BLOCKS=config.blocks,
+    levels = weight.words if weight.levels is None else weight.levels
+    launch(
+        unpack_kernel,
+        (triton.cdiv(B, config.blocks), units, 1),
+        (weight.words, weight.scales, levels, y, N, K, B),
+        {
+            "WIDTH": weight.width,
+            "GROUPS": weight.groups,
+            "WIDE": weight.wide,
+            "ZERO": weight.zero,
+            "BLOCKS": config.blocks,
+        },
         num_warps=WARPS,
     )
     return y

@@ -7,13 +7,16 @@ the int8 codes leave out is multiplied in 16 bits, by the same kernel.
 """
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from qcompile.backends.triton import eight_bit, hopper
 from qcompile.backends.triton.eight_bit import Operands
-from qcompile.backends.triton.eight_bit_table import TABLE, Config, Tiles, fitting, is_measured
+from qcompile.backends.triton.eight_bit_table import INT8, Config, HopperTiles, Tiles
+from qcompile.backends.triton.table import capability_of, fitting, is_measured, on_device
+from qcompile.backends.triton.tuned import is_worth, tuned_entries
 
 # what TMA asks of K, and of N where y has elements of 16 bits
 K_MULTIPLE, N_MULTIPLE = 16, 8
@@ -22,8 +25,8 @@ K_MULTIPLE, N_MULTIPLE = 16, 8
 def why_not(N: int, K: int, capability: tuple[int, int]) -> str | None:
     """None if this is the fastest int8 matmul known for a weight [N, K] on a device, else the reason."""
     major, minor = capability
-    if not is_measured(10 * major + minor):
-        return f"the int8 kernels were measured on sm_90, this is sm_{major}{minor}"
+    if not is_measured(10 * major + minor) and not is_worth("int8", N, K):
+        return f"the int8 kernels were measured on sm_90, this is sm_{major}{minor}: `qcompile tune` measures them here"
     if K % K_MULTIPLE or N % N_MULTIPLE:
         return f"TMA needs K to divide by {K_MULTIPLE} and N by {N_MULTIPLE}, got N={N}, K={K}"
     return None
@@ -31,18 +34,25 @@ def why_not(N: int, K: int, capability: tuple[int, int]) -> str | None:
 
 def int8_matmul(o: Operands, config: Config | None = None) -> Tensor:
     """y [M, N] in o.dtype, for any shapes and strides.  config: to use in place of the table's."""
-    o = replace(o, x=_by_rows(o.x), residual=o.residual if o.residual is None else _by_rows(o.residual))
-    o = replace(o, x_tail=o.x_tail if o.x_tail is None else _by_rows(o.x_tail))
-    with torch.cuda.device(o.x.device):
-        major, minor = torch.cuda.get_device_capability()
-        configs = fitting(TABLE, o.x.shape[0], o.w.shape[0], 10 * major + minor)
-        for chosen in configs if config is None else (config,):
+    o = _by_rows(o)
+    M, (N, K) = o.x.shape[0], o.w.shape
+    with on_device(o.x.device):
+        for chosen in _configs(M, N, K, o.x.device) if config is None else (config,):
             if isinstance(chosen, Tiles):
                 return eight_bit.matmul(o, chosen)
-            if hopper.why_not(o) is None:
+            if isinstance(chosen, HopperTiles) and hopper.why_not(o) is None:
                 return hopper.matmul(o, chosen)
     raise ValueError(f"{config} cannot run this: {hopper.why_not(o)}")
 
 
-def _by_rows(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+@lru_cache(maxsize=4096)
+def _configs(M: int, N: int, K: int, device: torch.device) -> tuple[Config, ...]:
+    return tuple(fitting(tuned_entries("int8", N, K, device) + INT8, M, N, K, capability_of(device)))
+
+
+def _by_rows(o: Operands) -> Operands:
+    """The operands, the last dimension of what belongs to rows contiguous."""
+    if all(t is None or t.stride(-1) == 1 for t in (o.x, o.residual, o.x_tail)):
+        return o
+    residual, x_tail = (None if t is None else t.contiguous() for t in (o.residual, o.x_tail))
+    return replace(o, x=o.x.contiguous(), residual=residual, x_tail=x_tail)

@@ -1,5 +1,7 @@
 """y[M, N] = x[M, K] @ dequantized(codes[N, K]).T + bias for 16-bit x, by the kernel that the table names for M."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,8 @@ from qcompile.backends.triton.int4_gemm import many_rows
 from qcompile.backends.triton.int4_matmul import few_rows
 from qcompile.backends.triton.int4_table import Config, FewRows, ManyRows
 from qcompile.backends.triton.int4_unpack import unpack
+from qcompile.backends.triton.table import capability_of, on_device
+from qcompile.backends.triton.tuned import tuned_entries
 from qcompile.backends.triton.width_table import choose, rounds_twice
 from qcompile.backends.triton.widths import Packed
 
@@ -24,12 +28,18 @@ def width_linear(x: Tensor, weight: Packed, bias: Tensor | None, N: int, config:
         return x.new_empty(0, N)
     if not x.is_contiguous() or x.data_ptr() % ALIGNMENT:
         x = x.clone(memory_format=torch.contiguous_format)
-    with torch.cuda.device(x.device):
+    with on_device(x.device):
         if config is None:
-            major, minor = torch.cuda.get_device_capability()
-            config = choose(weight.width, M, N, K, 10 * major + minor, exact=not rounds_twice(weight, x.dtype))
+            config = _config(weight.width, M, N, K, x.device, not rounds_twice(weight, x.dtype))
         if isinstance(config, FewRows):
             return few_rows(x, weight, bias, N, config)
         if isinstance(config, ManyRows):
             return many_rows(x, weight, bias, N, config)
         return torch.nn.functional.linear(x, unpack(weight, N, K, x.dtype, config), bias)
+
+
+@lru_cache(maxsize=4096)
+def _config(width: str, M: int, N: int, K: int, device: torch.device, exact: bool) -> Config:
+    # other widths are not tuned
+    first = tuned_entries("int4", N, K, device) if width == "int4" else ()
+    return choose(width, M, N, K, capability_of(device), exact=exact, first=first)

@@ -5,19 +5,20 @@ examples/benchmarks/weight_widths.py measures what it chooses.
 
 import torch
 
-from qcompile.backends.triton.int4_table import TABLE, Config, Entry, FewRows, ManyRows, Unpack, takes
+from qcompile.backends.triton.int4_table import TABLE, Config, FewRows, ManyRows, Unpack, can_run
+from qcompile.backends.triton.int4_words import COLUMNS, ROWS
+from qcompile.backends.triton.table import HOPPER, Entry, fitting
 from qcompile.backends.triton.widths import Packed
 
-_HOPPER = (90, 90)
-# blocks that keep all multiprocessors of an H200 busy with tiles of one unit, and of two
-_LARGE, _VERY_LARGE = 5000, 10000
+# weights that keep all multiprocessors of an H200 busy with tiles of one unit, and of two
+_LARGE, _VERY_LARGE = (blocks * ROWS * COLUMNS for blocks in (5000, 10000))
 
 
 def _few(
-    rows: int, blocks: int, resident: int, *, units: int = 1, warps: int = 4, depth: int = 2, work: int = 0
-) -> Entry:
+    rows: int, blocks: int, resident: int, *, units: int = 1, warps: int = 4, depth: int = 2, weights: int = 0
+) -> Entry[Config]:
     config = FewRows(rows=rows, units=units, warps=warps, depth=depth, blocks=blocks, resident=resident)
-    return Entry(capabilities=_HOPPER, rows=rows, work=work, config=config)
+    return Entry(capabilities=HOPPER, rows=rows, weights=weights, config=config)
 
 
 def _many(
@@ -29,25 +30,35 @@ def _many(
     steps: int = 4,
     stages: int = 4,
     most: int | None = None,
-    work: int = 0,
-) -> Entry:
+    weights: int = 0,
+) -> Entry[Config]:
     """most: rows of x that it is for, if not `rows`, those of a tile."""
     config = ManyRows(rows=rows, units=units, warps=warps, steps=steps, stages=stages, slices=8, resident=resident)
-    return Entry(capabilities=_HOPPER, rows=most or rows, work=work, config=config)
+    return Entry(capabilities=HOPPER, rows=most or rows, weights=weights, config=config)
 
 
-_WIDEST = (_many(128, 2), _many(256, 1, warps=8, most=512), Entry(capabilities=_HOPPER, config=Unpack(blocks=2)))
-_ELSEWHERE = tuple(entry for entry in TABLE if entry.capabilities != _HOPPER)
-_NARROW = (_many(32, 3, steps=2, stages=8), _many(64, 2, steps=2), *_WIDEST, *_ELSEWHERE)
-TABLES: dict[str, tuple[Entry, ...]] = {
+_WIDEST: tuple[Entry[Config], ...] = (
+    _many(128, 2),
+    _many(256, 1, warps=8, most=512),
+    Entry(capabilities=HOPPER, config=Unpack(blocks=2)),
+)
+_BOOK_ELSEWHERE: tuple[Entry[Config], ...] = (
+    Entry(rows=8, config=FewRows(rows=8, units=1, warps=4, depth=2, blocks=8, resident=4)),
+    Entry(rows=16, config=FewRows(rows=16, units=1, warps=4, depth=2, blocks=4, resident=4)),
+    Entry(rows=32, config=FewRows(rows=32, units=1, warps=4, depth=2, blocks=2, resident=2)),
+    Entry(config=Unpack(blocks=4)),
+)
+_ELSEWHERE = tuple(entry for entry in TABLE if entry.capabilities != HOPPER)
+_NARROW: tuple[Entry[Config], ...] = (_many(32, 3, steps=2, stages=8), _many(64, 2, steps=2), *_WIDEST, *_ELSEWHERE)
+TABLES: dict[str, tuple[Entry[Config], ...]] = {
     "int4": TABLE,
     "int8": (
-        _few(8, 8, 8, depth=1, work=_LARGE),
+        _few(8, 8, 8, depth=1, weights=_LARGE),
         _few(8, 4, 7),
-        _many(16, 5, units=1, steps=2, stages=8, work=_LARGE),
+        _many(16, 5, units=1, steps=2, stages=8, weights=_LARGE),
         _few(16, 4, 6, depth=1),
         _many(32, 5, units=1, steps=2, stages=8),
-        _many(64, 4, units=1, steps=2, work=_VERY_LARGE),
+        _many(64, 4, units=1, steps=2, weights=_VERY_LARGE),
         _many(64, 4, units=1),
         *_WIDEST,
         *_ELSEWHERE,
@@ -55,43 +66,44 @@ TABLES: dict[str, tuple[Entry, ...]] = {
     # Its table of 32 KB counts against what a kernel may have without asking. Triton asks where its own part of shared
     # memory is more than 48 KB alone, so that part is up to 16 KB, or more than 48.
     "book": (
-        _few(8, 4, 3, units=2, warps=8, work=_VERY_LARGE),
-        _few(8, 8, 4, work=_LARGE),
+        _few(8, 4, 3, units=2, warps=8, weights=_VERY_LARGE),
+        _few(8, 8, 4, weights=_LARGE),
         _few(8, 4, 4),
-        _many(16, 4, work=_VERY_LARGE),
+        _many(16, 4, weights=_VERY_LARGE),
         _few(16, 4, 2, units=4, warps=8),
         _few(16, 4, 4),
         _many(64, 2, stages=8),
         _many(128, 2, stages=3),
         *_WIDEST[1:],
-        Entry(rows=8, config=FewRows(rows=8, units=1, warps=4, depth=2, blocks=8, resident=4)),
-        Entry(rows=16, config=FewRows(rows=16, units=1, warps=4, depth=2, blocks=4, resident=4)),
-        Entry(rows=32, config=FewRows(rows=32, units=1, warps=4, depth=2, blocks=2, resident=2)),
-        Entry(config=Unpack(blocks=4)),
+        *_BOOK_ELSEWHERE,
     ),
     "int3": (
-        _few(8, 8, 7, work=_LARGE),
+        _few(8, 8, 7, weights=_LARGE),
         _few(8, 4, 7),
-        _few(16, 8, 2, units=4, work=_LARGE),
+        _few(16, 8, 2, units=4, weights=_LARGE),
         _few(16, 4, 5),
         *_NARROW,
     ),
     "int2": (
-        _few(8, 8, 8, work=_LARGE),
+        _few(8, 8, 8, weights=_LARGE),
         _few(8, 4, 8),
-        _few(16, 8, 2, units=4, work=_LARGE),
+        _few(16, 8, 2, units=4, weights=_LARGE),
         _few(16, 4, 5),
         *_NARROW,
     ),
 }
 
 
-def choose(width: str, M: int, N: int, K: int, capability: int, *, exact: bool) -> Config:
+def choose(
+    width: str, M: int, N: int, K: int, capability: int, *, exact: bool, first: tuple[Entry[Config], ...] = ()
+) -> Config:
     """The configuration for x [M, K] and a weight [N, K].
 
-    capability: 90 for 9.0.  exact: numbers of x's dtype can hold what many rows multiply, see `rounds_twice`.
+    capability: 90 for 9.0.  first: entries that come before the table's.
+    exact: numbers of x's dtype can hold what many rows multiply, see `rounds_twice`.
     """
-    return next(e.config for e in TABLES[width] if takes(e, M, N, K, capability, not exact))
+    found = fitting(first + TABLES[width], M, N, K, capability)
+    return next(config for config in found if can_run(config, M, N, wide=not exact))
 
 
 def rounds_twice(weight: Packed, dtype: torch.dtype) -> bool:

@@ -206,27 +206,54 @@ def calibration_table() -> str:
 
 
 def triton_table() -> str:
-    """Microseconds of 4-bit weights under 16-bit inputs, and how much faster than bfloat16."""
+    """Microseconds of quantized linears on CUDA, and how much faster than bfloat16."""
     found = result("triton_kernels")
     text = (
-        f"Linears with 4-bit weights (`int4-weight`) on CUDA: {found['device']}, torch {found['torch']}, Triton "
-        f"{found['triton']}; microseconds in a CUDA graph, weights beyond the second-level cache, and the speed-up "
-        "over cuBLAS in bfloat16 in the same run; floor: bytes and operations at the rates of that run "
-        "(`examples/benchmarks/triton_kernels.py`, notes on it and on 8 bits beside it)."
+        f"Linears on CUDA, from bfloat16 to bfloat16, quantization of the input included: {found['device']}, torch "
+        f"{found['torch']}, Triton {found['triton']}; microseconds in a CUDA graph, weights beyond the second-level "
+        "cache, the speed-up over cuBLAS in bfloat16 in the same run, and the share of the floor, which is bytes at "
+        f"the {found['read_tb_s']:.2f} TB/s that the run read, or operations at 1979 T/s for 8 bits and the "
+        f"{found['bf16_tflop_s']:.0f} T/s of bfloat16 in the run (`examples/benchmarks/triton_kernels.py`)."
     )
     shapes = list(dict.fromkeys((row["N"], row["K"]) for row in found["results"]))
     cells = {
-        (row["M"], (row["N"], row["K"])): f"{row['us']:.1f} ({row['speedup']:.2f}x, floor {row['floor_us']:.1f})"
+        (row["format"], row["M"], (row["N"], row["K"])): f"{row['us']:.1f} ({row['speedup']:.2f}x, "
+        f"{row['floor_us'] / row['us']:.0%})"
         for row in found["results"]
     }
-    rows = ((str(M), *(cells[M, shape] for shape in shapes)) for M in dict.fromkeys(M for M, _ in cells))
-    return under(text, ("rows of x", *(f"{N} x {K}" for N, K in shapes)), rows)
+    rows = (
+        (name, str(M), *(cells[name, M, shape] for shape in shapes))
+        for name, M in dict.fromkeys((name, M) for name, M, _ in cells)
+    )
+    return under(text, ("format", "rows of x", *(f"{N} x {K}" for N, K in shapes)), rows)
+
+
+def triton_peers_table() -> str:
+    """The same linears in other libraries, in the same run."""
+    found = result("triton_kernels")
+    N, K = max((row["N"], row["K"]) for row in found["results"])
+    text = (
+        f"The same beside others in the same run, {N} x {K}, microseconds: the library's products with everything "
+        f"around them by Inductor, tinygemm of torch, gemlite {found['gemlite']}."
+    )
+    rows = (
+        (
+            row["format"],
+            str(row["M"]),
+            f"{row['us']:.1f}",
+            f"{row['bf16_us']:.1f}",
+            ", ".join(f"{title} {us:.1f}" for title, us in row["peers"].items()),
+        )
+        for row in found["results"]
+        if (row["N"], row["K"]) == (N, K)
+    )
+    return under(text, ("format", "rows of x", "qcompile", "bf16", "others"), rows)
 
 
 def tables() -> str:
     made = (
         *(speed_table, quality_table, embedding_table, outlier_table, calibration_table),
-        *(onnx_table, onnx_language_table, onnx_cuda_table, triton_table),
+        *(onnx_table, onnx_language_table, onnx_cuda_table, triton_table, triton_peers_table),
     )
     return "\n\n".join(make() for make in made) + "\n"
 

@@ -1,127 +1,50 @@
-"""Microseconds of the Triton kernels on this GPU, beside the float matmul of the library and the floor of the chip.
+"""Microseconds of quantized linears on this GPU, beside bfloat16, other libraries, and the floor of the chip.
 
-    python examples/benchmarks/triton_kernels.py [--formats NAME ...] [--shapes NxK ...] [--rows M ...]
+    python examples/benchmarks/triton_kernels.py [--formats NAME ...] [--shapes NxK ...] [--rows M ...] [--no-peers]
+        [--check]
 
-Each result is checked against float32 before it is timed. Times are medians of CUDA graph replays, one of the float
-matmul after one of the kernel, so that both meet the same clocks; weights rotate over copies that no cache holds. The
-floor is the larger of bytes over the measured rate of reading and operations over that of a large product.
-To add a format, add a line to FORMATS. Writes examples/benchmarks/results/triton_kernels.json.
+Each result is checked before it is timed. Times are medians of CUDA graph replays, one of each candidate in turn, so
+that all meet the same clocks; weights rotate over copies that no cache holds. The floor is the larger of bytes over
+the measured rate of reading, and operations over the rate of 8-bit products on the data sheet or the measured one of
+bfloat16. --check times nothing; what it compiles, later runs find in caches, so several such runs at once, of a shape
+each, save time. Formats and peers stand in linears.py. Writes examples/benchmarks/results/triton_kernels.json.
 """
 
 import argparse
-import statistics
-from collections.abc import Callable, Sequence
+import importlib.metadata
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from linears import DTYPE, FORMATS, Linear, Weight, floats, ours, peers, random_weight
 from result_files import RESULTS, device, write_result
 from torch import Tensor
 
-from qcompile.backends.fx.kernels import Problem, choose
-from qcompile.numerics import dequantize, find_qparams, quantize
-from qcompile.spec import parse_spec
+from qcompile.backends.triton.graphs import captured, in_turns
 
-# name: specs of the weight and of the input
-FORMATS: dict[str, tuple[str, str | None]] = {
-    "int4": ("int4/g128/asym/bf16", None),
-}
 # of Llama-3.1-8B: gate and up, down, q and o, q and k and v
 SHAPES = ((28672, 4096), (4096, 14336), (4096, 4096), (6144, 4096))
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
-DTYPE = torch.bfloat16
-# what all copies of a weight fill, so that none is in the cache when its turn comes
-ROTATED = 400e6
-ROUNDS = 25
-# relative error to float32 on the same codes that bfloat16 results may have
-LIMIT = 4e-3
+ROWS = (1, 16, 64, 128, 2048, 8192)
+# rows from which on a product takes long enough for two weights and few rounds, and its weight is a small part of it
+MANY = 256
+ROUNDS, FEW_ROUNDS = 25, 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """Bytes and operations a microsecond, as measured."""
+    """Bytes and operations of bfloat16 a microsecond, as measured."""
 
     bytes: float
     operations: float
 
-    def floor(self, moved: float, done: float) -> float:
-        return max(moved / self.bytes, done / self.operations)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A packed weight under a format. call: from x and the number of a copy to y; weight: the oracle's floats."""
-
-    kernel: str
-    call: Callable[[Tensor, int], Tensor]
-    weight: Tensor
-    copies: int
-    nbytes: int
-
-
-def candidate(name: str, N: int, K: int) -> Candidate:
-    """A random weight under the format of that name."""
-    weight_spec, input_spec = (None if text is None else parse_spec(text) for text in FORMATS[name])
-    assert weight_spec is not None
-    problem = Problem(
-        N=N,
-        K=K,
-        weight=weight_spec,
-        input=input_spec,
-        dtype=DTYPE,
-        device="cuda",
-        capability=torch.cuda.get_device_capability(),
-    )
-    kernel, _ = choose(problem)
-    weight = torch.randn(N, K, device="cuda") * K**-0.5
-    qparams = find_qparams(weight, weight_spec)
-    codes = quantize(weight, qparams)
-    packed = kernel.pack(codes, qparams, DTYPE)
-    nbytes = sum(t.nbytes for t in packed.values())
-    copies = [{part: t.clone() for part, t in packed.items()} for _ in range(max(2, round(ROTATED / nbytes)))]
-
-    def call(x: Tensor, copy: int) -> Tensor:
-        given: tuple[Any, ...] = (x,)
-        if kernel.takes_codes:
-            assert input_spec is not None
-            found = find_qparams(x, input_spec)
-            given = (quantize(x, found), found.scale, found.zero)
-        y: Tensor = kernel.op(*kernel.arguments(problem, given, copies[copy], None))
-        return y
-
-    return Candidate(
-        kernel=kernel.name, call=call, weight=dequantize(codes, qparams), copies=len(copies), nbytes=nbytes
-    )
-
-
-def captured(call: Callable[[int], Tensor], copies: int) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph that calls once for each copy, and how many calls it holds."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for copy in range(copies):
-            call(copy)
-    return graph, copies
-
-
-def in_turns(graphs: Sequence[tuple[torch.cuda.CUDAGraph, int]], rounds: int) -> list[float]:
-    """Median microseconds of one call of each graph, replayed one after the other."""
-    times: list[list[float]] = [[] for _ in graphs]
-    for turn in range(rounds + 2):
-        for (graph, calls), found in zip(graphs, times, strict=True):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            # the first two turns warm up
-            if turn > 1:
-                found.append(begin.elapsed_time(end) * 1000 / calls)
-    return [statistics.median(found) for found in times]
+    def floor(self, name: str, M: int, N: int, K: int, nbytes: int) -> float:
+        """Microseconds that the linear takes at least: x, y and the weight are moved once."""
+        moved = nbytes + M * (N + K) * DTYPE.itemsize
+        return max(moved / self.bytes, 2 * M * N * K / (FORMATS[name].rate or self.operations))
 
 
 def ceilings() -> Ceilings:
@@ -139,49 +62,91 @@ def ceilings() -> Ceilings:
     return Ceilings(bytes=source.nbytes / moved, operations=2 * 8192**3 / multiplied)
 
 
-def error(y: Tensor, x: Tensor, weight: Tensor) -> float:
-    """Relative to the product in float32, row by row at worst."""
-    reference = x.float() @ weight.T
-    return float(((y.float() - reference).norm(dim=1) / reference.norm(dim=1)).max())
+def candidates(weight: Weight, most: int, *, with_peers: bool) -> dict[str, tuple[Linear, int]]:
+    """What is measured, and for how many rows at most."""
+    found = {"ours": (ours(weight), most), "bf16": (floats(weight), most)}
+    if with_peers:
+        found |= {title: (peer.make(weight), peer.rows) for title, peer in peers(weight.format)}
+    return found
 
 
-def measure(name: str, N: int, K: int, rows: Sequence[int], limits: Ceilings) -> list[dict[str, Any]]:
+def errors(running: Mapping[str, Linear], x: Tensor, N: int) -> dict[str, float]:
+    """Of each linear; raises SystemExit where a result is wrong."""
+    found = {}
+    for title, linear in running.items():
+        # freed at once: what the allocator hands out next holds NaN
+        torch.full((x.shape[0], N), torch.nan, device="cuda", dtype=DTYPE)
+        found[title] = linear.error(x)
+    return found
+
+
+def check(name: str, N: int, K: int, rows: Sequence[int], *, with_peers: bool) -> None:
+    weight = random_weight(name, N, K)
+    linears = candidates(weight, max(rows), with_peers=with_peers)
+    for M in rows:
+        running = {title: linear for title, (linear, most) in linears.items() if most >= M}
+        print(name, N, K, M, errors(running, weight.example(M), N), flush=True)
+
+
+def measure(
+    name: str, N: int, K: int, rows: Sequence[int], limits: Ceilings, *, with_peers: bool
+) -> list[dict[str, Any]]:
     """One result for each number of rows; raises SystemExit where a result is wrong."""
-    found = candidate(name, N, K)
-    float_copies = max(2, round(ROTATED / (2 * N * K)))
-    floats = [found.weight.to(DTYPE) for _ in range(float_copies)]
+    weight = random_weight(name, N, K)
+    linears = candidates(weight, max(rows), with_peers=with_peers)
     results = []
     for M in rows:
-        x = torch.randn(M, K, device="cuda", dtype=DTYPE)
-        # freed at once: what the allocator hands out next holds NaN
-        torch.full((M, N), torch.nan, device="cuda", dtype=DTYPE)
-        wrong = error(found.call(x, 0), x, found.weight)
-        if not wrong < LIMIT:
-            raise SystemExit(f"{name}, M={M}, N={N}, K={K}: relative error {wrong:.2g} is above {LIMIT}")
-        # large products take long enough for two weights, and their weights are a small part of what they read
-        most = 2 if M > 256 else max(found.copies, float_copies)
-        kernel = captured(lambda i, x=x: found.call(x, i), min(found.copies, most))
-        plain = captured(lambda i, x=x: torch.nn.functional.linear(x, floats[i]), min(float_copies, most))
-        us, plain_us = in_turns([kernel, plain], ROUNDS if M <= 256 else 8)
-        floor = limits.floor(found.nbytes + 2 * M * (N + K), 2 * M * N * K)
-        ratio, share = plain_us / us, floor / us
-        print(f"{name:6} {N:6} x {K:5} M={M:5} {us:8.1f} us  bf16 {plain_us:8.1f}  {ratio:5.2f}x  floor {share:4.0%}")
+        x = weight.example(M)
+        running = {title: linear for title, (linear, most) in linears.items() if most >= M}
+        found = errors(running, x, N)
+        graphs = [
+            captured(lambda i, run=linear.call, x=x: run(x, i), min(linear.copies, 2) if M > MANY else linear.copies)
+            for linear in running.values()
+        ]
+        us = dict(zip(running, in_turns(graphs, FEW_ROUNDS if M > MANY else ROUNDS), strict=True))
+        del graphs
         results.append(
             {
                 "format": name,
-                "kernel": found.kernel,
+                "kernel": running["ours"].kernel,
                 "N": N,
                 "K": K,
                 "M": M,
-                "us": round(us, 2),
-                "bf16_us": round(plain_us, 2),
-                "speedup": round(ratio, 3),
-                "floor_us": round(floor, 2),
-                "error": float(f"{wrong:.2g}"),
+                "us": round(us["ours"], 2),
+                "bf16_us": round(us["bf16"], 2),
+                "speedup": round(us["bf16"] / us["ours"], 3),
+                "floor_us": round(limits.floor(name, M, N, K, running["ours"].nbytes), 2),
+                "error": float(f"{found['ours']:.2g}"),
+                "error_to_floats": float(f"{against_floats(running['ours'], weight.floats, x):.2g}"),
+                "peers": {title: round(t, 2) for title, t in us.items() if title not in ("ours", "bf16")},
             }
         )
-        del kernel, plain
+        show(results[-1])
     return results
+
+
+def against_floats(linear: Linear, weight: Tensor, x: Tensor) -> float:
+    """What quantization costs: relative error to the product of x and the float weight."""
+    exact = x.float() @ weight.T
+    return float((linear.call(x, 0).float() - exact).norm() / exact.norm())
+
+
+def show(row: Mapping[str, Any]) -> None:
+    beside = "  ".join(f"{title} {us:.1f}" for title, us in row["peers"].items())
+    print(
+        f"{row['format']:10} {row['N']:6} x {row['K']:5} M={row['M']:5} {row['us']:8.1f} us  bf16 {row['bf16_us']:8.1f}"
+        f"  {row['speedup']:5.2f}x  floor {row['floor_us'] / row['us']:4.0%}  {beside}",
+        flush=True,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of what was measured beside torch."""
+    found = {"triton": triton.__version__}
+    try:
+        return found | {"gemlite": importlib.metadata.version("gemlite")}
+    except importlib.metadata.PackageNotFoundError:
+        return found
 
 
 def main() -> None:
@@ -189,28 +154,36 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--shapes", nargs="+", default=[f"{N}x{K}" for N, K in SHAPES])
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS / "triton_kernels.json")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device")
     torch.manual_seed(0)
+    # a variant for each number of rows, of all candidates, is compiled from one function
+    torch._dynamo.config.recompile_limit = 64
+    shapes = [tuple(map(int, shape.split("x"))) for shape in given.shapes]
+    if given.check:
+        for name, (N, K) in itertools.product(given.formats, shapes):
+            check(name, N, K, given.rows, with_peers=given.peers)
+        return
     limits = ceilings()
-    print(f"{torch.cuda.get_device_name()}: {limits.bytes / 1e6:.2f} TB/s, {limits.operations / 1e6:.0f} TFLOP/s")
-    results = []
+    result: dict[str, Any] = {
+        "command": "python examples/benchmarks/triton_kernels.py",
+        **device("cuda"),
+        **versions(),
+        "read_tb_s": round(limits.bytes / 1e6, 3),
+        "bf16_tflop_s": round(limits.operations / 1e6, 1),
+        "results": [],
+    }
+    print({key: value for key, value in result.items() if key != "results"})
     for name in given.formats:
-        for shape in given.shapes:
-            N, K = map(int, shape.split("x"))
-            results += measure(name, N, K, given.rows, limits)
+        for N, K in shapes:
+            result["results"] += measure(name, N, K, given.rows, limits, with_peers=given.peers)
             torch.cuda.empty_cache()
-    write_result(
-        RESULTS / "triton_kernels.json",
-        {
-            **device("cuda"),
-            "triton": triton.__version__,
-            "read_tb_s": round(limits.bytes / 1e6, 3),
-            "bf16_tflop_s": round(limits.operations / 1e6, 1),
-            "results": results,
-        },
-    )
+        # what is measured stays, should a later format fail
+        write_result(given.out, result)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The command line: `qcompile export | quantize | compare | analyze | study | demo | doctor | show`, and what there is
-to choose from: `qcompile formats | recipes`.
+"""The command line: `qcompile export | quantize | compare | analyze | study | tune | demo | doctor | show`, and what
+there is to choose from: `qcompile formats | recipes`.
 
 Any mistake of the user ends in one red line and exit code 2; `qcompile --debug ...` shows the traceback.
 """
@@ -21,6 +21,7 @@ from qcompile.cli.quantize import quantize
 from qcompile.cli.show import show
 from qcompile.cli.study import study
 from qcompile.cli.tables import formats, recipes
+from qcompile.cli.tune import tune
 from qcompile.errors import QcompileError
 
 USER_ERROR = 2
@@ -70,6 +71,6 @@ def root(
 
 
 app.command("analyze")(analyze_model)
-for command in (compare, demo, doctor, export, formats, quantize, recipes, show):
+for command in (compare, demo, doctor, export, formats, quantize, recipes, show, tune):
     app.command()(command)
 app.add_typer(study, name="study")

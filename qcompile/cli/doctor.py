@@ -14,6 +14,7 @@ from rich.table import Table
 from qcompile.backends.devices import this_device
 from qcompile.backends.fx.kernels import choose
 from qcompile.backends.fx.kernels.problem import Problem
+from qcompile.backends.triton.ready import missing
 from qcompile.graph import Op
 from qcompile.presets import PRESETS, default_recipe
 from qcompile.recipe import Recipe
@@ -36,6 +37,8 @@ def doctor() -> None:
     console = Console()
     for table in (software(), devices(), *(recipes_on(device) for device in _torch_devices())):
         console.print(table)
+    for line in tuning_lines():
+        console.print(line, markup=False, highlight=False)
 
 
 def software() -> Table:
@@ -64,6 +67,24 @@ def devices() -> Table:
             default_recipe(device, _capability(device)).name,
         )
     return table
+
+
+def tuning_lines() -> Iterator[str]:
+    """For each kind of GPU, whether configurations that `qcompile tune` found are in force."""
+    if not torch.cuda.is_available() or missing("tuned") is not None:
+        return
+    from qcompile.backends.triton.tuned import tuning_of
+
+    for index in range(torch.cuda.device_count()):
+        tuning = tuning_of(torch.device("cuda", index))
+        shapes = {(t.format, t.N, t.K) for t in tuning.tuned}
+        if tuning.stale is not None:
+            state = f"{tuning.path} is not used: {tuning.stale}; run `qcompile tune` anew"
+        elif shapes:
+            state = f"{len(shapes)} weights from {tuning.path}"
+        else:
+            state = "the shipped tables (`qcompile tune` measures a model's linears here)"
+        yield f"Kernels' configurations on {torch.cuda.get_device_name(index)}: {state}"
 
 
 def recipes_on(device: str) -> Table:

@@ -1,30 +1,19 @@
 """Compile the kernels of 8-bit codes for a device that need not be there."""
 
-from dataclasses import fields
-
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from qcompile.backends.triton import eight_bit, hopper
-from qcompile.backends.triton.eight_bit_table import Config, HopperTiles, Tiles
+from qcompile.backends.triton.eight_bit_table import HopperTiles, Tiles
+from tests.triton.compiled import NAMES, compiled, described
 
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "i8"}
-NAMES |= {torch.float8_e4m3fn: "fp8e4nv"}
-GLUON_TYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32, "i8": gl.int8}
 OPTIONAL = ("zero", "sum_w", "bias", "residual", "x_tail", "w_tail")
-# what a launch finds out by itself: pointers and lengths are multiples of 16
-LENGTHS = ("N", "K", "stride_x", "stride_residual")
 
 
-def name_of(config: Config) -> str:
-    return type(config).__name__ + "-".join(str(getattr(config, f.name)) for f in fields(config))
-
-
-def cubin(config: Config, capability: int, codes: torch.dtype, dtype: torch.dtype, *, full: bool, tail: bool) -> bytes:
+def cubin(
+    config: Tiles | HopperTiles, capability: int, codes: torch.dtype, dtype: torch.dtype, *, full: bool, tail: bool
+) -> bytes:
     """The binary of the configuration's kernel, as its launcher would have it compiled.
 
     full: with zero, bias and residual.
@@ -64,41 +53,23 @@ def _hopper(config: HopperTiles, capability: int, name: str, optional: dict[str,
     bytes_each = 4 if name == "fp32" else 2
     store = min(config.channels, hopper.STORE // config.tokens // bytes_each)
     given = {
-        "x": _described("i8", [config.tokens, hopper.ROW]),
-        "w": _described("i8", [config.channels, hopper.ROW]),
-        "y": _described(name, [config.tokens, store]),
+        "x": described("i8", [config.tokens, hopper.ROW]),
+        "w": described("i8", [config.channels, hopper.ROW]),
+        "y": described(name, [config.tokens, store]),
         "scale_x": "*fp32",
         "scale_w": "*fp32",
     }
     if tail:
         optional |= {
-            "x_tail": _described(name, [config.tokens, hopper.ROW // 2]),
-            "w_tail": _described(name, [hopper.ROW // 2, config.channels]),
+            "x_tail": described(name, [config.tokens, hopper.ROW // 2]),
+            "w_tail": described(name, [hopper.ROW // 2, config.channels]),
         }
     constants = {"GROUPS": hopper.GROUPS, "STAGES": config.stages, "ROWS": hopper.ROWS_OF_TILES}
     return _compiled(GluonASTSource, hopper.hopper_kernel, given | optional, constants, capability, {"num_warps": 4})
-
-
-def _described(name: str, block: list[int]) -> str:
-    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_TYPES[name])
-    return f"tensordesc<{name}{block},{layout!r}>"
 
 
 def _compiled(
     source: type, kernel: object, given: dict[str, str], constants: dict[str, object], capability: int, options: dict
 ) -> bytes:
     constants = dict.fromkeys((n for n in OPTIONAL if n not in given), None) | constants
-    signature = {n: "constexpr" if n in constants else given.get(n, "i32") for n in kernel.arg_names}
-    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in LENGTHS]
-    places = {n: (kernel.arg_names.index(n),) for n in signature}
-    compiled = triton.compile(
-        source(
-            kernel,
-            signature,
-            {places[n]: value for n, value in constants.items()},
-            {places[n]: [["tt.divisibility", 16]] for n in aligned},
-        ),
-        target=GPUTarget("cuda", capability, 32),
-        options=options | {"enable_fp_fusion": False},
-    )
-    return compiled.asm["cubin"]
+    return compiled(source, kernel, given, constants, capability, options | {"enable_fp_fusion": False}).asm["cubin"]

@@ -5,16 +5,18 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
-from qcompile.backends.triton.int4_table import Config, ManyRows
+from qcompile.backends.triton.int4_table import TABLE, Config, ManyRows
+from qcompile.backends.triton.table import configs_of
 from qcompile.backends.triton.width_ptx import TABLE_BYTES
 from qcompile.backends.triton.width_table import TABLES
-from tests.triton.compiled import CAPABILITIES, Form, configs, cubin, kernel, name_of, reduce_cubin
+from tests.triton.compiled import CAPABILITIES, name_of
+from tests.triton.int4_cubins import Form, cubin, kernel, reduce_cubin
 
 CASES = [
     pytest.param(config, capability, width, id=f"{width}-sm_{capability}-{name_of(config)}")
     for width in TABLES
     for capability in CAPABILITIES
-    for config in dict.fromkeys(configs(capability, width))
+    for config in configs_of(TABLES[width], capability)
 ]
 # of each kernel the first configuration; of 4 bits all, whose kernels they are
 VARIANTS = [
@@ -22,9 +24,9 @@ VARIANTS = [
     for width in TABLES
     for capability in CAPABILITIES
     for config in (
-        dict.fromkeys(configs(capability, width))
+        configs_of(TABLES[width], capability)
         if width == "int4"
-        else {type(c): c for c in reversed(configs(capability, width))}.values()
+        else {type(c): c for c in reversed(configs_of(TABLES[width], capability))}.values()
     )
 ]
 # what presets ask for
@@ -42,12 +44,12 @@ def test_configuration_compiles(config: Config, capability: int, width: str) -> 
     assert cubin(config, capability, torch.bfloat16, FORMS[width])[:4] == b"\x7fELF"
 
 
-@pytest.mark.parametrize("config", dict.fromkeys(configs(90)), ids=name_of)
+@pytest.mark.parametrize("config", configs_of(TABLE, 90), ids=name_of)
 def test_slices_compile(config: Config) -> None:
     assert cubin(config, 90, torch.bfloat16, FORMS["int8"], parts=4)[:4] == b"\x7fELF"
 
 
-@pytest.mark.parametrize("config", dict.fromkeys(configs(90, "book")), ids=name_of)
+@pytest.mark.parametrize("config", configs_of(TABLES["book"], 90), ids=name_of)
 @pytest.mark.parametrize("parts", [1, 4])
 def test_shared_memory_beside_a_table_can_be_had(config: Config, parts: int) -> None:
     shared = kernel(config, 90, torch.bfloat16, FORMS["book"], parts=parts).metadata.shared

@@ -11,23 +11,23 @@ import torch
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from qcompile.backends.triton import fp8_matmul, int8_matmul
-from qcompile.backends.triton.eight_bit_table import FEW_ROWS, SAFE, TABLE, Config, HopperTiles, fitting
-from tests.triton.eight_bit_cubins import cubin, name_of
+from qcompile.backends.triton.eight_bit_table import FP8 as FP8_TABLE
+from qcompile.backends.triton.eight_bit_table import INT8 as INT8_TABLE
+from qcompile.backends.triton.eight_bit_table import Config, HopperTiles, Library, Tiles
+from qcompile.backends.triton.table import configs_of, fitting
+from tests.triton.compiled import name_of
+from tests.triton.eight_bit_cubins import cubin
 
 ROOT = Path(__file__).resolve().parents[2]
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 
 
-def configs(entries: tuple, capability: int) -> list[Config]:
-    """Those of a table that a device of this capability may run."""
-    return list(dict.fromkeys(e.config for e in entries if e.capabilities[0] <= capability <= e.capabilities[1]))
-
-
 CASES = [
     pytest.param(config, capability, codes, id=f"{codes}-sm_{capability}-{name_of(config)}")
-    for codes, entries, capabilities in ((INT8, TABLE, (80, 90, 100)), (FP8, FEW_ROWS + SAFE, (90, 100)))
+    for codes, entries, capabilities in ((INT8, INT8_TABLE, (80, 90, 100)), (FP8, FP8_TABLE, (90, 100)))
     for capability in capabilities
-    for config in configs(entries, capability)
+    for config in configs_of(entries, capability)
+    if not isinstance(config, Library)
 ]
 
 
@@ -51,15 +51,14 @@ def test_every_variant_compiles(
     assert cubin(config, capability, codes, dtype, full=full, tail=tail)[:4] == b"\x7fELF"
 
 
-@pytest.mark.parametrize("entries", [TABLE, FEW_ROWS + SAFE])
+@pytest.mark.parametrize("entries", [INT8_TABLE, FP8_TABLE], ids=["int8", "fp8"])
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize("M", [1, 16, 17, 64, 65, 257, 100_000])
 @pytest.mark.parametrize("N", [8, 4096, 28672])
 def test_every_problem_finds_a_configuration(entries: tuple, capability: int, M: int, N: int) -> None:
-    found = list(fitting(entries, M, N, capability))
-    assert found
-    # the last can run what a kernel of few shapes refuses
-    assert not isinstance(found[-1], HopperTiles)
+    found = list(fitting(entries, M, N, 4096, capability))
+    # the last can run what kernels of few shapes and the library refuse
+    assert isinstance(found[-1], Tiles)
     assert capability == 90 or not any(isinstance(config, HopperTiles) for config in found)
 
 
@@ -82,7 +81,7 @@ def test_int8_says_why_not(N: int, K: int, capability: tuple[int, int], words: s
     ("capability", "words"), [((9, 0), None), ((8, 0), "begin with sm_89"), ((8, 9), "measured on sm_90")]
 )
 def test_fp8_says_why_not(capability: tuple[int, int], words: str | None) -> None:
-    reason = fp8_matmul.why_not(capability)
+    reason = fp8_matmul.why_not(4096, 4096, capability)
     assert reason is None if words is None else words in str(reason)
 
 

@@ -8,7 +8,8 @@ pytest.importorskip("triton.experimental.gluon")
 
 from qcompile.backends.fx.kernels import int4
 from qcompile.backends.triton.int4_linear import int4_linear
-from qcompile.backends.triton.int4_table import TABLE, Config, FewRows, ManyRows
+from qcompile.backends.triton.int4_table import TABLE, Config, can_run
+from qcompile.backends.triton.table import capability_of, configs_of
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 from tests.triton.compiled import name_of
@@ -36,15 +37,8 @@ def check(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def configs(M: int, N: int, wide: bool) -> list[Config]:
     """Those of the table that can run the problem on this device."""
-    major, minor = torch.cuda.get_device_capability()
-    found = []
-    for entry in TABLE:
-        config, (low, high) = entry.config, entry.capabilities
-        fits = low <= 10 * major + minor <= high and -(-N // 64) % getattr(config, "units", 1) == 0
-        fits = fits and (not isinstance(config, FewRows) or config.rows >= M)
-        if fits and not (isinstance(config, ManyRows) and (wide or N % 8)):
-            found.append(config)
-    return list(dict.fromkeys(found))
+    found = configs_of(TABLE, capability_of(torch.device("cuda", 0)))
+    return [config for config in found if can_run(config, M, N, wide=wide)]
 
 
 @pytest.mark.parametrize("M", [1, 3, 16, 17, 33, 257])

@@ -23,13 +23,10 @@ REGISTRY.define(
 def _fp8_matmul(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """codes [M, K] and weight [N, K], the bits of e4m3; scale [M, 1]; y bfloat16 [M, N]."""
     from qcompile.backends.triton.eight_bit import Operands
-    from qcompile.backends.triton.fp8_matmul import MOST_ROWS, fp8_matmul
+    from qcompile.backends.triton.fp8_matmul import fp8_matmul
 
     x, w = codes.view(torch.float8_e4m3fn), weight.view(torch.float8_e4m3fn)
-    if x.shape[0] <= MOST_ROWS:
-        return fp8_matmul(Operands(x=x, w=w, scale_x=scale, scale_w=weight_scale, dtype=torch.bfloat16))
-    channel_scale = weight_scale.reshape(1, -1)
-    return torch._scaled_mm(x, w.t(), scale.contiguous(), channel_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return fp8_matmul(Operands(x=x, w=w, scale_x=scale, scale_w=weight_scale, dtype=torch.bfloat16))
 
 
 def _fp8_matmul_meta(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
@@ -65,7 +62,7 @@ def why_not(p: Problem) -> str | None:
         return reason
     from qcompile.backends.triton import fp8_matmul
 
-    return fp8_matmul.why_not(p.capability)
+    return fp8_matmul.why_not(p.N, p.K, p.capability)
 
 
 def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: Any) -> tuple[Any, ...]:

@@ -64,8 +64,9 @@ def unfit(p: Problem) -> str | None:
         return f"the kernels begin with sm_80, this is sm_{''.join(map(str, p.capability or ()))}"
     if p.K % MULTIPLE:
         return f"K={p.K} is not a multiple of {MULTIPLE}"
-    if p.capability != MEASURED and not p.small:
-        return f"these kernels were measured on sm_90, this is sm_{''.join(map(str, p.capability))}"
+    if p.capability != MEASURED and not p.small and not _is_worth(p):
+        sm = "".join(map(str, p.capability))
+        return f"these kernels were measured on sm_90, this is sm_{sm}: `qcompile tune` measures 4-bit ones here"
     return None
 
 
@@ -84,6 +85,15 @@ def _no_blocks(p: Problem) -> str | None:
     if p.dtype not in (torch.bfloat16, torch.float16):
         return f"the input is {str(p.dtype).removeprefix('torch.')}, and tensor cores take bfloat16 and float16"
     return None
+
+
+def _is_worth(p: Problem) -> bool:
+    """Whether it was tuned on this device, and is nowhere slower than bfloat16."""
+    if not isinstance(p.weight.format, Integer) or p.weight.format.bits != 4 or missing("tuned") is not None:
+        return False
+    from qcompile.backends.triton.tuned import is_worth
+
+    return is_worth("int4", p.N, p.K)
 
 
 def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:

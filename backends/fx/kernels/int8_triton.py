@@ -18,14 +18,12 @@ from qcompile.backends.triton.ready import missing
 # the copy engine takes rows of multiples of 16 bytes
 TAIL_MULTIPLE = 8
 
-REGISTRY.define(
-    "int8_matmul(Tensor codes, Tensor scale, Tensor? zero, Tensor weight, Tensor weight_scale, Tensor weight_sum,"
-    " Tensor? bias, Tensor? x_tail, Tensor? weight_tail, ScalarType dtype) -> Tensor"
+_SCHEMA = (
+    "(Tensor codes, Tensor scale, Tensor? zero, Tensor weight, Tensor weight_scale, Tensor weight_sum, Tensor? bias,"
+    " Tensor? x_tail, Tensor? weight_tail, ScalarType dtype) -> Tensor"
 )
-REGISTRY.define(
-    "linear_int8_triton(Tensor codes, Tensor scale, Tensor? zero, Tensor weight, Tensor weight_scale,"
-    " Tensor weight_sum, Tensor? bias, Tensor? x_tail, Tensor? weight_tail, ScalarType dtype) -> Tensor"
-)
+REGISTRY.define(f"int8_matmul{_SCHEMA}")
+REGISTRY.define(f"linear_int8_triton{_SCHEMA}")
 
 
 def _int8_matmul(

@@ -1,0 +1,293 @@
+"""Quantized linears for the benchmarks on CUDA: those of qcompile, and those of others under the same conditions.
+
+Each takes x in bfloat16 and gives y in bfloat16: quantizing x is part of it, written as plain torch that Inductor
+compiles, as it is in a compiled model. To add a format, add a line to FORMATS; to add a peer, a line to PEERS.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.backends.fx.kernels import KERNELS, Kernel, Problem, choose, tail
+from qcompile.backends.fx.ops import QUANTIZE_DYNAMIC
+from qcompile.numerics import QParams, dequantize, fake_quantize, find_qparams, quantize
+from qcompile.spec import Spec, parse_spec
+
+DTYPE = torch.bfloat16
+# what all copies of a weight fill, so that none is in the cache when its turn comes
+ROTATED = 400e6
+# how much larger outlier channels are
+LOUD = 30
+# relative error to float32 on the same codes that bfloat16 results may have, and to the float linear of peers
+LIMIT, PEER_LIMIT = 4e-3, 6e-2
+# operations a microsecond, dense, of the data sheets of H100 and H200
+EIGHT_BIT_RATE = 1979e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """Specs of weight and input, and the share of input channels that stay in 16 bits.
+
+    rate: operations a microsecond that the device makes at most; None: as many as of bfloat16.
+    """
+
+    weight: str
+    input: str | None = None
+    outliers: float = 0.0
+    rate: float | None = None
+
+
+FORMATS: Mapping[str, Format] = {
+    "int4": Format(weight="int4/g128/asym/bf16"),
+    "int8": Format(weight="int8/channel", input="int8/token/asym", rate=EIGHT_BIT_RATE),
+    "int8 split": Format(weight="int8/channel", input="int8/token/asym", outliers=0.01, rate=EIGHT_BIT_RATE),
+    "fp8": Format(weight="fp8_e4m3/channel", input="fp8_e4m3/token", rate=EIGHT_BIT_RATE),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A random weight under a format: floats [N, K], codes with qparams, and the channels that stay in 16 bits."""
+
+    format: str
+    floats: Tensor
+    codes: Tensor
+    qparams: QParams
+    outliers: Tensor
+
+    @property
+    def input(self) -> Spec | None:
+        text = FORMATS[self.format].input
+        return None if text is None else parse_spec(text)
+
+    def example(self, M: int) -> Tensor:
+        """x [M, K], loud where outlier channels are."""
+        x = torch.randn(M, self.floats.shape[1], device="cuda")
+        x[:, self.outliers] *= LOUD
+        return x.to(DTYPE)
+
+    def oracle(self, x: Tensor) -> Tensor:
+        """y in float32 of the same codes, each step rounded where the linear rounds it."""
+        rest = self.without_outliers(x)
+        rest = rest.float() if self.input is None else fake_quantize(rest.float(), self.input)
+        y = rest @ dequantize(self.codes, self.qparams).T
+        columns = self.floats[:, self.outliers].to(DTYPE).float()
+        return y + x[:, self.outliers].float() @ columns.T
+
+    def without_outliers(self, x: Tensor) -> Tensor:
+        return x.index_fill(1, self.outliers, 0)
+
+
+def random_weight(name: str, N: int, K: int) -> Weight:
+    spec = parse_spec(FORMATS[name].weight)
+    floats = torch.randn(N, K, device="cuda") * K**-0.5
+    count = round(FORMATS[name].outliers * K)
+    outliers = torch.arange(count, device="cuda") * K // max(count, 1)
+    rest = floats.index_fill(1, outliers, 0)
+    qparams = find_qparams(rest, spec)
+    return Weight(format=name, floats=floats, codes=quantize(rest, qparams), qparams=qparams, outliers=outliers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A linear to be timed. call: from x and the number of a copy of the weight to y.
+
+    reference, limit: what y is checked against, and how far from it each row may be, relatively.
+    """
+
+    kernel: str
+    call: Callable[[Tensor, int], Tensor]
+    reference: Callable[[Tensor], Tensor]
+    copies: int
+    nbytes: int
+    limit: float = LIMIT
+
+    def error(self, x: Tensor) -> float:
+        """Relative to the reference, of the worst row; raises SystemExit beyond the limit."""
+        y, expected = self.call(x, 0).float(), self.reference(x)
+        found = float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max())
+        if not found < self.limit:
+            raise SystemExit(f"{self.kernel}, M={x.shape[0]}: relative error {found:.2g} is above {self.limit}")
+        return found
+
+
+def copies_of(pack: Mapping[str, Tensor]) -> tuple[list[dict[str, Tensor]], int]:
+    """Enough copies of a pack that no cache holds them all, and the bytes of one."""
+    nbytes = sum(t.nbytes for t in pack.values())
+    return [{k: t.clone() for k, t in pack.items()} for _ in range(max(2, round(ROTATED / nbytes)))], nbytes
+
+
+def ours(weight: Weight, kernel: Kernel | None = None) -> Linear:
+    """The linear as qcompile lowers it.  kernel: in place of the one that it would choose."""
+    problem = _problem(weight)
+    kernel = kernel or choose(problem)[0]
+    pack = kernel.pack(weight.codes, weight.qparams, DTYPE)
+    extra = {}
+    if weight.outliers.numel():
+        keep = torch.ones(problem.K, dtype=DTYPE, device="cuda").index_fill(0, weight.outliers, 0)
+        extra = {"keep": keep, "channels": weight.outliers}
+        pack = {**pack, "columns": weight.floats[:, weight.outliers].to(DTYPE).t().contiguous()}
+    copies, nbytes = copies_of(pack)
+    # each kernel is a function of its own to the compiler, which may hold few variants of one
+    torch._dynamo.reset()
+
+    @torch.compile(dynamic=False, fullgraph=True)
+    def run(x: Tensor, pack: dict[str, Tensor]) -> Tensor:
+        return _quantized(kernel, problem, x, **pack)
+
+    return Linear(
+        kernel=kernel.name,
+        call=lambda x, i: run(x, {**copies[i], **extra}),
+        reference=weight.oracle,
+        copies=len(copies),
+        nbytes=nbytes,
+    )
+
+
+def call_on_codes(weight: Weight) -> Callable[[], Tensor]:
+    """The op alone, on one row that is quantized already."""
+    problem, x = _problem(weight), weight.without_outliers(weight.example(1))
+    kernel = choose(problem)[0]
+    given: tuple[Any, ...] = (x,)
+    if problem.input is not None:
+        symmetric = parse_spec(str(problem.input).removesuffix("/asym"))
+        qparams = find_qparams(x, symmetric)
+        given = (quantize(x, qparams), qparams.scale, None)
+    arguments = kernel.arguments(problem, given, kernel.pack(weight.codes, weight.qparams, DTYPE), None)
+    if weight.outliers.numel() and kernel.with_tail is not None:
+        columns = weight.floats[:, weight.outliers].to(DTYPE).t().contiguous()
+        arguments = kernel.with_tail(problem, arguments, x[:, weight.outliers], columns) or arguments
+    return lambda: kernel.op(*arguments)
+
+
+def _problem(weight: Weight) -> Problem:
+    N, K = weight.floats.shape
+    capability = torch.cuda.get_device_capability()
+    spec = weight.qparams.spec
+    return Problem(N=N, K=K, weight=spec, input=weight.input, dtype=DTYPE, device="cuda", capability=capability)
+
+
+def _quantized(
+    kernel: Kernel,
+    problem: Problem,
+    x: Tensor,
+    columns: Tensor | None = None,
+    keep: Tensor | None = None,
+    channels: Tensor | None = None,
+    **pack: Tensor,
+) -> Tensor:
+    """y as the passes and the lowering write it."""
+    rest = x if keep is None else x * keep
+    given: tuple[Any, ...] = (rest,)
+    if kernel.takes_codes:
+        assert problem.input is not None
+        codes, scale, *zero = QUANTIZE_DYNAMIC(rest, str(problem.input))
+        given = (codes, scale, zero[0] if zero else None)
+    arguments = kernel.arguments(problem, given, pack, None)
+    if channels is None:
+        return kernel.op(*arguments)
+    selected = x.index_select(-1, channels)
+    joined = None if kernel.with_tail is None else kernel.with_tail(problem, arguments, selected, columns)
+    if joined is None:
+        return kernel.op(*arguments) + tail.OP(selected, columns)
+    return kernel.op(*joined)
+
+
+def floats(weight: Weight) -> Linear:
+    """bfloat16, by cuBLAS: what `torch.compile` calls for a linear, too."""
+    copies, nbytes = copies_of({"weight": weight.floats.to(DTYPE)})
+    return Linear(
+        kernel="bf16",
+        call=lambda x, i: torch.nn.functional.linear(x, copies[i]["weight"]),
+        reference=lambda x: x.float() @ weight.floats.to(DTYPE).float().T,
+        copies=len(copies),
+        nbytes=nbytes,
+    )
+
+
+def inductor(name: str, weight: Weight) -> Linear:
+    """The product of the library, everything around it written by Inductor."""
+    return ours(weight, next(kernel for kernel in KERNELS if kernel.name == name))
+
+
+def tinygemm(weight: Weight) -> Linear:
+    """The 4-bit kernel that comes with torch, and that torchao calls."""
+    codes, scale, zero = weight.codes.to(torch.int32), weight.qparams.scale, weight.qparams.zero
+    assert zero is not None
+    nibbles = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
+    # it computes (code - 8) * scale + zero
+    zeros = (8 - zero) * scale
+    groups = torch.stack([scale, zeros], -1).transpose(0, 1).contiguous().to(DTYPE)
+    copies, nbytes = copies_of({"words": torch._convert_weight_to_int4pack(nibbles, 8), "groups": groups})
+    return Linear(
+        kernel="tinygemm",
+        call=lambda x, i: torch._weight_int4pack_mm(x, copies[i]["words"], 128, copies[i]["groups"]),
+        reference=weight.oracle,
+        copies=len(copies),
+        nbytes=nbytes,
+        limit=PEER_LIMIT,
+    )
+
+
+def gemlite(processor: str, weight: Weight) -> Linear:
+    """A linear of gemlite, which quantizes for itself what is not a 4-bit weight."""
+    helper = importlib.import_module("gemlite.helper")
+    make = getattr(helper, processor)(device="cuda", dtype=DTYPE)
+    qparams = weight.qparams
+
+    def one() -> Any:
+        if processor == "A16Wn":
+            assert qparams.zero is not None
+            parts = (weight.codes.clone(), qparams.scale.to(DTYPE).clone(), qparams.zero.to(DTYPE).clone())
+            return make.from_weights(*parts, 4, 128)
+        return make.from_weights(weight.floats.to(DTYPE))
+
+    nbytes = weight.codes.nbytes // (2 if processor == "A16Wn" else 1)
+    copies = [one() for _ in range(max(2, round(ROTATED / nbytes)))]
+    exact = weight.oracle if processor == "A16Wn" else (lambda x: x.float() @ weight.floats.T)
+    return Linear(
+        kernel=f"gemlite {processor}",
+        call=lambda x, i: copies[i](x),
+        reference=exact,
+        copies=len(copies),
+        nbytes=nbytes,
+        limit=PEER_LIMIT,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """Another way to run a format. rows: M at most that it is for; needs: a package beside torch."""
+
+    make: Callable[[Weight], Linear]
+    rows: int = 8192
+    needs: str | None = None
+
+
+PEERS: Mapping[str, Mapping[str, Peer]] = {
+    "int4": {
+        "tinygemm": Peer(make=tinygemm, rows=128),
+        "gemlite A16W4": Peer(make=partial(gemlite, "A16Wn"), rows=128, needs="gemlite"),
+    },
+    "int8": {
+        "Inductor, _int_mm": Peer(make=partial(inductor, "int8")),
+        "gemlite A8W8 int8": Peer(make=partial(gemlite, "A8W8_int8_dynamic"), rows=128, needs="gemlite"),
+    },
+    "int8 split": {"Inductor, _int_mm": Peer(make=partial(inductor, "int8"))},
+    "fp8": {
+        "Inductor, _scaled_mm": Peer(make=partial(inductor, "fp8")),
+        "gemlite A8W8 fp8": Peer(make=partial(gemlite, "A8W8_fp8_dynamic"), rows=128, needs="gemlite"),
+    },
+}
+
+
+def peers(name: str) -> Iterator[tuple[str, Peer]]:
+    """The peers of a format that are installed."""
+    for title, peer in PEERS[name].items():
+        if peer.needs is None or importlib.util.find_spec(peer.needs) is not None:
+            yield title, peer
