@@ -7,15 +7,13 @@ the sum of a residual block then has codes on both sides, as kernels of integers
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor
+import torch
 
-from qcompile.errors import PlanError
 from qcompile.graph import Graph, Op, V
 from qcompile.numerics import QParams, over_dimensions
 from qcompile.plan import Decision, Plan
-from qcompile.sites import SITE_OPS, Found, find_sites, result_of, tail_owner
+from qcompile.sites import SITE_OPS, Found, constant_name, find_sites, result_of, tail_owner
 from qcompile.solved import equal_qparams
-from qcompile.solvers import IN_TURN, SOLVERS
 from qcompile.spec import Spec
 
 
@@ -35,10 +33,12 @@ def insert_qdq(graph: Graph[V], plan: Plan) -> int:
         decision = _decision(plan, found.site.name)
         if decision is None or x is None or weight is None:
             continue
-        if decision.weight is not None:
+        if decision.weight is not None and decision.shift:
+            _quantize_shifted(graph, found, decision)
+        elif decision.weight is not None:
             key = (weight, decision.weight, decision.solver, decision.data_digest)
             if key not in solved:
-                qparams = _weight_qparams(found.site.weight, decision, decision.weight)
+                qparams = decision.qparams_of(found.site.weight)
                 solved[key] = over_dimensions(qparams, len(graph.shape(weight)))
             _quantize_input(graph, found, 1, solved[key], pairs)
         if decision.input is not None:
@@ -55,17 +55,6 @@ def _decision(plan: Plan, name: str) -> Decision | None:
         return plan.decisions.get(name)
     owner = plan.decisions[site]
     return None if owner.threshold is None else replace(owner, input=None)
-
-
-def _weight_qparams(weight: Tensor, decision: Decision, spec: Spec) -> QParams:
-    if decision.solved is not None:
-        return decision.solved.of_weight(weight, decision.name)
-    if decision.solver in IN_TURN:
-        raise PlanError(
-            f"the plan holds no codes for the weight of {decision.name!r} by solver {decision.solver!r}, which chooses "
-            "them while the model runs: make the plan with qcompile.calibrate(model, batches, recipe)"
-        )
-    return SOLVERS[decision.solver](weight, spec, decision.importance)
 
 
 def _result(graph: Graph[V], found: Found[V]) -> V | None:
@@ -93,6 +82,18 @@ def _share(graph: Graph[V], x: V, dequantized: V | None, sums: Sequence[tuple[V,
     for total, index in sums:
         if dequantized is not None and graph.inputs(total)[index] is x:
             graph.set_input(total, index, dequantized)
+
+
+def _quantize_shifted(graph: Graph[V], found: Found[V], decision: Decision) -> None:
+    """Make the site read numbers of its weight that were chosen before its columns were lowered, and lowered then."""
+    weight = graph.inputs(found.value)[1]
+    assert weight is not None
+    factor = torch.tensor(decision.shift, dtype=torch.float32, device=found.site.weight.device).exp2()
+    name = constant_name(graph, weight)
+    raised = (found.site.weight.float() * factor).to(found.site.weight.dtype)
+    dequantized = graph.add_qdq(graph.add_constant(f"{name}.raised", raised), decision.qparams_of(raised))
+    lowered = graph.add_op(Op.MUL, [dequantized, graph.add_constant(f"{name}.lowering", 1 / factor, like=weight)])
+    graph.set_input(found.value, 1, lowered)
 
 
 def _quantize_input(

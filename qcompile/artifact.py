@@ -27,7 +27,7 @@ from qcompile.solved import Solved
 from qcompile.spec import Spec, parse_spec
 from qcompile.verify import Failure
 
-SCHEMA = 1
+SCHEMA = 2
 _JSON, _TENSORS = "plan.json", "plan.safetensors"
 _KIND = "qcompile.plan"
 
@@ -169,13 +169,13 @@ def _decision_table(decision: Decision, tensors: dict[str, Tensor]) -> dict[str,
         held = _tensors_of(decision.solved.qparams)
         table |= {"weight_qparams": sorted(held), "solved_db": decision.solved.snr_db}
         tensors |= {f"{decision.name}.weight.{part}": tensor for part, tensor in held.items()}
-    if decision.outliers:
-        table["outliers"] = list(decision.outliers)
-    if decision.threshold is not None:
-        table["threshold"] = decision.threshold
-    if decision.reason:
-        table["reason"] = decision.reason
-    return table
+    plain = {
+        "outliers": list(decision.outliers),
+        "shift": list(decision.shift),
+        "threshold": decision.threshold,
+        "reason": decision.reason,
+    }
+    return table | {key: value for key, value in plain.items() if value not in ([], None, "")}
 
 
 def _importance_name(site: str) -> str:
@@ -235,6 +235,7 @@ def _decision(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Decisi
         solver=table.get("solver", "round"),
         reason=table.get("reason", ""),
         outliers=tuple(table.get("outliers", ())),
+        shift=tuple(table.get("shift", ())),
         threshold=table.get("threshold"),
         importance=tensors[_importance_name(table["name"])] if table.get("importance") else None,
     )

@@ -16,7 +16,7 @@ from qcompile.noise import FEATURES, Treatment, probe, shares_rows
 from qcompile.numerics import dequantize, quantize, snr_db
 from qcompile.observers import Stats
 from qcompile.ranges import parse_observer
-from qcompile.recipe import Rule
+from qcompile.recipe import AUTO, Rule
 from qcompile.sites import Site
 from qcompile.solvers import SOLVERS
 from qcompile.spec import Spec
@@ -35,7 +35,7 @@ def best_rule(rule: Rule, site: Site, stats: Stats | None) -> Rule:
     stats: of the site's input, None if there are none. Of equals, what the rule says.
     Raises WeightError if the weight has no values to look at.
     """
-    if rule.format is None or rule.weight is None:
+    if rule.format != AUTO or rule.weight is None:
         return rule
     if site.weight.is_meta:
         raise WeightError(

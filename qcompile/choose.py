@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from qcompile.channels import tied
-from qcompile.formats import Integer
-from qcompile.noise import Probe, Treatment
+from qcompile.formats import FORMATS, Float, Integer
+from qcompile.noise import Probe, Treatment, shares_rows
 from qcompile.numerics import QParams, qparams_of_range
 from qcompile.observers import Stats, importance_of
-from qcompile.recipe import Rule
+from qcompile.ranges import parse_observer
+from qcompile.recipe import FLOAT, Rule
+from qcompile.shifts import COARSE, FINE, shift_of
 from qcompile.smooth import smooth_scale
 from qcompile.spec import ALL, Spec
 
@@ -88,13 +90,15 @@ class Choice:
     """What the sites of a case get.
 
     input: spec; scale: float32 [K] that the activation is divided by, or None; strength: that it came from.
-    outliers: channels that stay in 16 bit, ascending.  snr_db: of the outputs, over all sites.
+    outliers: channels that stay in 16 bit, ascending.  shift: int64 [K], octaves that channels are raised by, or None.
+    snr_db: of the outputs, over all sites.
     """
 
     input: Spec | None
     scale: Tensor | None = None
     strength: float | None = None
     outliers: tuple[int, ...] = ()
+    shift: Tensor | None = None
     snr_db: float = 0.0
 
 
@@ -121,6 +125,8 @@ def joined(probes: Sequence[Probe]) -> Probe:
 
 def choose(case: Case) -> Choice:
     """The choice of least error; a static input that stays poor gets the rule's `rescue`."""
+    if case.rule.format == FLOAT:
+        return max((_best(case, spec) for spec in rivals(case.rule.input)), key=lambda choice: choice.snr_db)
     best = _best(case, case.rule.input)
     if not case.rule.static_input or case.rule.rescue is None or best.snr_db >= RESCUE_DB:
         return best
@@ -128,14 +134,37 @@ def choose(case: Case) -> Choice:
     return rescued if rescued.snr_db > best.snr_db + RESCUE_GAIN else best
 
 
+def best_weight_spec(weight: Tensor, stats: Stats, rule: Rule) -> Spec:
+    """Of the rule's weight spec and those of other floats of as many bits, what gives the output the least error.
+
+    weight: float32 [N, K].
+    """
+    assert rule.weight is not None
+    probe = probe_part(weight, stats, whole=shares_rows(rule.weight))
+    specs = [spec for spec in rivals(rule.weight) if spec is not None]
+    return max(specs, key=lambda spec: probe.after(Treatment(weight=spec, solver=rule.solver)))
+
+
+def rivals(spec: Spec | None) -> Iterator[Spec | None]:
+    """The spec, and those of other floats of as many bits."""
+    yield spec
+    if spec is not None and isinstance(spec.format, Float):
+        for fmt in FORMATS.values():
+            if isinstance(fmt, Float) and fmt.bits == spec.format.bits and fmt != spec.format and not fmt.reserved:
+                yield replace(spec, format=fmt)
+
+
 def prepared_stats(stats: Stats, choice: Choice) -> Stats:
     """The stats of what is quantized after the choice: divided by the scale, without the channels in 16 bit."""
     stats = stats if choice.scale is None else stats.divided(choice.scale)
+    stats = stats if choice.shift is None else stats.divided(choice.shift.neg().float().exp2())
     return stats.without(_indices(choice.outliers, stats)) if choice.outliers else stats
 
 
 def _best(case: Case, spec: Spec | None) -> Choice:
     """The choice under one input spec."""
+    if case.rule.shift is not None and spec is not None:
+        return _shifted(case, spec, case.rule.shift)
     plain = _split(case, Choice(input=spec))
     if case.rule.smooth is None or case.channels is None:
         return plain
@@ -149,6 +178,34 @@ def _best(case: Case, spec: Spec | None) -> Choice:
     found = max(coarse, fine, key=lambda choice: choice.snr_db)
     best = _split(case, replace(found, outliers=()))
     return best if best.snr_db > plain.snr_db + LEAST_SMOOTHING else plain
+
+
+def _shifted(case: Case, spec: Spec, most: int) -> Choice:
+    """The shift of least noise, or none."""
+
+    def measured(left_out: float) -> Choice:
+        shift = shift_of(case.stats.amax, case.channels, most, left_out)
+        choice = Choice(input=spec, shift=shift if bool(shift.any()) else None)
+        return replace(choice, snr_db=_after_shift(case, choice, spec))
+
+    coarse = {left_out: measured(left_out) for left_out in COARSE}
+    best = max(coarse, key=lambda left_out: coarse[left_out].snr_db)
+    plain = Choice(input=spec)
+    plain = replace(plain, snr_db=_after_shift(case, plain, spec))
+    fine = [measured(best + step) for step in FINE]
+    return max((plain, *coarse.values(), *fine), key=lambda choice: choice.snr_db)
+
+
+def _after_shift(case: Case, choice: Choice, spec: Spec) -> float:
+    """Signal-to-noise ratio of the outputs; a static range is found as it will be in the end."""
+    stats = prepared_stats(case.stats, choice)
+    treatment = Treatment(
+        weight=case.rule.weight,
+        input=parse_observer(case.rule.observer)(stats, spec) if _is_static(spec) else spec,
+        solver=case.rule.solver,
+        factor=None if choice.shift is None else choice.shift.float().exp2().to(case.probe.rows.device),
+    )
+    return case.probe.after(treatment)
 
 
 def _rough(case: Case, spec: Spec | None, strength: float) -> Choice:

@@ -2,9 +2,10 @@
 
 from qcompile.auto import RIVALS
 from qcompile.errors import RecipeError, nearest
+from qcompile.formats import Float
 from qcompile.graph import Op
 from qcompile.ranges import parse_observer
-from qcompile.recipe import Recipe, Rule
+from qcompile.recipe import AUTO, FLOAT, Recipe, Rule
 from qcompile.solvers import IN_TURN, SOLVERS, WEIGHTED
 from qcompile.spec import ALL
 
@@ -33,12 +34,15 @@ def check_methods(recipe: Recipe) -> None:
                 f"{where} smooths or splits, after which the extremes of single batches are not known, and observer "
                 f"{rule.observer!r} finds ranges from them: take 'mse', 'minmax' or 'percentile'"
             )
-        if problem := _input_problem(rule):
-            raise RecipeError(f"{where} gives inputs the spec {rule.input}, but {problem}")
-        if problem := _choice_problem(rule):
-            raise RecipeError(f"{where} leaves the format open, but {problem}")
-        if problem := _output_problem(rule):
-            raise RecipeError(f"{where} gives results the spec {rule.output}, but {problem}")
+        problems = {
+            "shifts exponents or tries floats": _shift_problem(rule),
+            f"gives inputs the spec {rule.input}": _input_problem(rule),
+            "leaves the format open": _choice_problem(rule),
+            f"gives results the spec {rule.output}": _output_problem(rule),
+        }
+        for what, problem in problems.items():
+            if problem:
+                raise RecipeError(f"{where} {what}, but {problem}")
 
 
 def _in_turn_problem(rule: Rule, recipe: Recipe) -> str:
@@ -58,6 +62,17 @@ def _in_turn_problem(rule: Rule, recipe: Recipe) -> str:
     return ""
 
 
+def _shift_problem(rule: Rule) -> str:
+    """What speaks against the shift or the search of formats of a rule; empty if nothing does."""
+    if rule.shift is None and rule.format != FLOAT:
+        return ""
+    if rule.smooth is not None or rule.split is not None:
+        return "smooths or splits, too, which have scales of their own: take one of them"
+    if not all(spec is not None and isinstance(spec.format, Float) for spec in (rule.weight, rule.input)):
+        return f"weight {rule.weight} and input {rule.input} are not both floats: take for example fp4_e2m1"
+    return ""
+
+
 def _input_problem(rule: Rule) -> str:
     """What speaks against the input spec of a rule, and what to take; empty if nothing does."""
     if rule.input is None:
@@ -70,7 +85,7 @@ def _input_problem(rule: Rule) -> str:
 
 def _choice_problem(rule: Rule) -> str:
     """What speaks against format = "auto" in a rule, and what to do; empty if nothing does."""
-    if rule.format is None:
+    if rule.format != AUTO:
         return ""
     if rule.weight is None:
         return "has no spec of weights to say how many bits: write one, such as weight = 'int8/channel'"

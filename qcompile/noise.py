@@ -29,6 +29,7 @@ class Treatment:
     """How a site is quantized: specs, None for float; a QParams as input is static.
 
     channels: those that bypass quantization, on both sides.  importance: float32 [K], of columns, for the solver.
+    factor: float32 [K], powers of two that the input is multiplied by while it is quantized.
     """
 
     weight: Spec | None = None
@@ -36,6 +37,7 @@ class Treatment:
     solver: str = "round"
     channels: tuple[int, ...] = ()
     importance: Tensor | None = field(default=None, compare=False)
+    factor: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,8 +179,10 @@ def _weight(weight: Tensor, treatment: Treatment) -> Tensor:
 def _input(rows: Tensor, treatment: Treatment) -> Tensor:
     if treatment.input is None:
         return rows
-    qparams = _qparams(rows, treatment.input)
-    return dequantize(quantize(rows, qparams), qparams)
+    taken = rows if treatment.factor is None else rows * treatment.factor
+    qparams = _qparams(taken, treatment.input)
+    quantized = dequantize(quantize(taken, qparams), qparams)
+    return quantized if treatment.factor is None else quantized / treatment.factor
 
 
 def _qparams(rows: Tensor, how: Spec | QParams) -> QParams:

@@ -13,6 +13,7 @@ from qcompile.errors import PlanError, QcompileError, nearest
 from qcompile.graph import Graph, Op, V, graph_text
 from qcompile.numerics import QParams, dequantize, snr_db
 from qcompile.numerics import quantize as quantize_codes
+from qcompile.passes.fold_exponent_bias import fold_exponent_bias
 from qcompile.passes.fold_smooth import count_multiplications, fold_smooth
 from qcompile.passes.freeze_weights import freeze_weights
 from qcompile.passes.insert_qdq import insert_qdq
@@ -40,6 +41,7 @@ def passes(plan: Plan, lower: Lowering[V] | None = None) -> dict[str, Pass[V]]:
         "fold_smooth": partial(fold_smooth, folds=plan.folds),
         "split_outliers": partial(split_outliers, plan=plan),
         "insert_qdq": partial(insert_qdq, plan=plan),
+        "fold_exponent_bias": fold_exponent_bias,
         "merge_qdq": merge_qdq,
         **lowering,
         "freeze_weights": freeze_weights,

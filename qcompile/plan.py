@@ -24,7 +24,7 @@ from qcompile.ranges import parse_observer
 from qcompile.recipe import Recipe, Rule
 from qcompile.sites import CHANNEL_AXIS, LeftOver, Site, digest
 from qcompile.solved import Solved, equal_qparams, equal_tensors, on_device
-from qcompile.solvers import WEIGHTED
+from qcompile.solvers import IN_TURN, SOLVERS, WEIGHTED
 from qcompile.spec import ALL, Spec
 
 # what was found from stats (by identity), by an observer, for a spec: sites that read one activation share it
@@ -52,6 +52,7 @@ class Decision:
     threshold: instead, the channels are found in each input: those in which any magnitude reaches it (LLM.int8).
     importance: float32 [K], what errors in each column of the weight cost, for solvers that ask for it.
     solved: codes of the weight from a solver that looks at data, too; None until it has run.
+    shift: octaves by which channels of the input were raised, and the exponents of the chosen weight's columns lowered.
     Raises PlanError if outliers are not distinct channels of the input, or importance is missing or of other channels.
     """
 
@@ -68,6 +69,7 @@ class Decision:
     output: QParams | None = field(default=None, hash=False)
     importance: Tensor | None = field(default=None, hash=False)
     solved: Solved | None = field(default=None, hash=False)
+    shift: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.outliers and not (
@@ -100,6 +102,18 @@ class Decision:
             special.get(f.name, operator.eq)(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
         )
 
+    def qparams_of(self, weight: Tensor) -> QParams:
+        """Those of the weight [N, K].  Raises PlanError if its codes should stand in the plan, and do not."""
+        if self.solved is not None:
+            return self.solved.of_weight(weight, self.name)
+        if self.solver in IN_TURN:
+            raise PlanError(
+                f"the plan holds no codes for the weight of {self.name!r} by solver {self.solver!r}, which chooses "
+                "them while the model runs: make the plan with qcompile.calibrate(model, batches, recipe)"
+            )
+        assert self.weight is not None
+        return SOLVERS[self.solver](weight, self.weight, self.importance)
+
     @cached_property
     def data_digest(self) -> str:
         """Tells apart what a solver makes of one weight by several data; empty for one that looks at none."""
@@ -113,12 +127,14 @@ class Preparation:
     """What data decided before specs are given to sites.
 
     folds: in the order in which they were found. outliers: by site, channels that stay in the model's dtype.
-    inputs: by site, the spec of an input where data speaks against the rule's. notes: for the report, a line each.
+    inputs, weights: by site, a spec where data speaks against the rule's. shifts: octaves of channels. notes: to tell.
     """
 
     folds: tuple[Fold, ...] = ()
     outliers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     inputs: Mapping[str, Spec] = field(default_factory=dict)
+    weights: Mapping[str, Spec] = field(default_factory=dict)
+    shifts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -255,7 +271,11 @@ def _decide(site: Site, number: int | None, recipe: Recipe, seen: _Seen, prepare
     if number is None:
         return replace(left_alone, reason=f"no rule of recipe {recipe.name!r} matches this {site.op.value}")
     rule = recipe.rules[number - 1]
-    rule = replace(rule, input=prepared.inputs.get(site.name, rule.input))
+    rule = replace(
+        rule,
+        input=prepared.inputs.get(site.name, rule.input),
+        weight=prepared.weights.get(site.name, rule.weight),
+    )
     # the input of an embedding is indices
     input_spec = rule.input if site.op in CHANNEL_AXIS else None
     if rule.weight is None and input_spec is None:
@@ -280,6 +300,7 @@ def _decide(site: Site, number: int | None, recipe: Recipe, seen: _Seen, prepare
         solver=rule.solver,
         importance=_stats_for(site, rule, seen).importance if site.op is Op.LINEAR and rule.weighs_columns else None,
         outliers=prepared.outliers.get(site.name, ()),
+        shift=prepared.shifts.get(site.name, ()),
         threshold=rule.threshold if input_spec is not None and site.op is Op.LINEAR else None,
         reason="" if rule.weight is not None else f"rule {number} quantizes its input only",
     )

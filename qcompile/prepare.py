@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qcompile.artifact import save_failure
 from qcompile.backends.fx.capture import capture
-from qcompile.choose import Case, Choice, choose, joined, prepared_stats, probe_part
+from qcompile.choose import Case, Choice, best_weight_spec, choose, joined, prepared_stats, probe_part
 from qcompile.edges import Edge, find_edges, same_channels
 from qcompile.folds import Fold
 from qcompile.graph import Graph, Op, V
@@ -24,7 +24,7 @@ from qcompile.passes.detect_outliers import outlier_groups
 from qcompile.passes.fold_smooth import fold_smooth
 from qcompile.passes.split_outliers import split_outliers
 from qcompile.plan import Decision, Plan, Preparation
-from qcompile.recipe import Recipe, Rule
+from qcompile.recipe import FLOAT, Recipe, Rule
 from qcompile.sites import Found, Site
 from qcompile.smooth import MODEL, strength_of
 from qcompile.spec import ALL, Spec
@@ -104,6 +104,8 @@ def prepare_graphs(
         folds=tuple(fold for one in found for fold in one.folds),
         outliers={name: channels for one in found for name, channels in one.split.items()},
         inputs={name: spec for one in found for name, spec in one.inputs.items()},
+        weights={name: spec for one in found for name, spec in one.weights.items()},
+        shifts={name: shift for one in found for name, shift in one.shifts.items()},
         notes=(*_hidden(hidden), *(note for one in found for note in one.notes)),
     )
     return Prepared(
@@ -123,6 +125,8 @@ class _Preparing(Generic[V]):
         self.folds: list[Fold] = []
         self.split: dict[str, tuple[int, ...]] = {}
         self.inputs: dict[str, Spec] = {}
+        self.weights: dict[str, Spec] = {}
+        self.shifts: dict[str, tuple[int, ...]] = {}
         self.stats: dict[str, Stats] = {}
         self.notes: list[str] = []
         self.foldable: dict[str, Tensor] = {}
@@ -153,7 +157,7 @@ class _Preparing(Generic[V]):
         found: dict[Rule, list[Found[V]]] = {}
         for member in edge.consumers:
             rule = next((rule for rule in self._recipe.rules if rule.matches(member.site)), None)
-            wanted = rule is not None and rule.input is not None and (rule.smooth is not None or rule.split is not None)
+            wanted = rule is not None and rule.input is not None and rule.prepares
             if rule is not None and wanted and member.site.name in self._seen.stats:
                 found.setdefault(rule, []).append(member)
         return found
@@ -178,6 +182,11 @@ class _Preparing(Generic[V]):
             )
         )
         names = tuple(member.site.name for member in members)
+        if rule.format == FLOAT:
+            chosen = (best_weight_spec(weight, stats, rule) for weight in weights)
+            self.weights |= {name: spec for name, spec in zip(names, chosen, strict=True) if spec != rule.weight}
+        if choice.shift is not None:
+            self._raise(edge, names, choice.shift, may_scale=may_scale)
         if choice.scale is not None:
             method = f"smooth alpha={choice.strength:.2f}"
             readers = tuple(found.site.name for found in edge.consumers)
@@ -189,6 +198,16 @@ class _Preparing(Generic[V]):
             if edge.producer is not None:
                 self._taken.setdefault(edge.producer, []).append((edge.channels, choice.scale))
         self._take(names, stats, choice, rule)
+
+    def _raise(self, edge: Edge[V], names: tuple[str, ...], shift: Tensor, *, may_scale: bool) -> None:
+        """Raise channels of the activation by octaves, in what makes it if all that read it follow."""
+        whole = may_scale and len(names) == len(edge.consumers)
+        scale = shift.neg().float().exp2()
+        into = edge.into if whole else ""
+        self.folds.append(Fold(sites=names, scale=scale, into=into, method="exponent shift"))
+        self.shifts |= dict.fromkeys(names, tuple(shift.tolist()))
+        if whole and edge.producer is not None:
+            self._taken.setdefault(edge.producer, []).append((edge.channels, scale))
 
     def _weight(self, member: Found[V]) -> Tensor:
         """A site's weight as the folds chosen so far leave it, float32 [N, K]."""
@@ -262,6 +281,7 @@ class _Preparing(Generic[V]):
     def _forget(self, sites: Sequence[str]) -> None:
         for name in sites:
             self.split.pop(name, None)
+            self.shifts.pop(name, None)
             self.inputs.pop(name, None)
             if name in self._seen.stats:
                 scales = (fold.scale for fold in self.folds if name in fold.sites)

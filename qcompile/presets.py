@@ -10,7 +10,7 @@ from typing import Any
 
 from qcompile.errors import RecipeError, nearest
 from qcompile.graph import Op
-from qcompile.recipe import Recipe, Rule, read_recipe, recipe_from_table
+from qcompile.recipe import FLOAT, MOST_SHIFTED, Recipe, Rule, read_recipe, recipe_from_table
 from qcompile.smooth import Smooth
 from qcompile.spec import parse_spec
 
@@ -50,6 +50,10 @@ _STATIC = "int8/tensor/asym"
 _FP8 = "fp8_e4m3/token"
 _MXFP4 = "fp4_e2m1/b32/e8m0"
 _NVFP4 = "fp4_e2m1/b16/fp8_e4m3"
+
+_FP4 = "fp4_e2m1/channel"
+# each site takes of the 4-bit floats what fits it, and channels are raised so that one scale serves them
+_LLM_FP4: dict[str, Any] = {"solver": "mse", "head": _INT8, "format": FLOAT, "shift": MOST_SHIFTED}
 
 _SMOOTH: dict[str, Any] = {"smooth": Smooth()}
 # one channel in a hundred: the thin float matmul then costs little beside the integer one
@@ -91,6 +95,12 @@ PRESETS: dict[str, Recipe] = {
         _linears("w4a8", "int4/g128/asym/bf16", _INT8, "4-bit weights in groups of 128, 8-bit inputs", head=_INT8),
         _linears("mxfp4", _MXFP4, _MXFP4, "4-bit floats in blocks of 32 under powers of two (OCP MX)", head=_INT8),
         _linears("nvfp4", _NVFP4, _NVFP4, "4-bit floats in blocks of 16 under 8-bit scales (NVIDIA)", head=_INT8),
+        _linears("fp4", _FP4, "fp4_e2m1/tensor", "4-bit floats (LLM-FP4), one calibrated scale an input", **_LLM_FP4),
+        _linears(
+            "fp4-token", _FP4, "fp4_e2m1/token", "4-bit floats (LLM-FP4), inputs scaled token by token", **_LLM_FP4
+        ),
+        _linears("fp4-a8", _FP4, _FP8, "4-bit float weights, inputs in 8-bit floats", "mse", head=_FP8),
+        _linears("fp4-weight", _FP4, None, "4-bit float weights", "mse"),
         _linears(
             "llm-int8", "int8/channel", "int8/token", "8-bit integers, outliers found while running", threshold=6.0
         ),

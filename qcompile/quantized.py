@@ -187,7 +187,7 @@ class Quantized:
 
     def _key(self, site: str, constant: str, kernel: Kernel, problem: Problem) -> Key:
         decision = self.plan.decisions[site]
-        how = f"{decision.weight} {decision.solver} {decision.data_digest}"
+        how = f"{decision.weight} {decision.solver} {decision.data_digest} {decision.shift}"
         return f"{how} {problem.dtype} {self._variant(site, constant)}", kernel.name
 
     def tail(self, site: str, constant: str, weight: Tensor) -> Mapping[str, Tensor]:

@@ -15,6 +15,10 @@ from qcompile.smooth import Smooth, parse_smooth
 from qcompile.solvers import IN_TURN, WEIGHTED
 from qcompile.spec import ALL, Spec, parse_spec
 
+AUTO, FLOAT = "auto", "float"
+# the numbers of 4-bit floats, each divided by a power of two up to this one, are numbers of E4M3
+MOST_SHIFTED = 14
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
@@ -38,11 +42,14 @@ class Rule:
     smooth: Smooth | None = None
     # the largest share of the input's channels that stays in 16 bit
     split: float | None = None
+    # by how many octaves a channel of the input may be moved into the exponents of weights of few bits, at most
+    shift: int | None = None
     # from which magnitude on a column of the input stays in float, found while running (LLM.int8)
     threshold: float | None = None
     # the input spec of sites where the static one loses too much
     rescue: Spec | None = None
-    # "auto": each site gets the best format with as many bits as those of the specs
+    # "auto": each site gets the best format with as many bits as those of the specs; "float": its weight and its input
+    # get, each for itself, the best float, found with the shift
     format: str | None = None
     # of a convolution's result, and of what is added to it: where one kernel reads the codes that another made
     output: Spec | None = None
@@ -55,6 +62,11 @@ class Rule:
     def static_input(self) -> bool:
         """Whether one scale serves all inputs: then it must be known beforehand, from calibration."""
         return self.input is not None and self.input.granularity.rows == ALL
+
+    @property
+    def prepares(self) -> bool:
+        """Whether something is done to the graph before its sites are quantized."""
+        return self.smooth is not None or self.split is not None or self.shift is not None or self.format == FLOAT
 
     @property
     def weighs_columns(self) -> bool:
@@ -90,12 +102,12 @@ class Recipe:
     @property
     def chooses(self) -> bool:
         """Whether formats are chosen by the values of weights."""
-        return any(rule.format is not None for rule in self.rules)
+        return any(rule.format == AUTO for rule in self.rules)
 
     @property
     def prepares(self) -> bool:
         """Whether the graph is changed before it is quantized, as data shows is best."""
-        return any(rule.smooth is not None or rule.split is not None for rule in self.rules)
+        return any(rule.prepares for rule in self.rules)
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -142,6 +154,7 @@ def recipe_to_table(recipe: Recipe) -> dict[str, Any]:
             "observer": rule.observer,
             **({} if rule.smooth is None else {"smooth": str(rule.smooth)}),
             **({} if rule.split is None else {"split": rule.split}),
+            **({} if rule.shift is None else {"shift": rule.shift}),
             **({} if rule.threshold is None else {"threshold": rule.threshold}),
             **({} if rule.rescue is None else {"rescue": str(rule.rescue)}),
             **({} if rule.format is None else {"format": rule.format}),
@@ -172,10 +185,12 @@ def _text(value: Any) -> str:
     return value
 
 
-def _auto(value: Any) -> str:
-    if value != "auto":
-        raise RecipeError(f"takes 'auto' or nothing, got {value!r}: one format is a part of the specs, as 'int4/g128'")
-    return "auto"
+def _open_format(value: Any) -> str:
+    if value not in (AUTO, FLOAT):
+        raise RecipeError(
+            f"takes '{AUTO}', '{FLOAT}' or nothing, got {value!r}: one format is a part of the specs, as 'int4/g128'"
+        )
+    return str(value)
 
 
 def _truth(value: Any) -> bool:
@@ -188,6 +203,12 @@ def _positive(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise RecipeError(f"takes a number above 0, got {value!r}")
     return float(value)
+
+
+def _octaves(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_SHIFTED:
+        raise RecipeError(f"takes a number of octaves from 1 to {MOST_SHIFTED}, got {value!r}")
+    return value
 
 
 def _share(value: Any) -> float:
@@ -220,8 +241,9 @@ _RULE: dict[str, Callable[[Any], Any]] = {
     # a number needs no quotes
     "smooth": lambda value: parse_smooth(str(value) if isinstance(value, float) else _text(value)),
     "split": _share,
+    "shift": _octaves,
     "threshold": _positive,
     "rescue": lambda value: parse_spec(_text(value)),
-    "format": _auto,
+    "format": _open_format,
     "output": lambda value: parse_spec(_text(value)),
 }

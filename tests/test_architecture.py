@@ -30,6 +30,7 @@ CORE = (
     "folds",
     "binding",
     "smooth",
+    "shifts",
     "solvers",
     "recipe",
     "presets",

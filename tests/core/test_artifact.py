@@ -276,8 +276,8 @@ def test_only_plans_are_saved(model: Net, tmp_path: Path) -> None:
 def test_a_newer_schema_is_refused_with_both_versions(plan: Plan, tmp_path: Path) -> None:
     save(plan, tmp_path / "p")
     path = tmp_path / "p" / "plan.json"
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 7'))
-    with pytest.raises(PlanError, match=r"has schema 7, and this version of qcompile reads up to 1; upgrade qcompile"):
+    path.write_text(path.read_text().replace('"schema": 2', '"schema": 7'))
+    with pytest.raises(PlanError, match=r"has schema 7, and this version of qcompile reads up to 2; upgrade qcompile"):
         load(tmp_path / "p")
 
 

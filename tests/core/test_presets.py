@@ -28,6 +28,8 @@ SPECS = {
     "w4a8": ("int4/g128/asym/bf16", "int8/token/asym"),
     "mxfp4": ("fp4_e2m1/b32/e8m0", "fp4_e2m1/b32/e8m0"),
     "nvfp4": ("fp4_e2m1/b16/fp8_e4m3", "fp4_e2m1/b16/fp8_e4m3"),
+    "fp4-a8": ("fp4_e2m1/channel", "fp8_e4m3/token"),
+    "fp4-weight": ("fp4_e2m1/channel", "None"),
     "int8-static": ("int8/channel", "int8/tensor/asym"),
     "fp8-static": ("fp8_e4m3/channel", "fp8_e4m3/tensor"),
 }

@@ -1,8 +1,8 @@
 """W8A8 on fp8 tensor cores, through `torch._scaled_mm` (cuBLASLt, CUTLASS).
 
-codes: fp8 [..., K], scale float32 [..., 1] or []; weight uint8 [N, K] (the bits of fp8), weight_scale float32
-[N, 1]. A bfloat16 result takes both scales inside the matmul; others take them after it, in float32, because
-row-wise scaling returns bfloat16 only.
+codes: fp8 [..., K], or those of a float of fewer bits that E4M3 holds, named `narrow`; scale float32 [..., 1] or [];
+weight uint8 [N, K] (the bits of fp8), weight_scale float32 [N, 1]. A bfloat16 result takes both scales inside the
+matmul; others take them after it, in float32, because row-wise scaling returns bfloat16 only.
 """
 
 from collections.abc import Mapping
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.backends.fx.kernels.narrow_floats import factor, is_narrow, widened
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
-from qcompile.formats import Float
+from qcompile.formats import Float, Format, parse_format
 from qcompile.numerics import QParams
 from qcompile.spec import ALL, Spec
 
@@ -23,7 +24,7 @@ FIRST_CAPABILITY = (8, 9)
 
 REGISTRY.define(
     "linear_fp8(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype,"
-    " ScalarType input_format, ScalarType weight_format) -> Tensor"
+    " ScalarType input_format, ScalarType weight_format, str narrow) -> Tensor"
 )
 
 
@@ -36,7 +37,9 @@ def _linear_fp8(
     dtype: torch.dtype,
     input_format: torch.dtype,
     weight_format: torch.dtype,
+    narrow: str,
 ) -> Tensor:
+    codes, scale = as_e4m3(codes, scale, narrow)
     rows = codes.reshape(-1, codes.shape[-1])
     x, w = rows.view(input_format), weight.view(weight_format).t()
     row_scale = scale.expand(*codes.shape[:-1], 1).reshape(-1, 1)
@@ -50,13 +53,25 @@ def _linear_fp8(
     return y.to(dtype).reshape(*codes.shape[:-1], weight.shape[0])
 
 
+def as_e4m3(codes: Tensor, scale: Tensor, narrow: str) -> tuple[Tensor, Tensor]:
+    """Codes and scale of an input in E4M3; as they are if no narrow format is named."""
+    if not narrow:
+        return codes, scale
+    fmt = parse_format(narrow)
+    return widened(codes, fmt), scale * factor(fmt)
+
+
+def narrow_name(spec: Spec) -> str:
+    """The name of a spec's format if it has fewer bits than E4M3, which holds it; else empty."""
+    return spec.format.name if is_narrow(spec.format) else ""
+
+
 REGISTRY.impl("linear_fp8", _linear_fp8, "CompositeImplicitAutograd")
 
 
 def _is_plain_fp8(spec: Spec) -> bool:
     return (
-        isinstance(spec.format, Float)
-        and spec.format.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+        _fp8_dtype(spec.format) in (torch.float8_e4m3fn, torch.float8_e5m2)
         and spec.granularity.columns == ALL
         and spec.scale == "fp32"
     )
@@ -68,7 +83,7 @@ def why_not(p: Problem) -> str | None:
         return "the input is not quantized"
     if not (_is_plain_fp8(p.weight) and _is_plain_fp8(p.input)):
         return f"weight {p.weight} and input {p.input} are not both fp8 with one scale a channel and token"
-    if p.weight.format == p.input.format and p.weight.format.name == "fp8_e5m2":
+    if _fp8_dtype(p.weight.format) == _fp8_dtype(p.input.format) == torch.float8_e5m2:
         return "cuBLASLt multiplies e5m2 only with e4m3"
     if p.device != "cuda":
         return f"no fp8 matmul that is faster than a float one on device {p.device!r}"
@@ -80,22 +95,24 @@ def why_not(p: Problem) -> str | None:
 
 
 def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The codes as they are, and one scale a channel."""
+    """The codes as they are or, of fewer bits, in E4M3; and one scale a channel."""
     scale = qparams.scale.expand(codes.shape[0], 1) if qparams.scale.dim() == 0 else qparams.scale
+    codes, scale = as_e4m3(codes, scale, narrow_name(qparams.spec))
     return {"weight": codes.contiguous(), "scale": scale.contiguous()}
 
 
 def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: Any) -> tuple[Any, ...]:
     assert p.input is not None
-    formats = (_torch_dtype(p.input), _torch_dtype(p.weight))
+    formats = (_fp8_dtype(p.input.format), _fp8_dtype(p.weight.format))
     codes, scale, _ = x
-    return (codes, scale, packed["weight"], packed["scale"], bias, p.dtype, *formats)
+    return (codes, scale, packed["weight"], packed["scale"], bias, p.dtype, *formats, narrow_name(p.input))
 
 
-def _torch_dtype(spec: Spec) -> torch.dtype:
-    assert isinstance(spec.format, Float)
-    assert spec.format.dtype is not None
-    return spec.format.dtype
+def _fp8_dtype(fmt: Format) -> torch.dtype | None:
+    """In which tensor cores take the numbers of a format."""
+    if is_narrow(fmt):
+        return torch.float8_e4m3fn
+    return fmt.dtype if isinstance(fmt, Float) else None
 
 
 KERNEL = Kernel(

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from qcompile.backends.fx.kernels import fp8
+from qcompile.backends.fx.kernels.narrow_floats import is_narrow
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
 from qcompile.backends.triton.ready import missing
 
 REGISTRY.define("fp8_matmul(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale) -> Tensor")
 REGISTRY.define(
-    "linear_fp8_triton(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias) -> Tensor"
+    "linear_fp8_triton(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, str narrow)"
+    " -> Tensor"
 )
 
 
@@ -34,8 +36,9 @@ def _fp8_matmul_meta(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale:
 
 
 def _linear_fp8_triton(
-    codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+    codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, narrow: str
 ) -> Tensor:
+    codes, scale = fp8.as_e4m3(codes, scale, narrow)
     row_scale = scale.expand(*codes.shape[:-1], 1).reshape(-1, 1)
     y = torch.ops.qcompile.fp8_matmul(codes.reshape(-1, codes.shape[-1]), row_scale, weight, weight_scale)
     y = y if bias is None else y + bias
@@ -56,7 +59,10 @@ def why_not(p: Problem) -> str | None:
         return "it needs a CUDA device"
     if p.dtype is not torch.bfloat16:
         return f"scales inside the matmul need bfloat16, y is {str(p.dtype).removeprefix('torch.')}"
-    if p.input is None or {p.weight.format.name, p.input.format.name} != {"fp8_e4m3"}:
+    held = [
+        spec is not None and (spec.format.name == "fp8_e4m3" or is_narrow(spec.format)) for spec in (p.weight, p.input)
+    ]
+    if not all(held):
         return f"weight {p.weight} and input {p.input} are not both e4m3"
     if (reason := missing("fp8_matmul")) is not None:
         return reason
@@ -67,7 +73,8 @@ def why_not(p: Problem) -> str | None:
 
 def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: Any) -> tuple[Any, ...]:
     codes, scale, _ = x
-    return (codes, scale, packed["weight"], packed["scale"], bias)
+    assert p.input is not None
+    return (codes, scale, packed["weight"], packed["scale"], bias, fp8.narrow_name(p.input))
 
 
 KERNEL = Kernel(

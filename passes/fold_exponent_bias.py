@@ -1,0 +1,59 @@
+"""Fold powers of two per input channel into the exponents of a weight's numbers.
+
+    x @ (w * 2**-shift).T for w of a float of few bits becomes x @ v.T for v = w * 2**-shift in E4M3
+
+whose three bits of mantissa and four of exponent hold every such v as it is, so that an 8-bit float matmul runs it.
+Source: LLM-FP4 (Liu 2023), equation 19, with E4M3 in place of a 4-bit format with a bias of its own for each column.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+
+from qcompile.formats import Float, parse_format
+from qcompile.graph import Graph, Op, V
+from qcompile.numerics import QParams, dequantize, quantize
+from qcompile.sites import constant_name
+
+_CONTAINER = parse_format("fp8_e4m3")
+
+
+def fold_exponent_bias(graph: Graph[V]) -> int:
+    """Replace each quantized weight that is multiplied column by column by a weight of E4M3 with the same values.
+
+    Returns how many were replaced. What E4M3 does not hold to the last bit stays as it is.
+    """
+    edits = 0
+    for value in list(graph.values()):
+        product = graph.inputs(value)[1] if graph.op(value) is Op.LINEAR else None
+        if product is None or graph.op(product) is not Op.MUL:
+            continue
+        dequantized, factor = graph.inputs(product)[:2]
+        if dequantized is not None and factor is not None and _fold(graph, value, dequantized, factor):
+            edits += 1
+    return edits
+
+
+def _fold(graph: Graph[V], linear: V, dequantized: V, factor: V) -> bool:
+    """Make a linear read its weight from E4M3; False if that would change it."""
+    codes = graph.inputs(dequantized)[0] if graph.op(dequantized) is Op.DEQUANTIZE else None
+    source = graph.inputs(codes)[0] if codes is not None and graph.op(codes) is Op.QUANTIZE else None
+    weight = None if source is None else graph.constant(source)
+    columns, qparams = graph.constant(factor), graph.qparams(dequantized)
+    if source is None or weight is None or columns is None or not isinstance(qparams, QParams):
+        return False
+    fmt = qparams.spec.format
+    if not isinstance(fmt, Float) or qparams.spec.scale != "fp32":
+        return False
+    # as far up as the largest number goes
+    room = math.floor(math.log2(_CONTAINER.max / fmt.max))
+    spec = replace(qparams.spec, format=_CONTAINER)
+    folded = replace(qparams, spec=spec, scale=qparams.scale * 2.0**-room, codes=None)
+    values = dequantize(quantize(weight, qparams), qparams) * columns.float()
+    if not weight.is_meta and not torch.equal(dequantize(quantize(values, folded), folded), values):
+        return False
+    name = constant_name(graph, source).removesuffix(".raised")
+    held = graph.add_constant(name, values.to(weight.dtype))
+    graph.set_input(linear, 1, graph.add_qdq(held, folded))
+    return True

@@ -1,0 +1,71 @@
+"""LLM-FP4 from calibration to the compiled model: every site shifted, folded and run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import qcompile
+from qcompile.backends.fx.kernels import Problem, choose
+from qcompile.presets import PRESETS
+from qcompile.recipe import recipe_from_table, recipe_to_table
+from qcompile.spec import parse_spec
+from tests.families import build, tokens
+
+pytestmark = pytest.mark.usefixtures("graphs_only")
+
+
+@pytest.mark.parametrize("recipe", ["fp4", "fp4-token"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_a_model_runs_as_planned(recipe: str, family: str, tmp_path: Path) -> None:
+    model, ids = build(family), tokens(2, 8)
+    float_model = model(ids)[0].clone()
+    plan = qcompile.calibrate(model, [{"input_ids": tokens(4, 16)}], recipe=recipe, progress=False)
+    assert not plan.notes
+    shifted = [decision for decision in plan.decisions.values() if decision.shift]
+    assert shifted
+    assert all(min(d.shift) >= 0 and max(d.shift) <= 14 and len(d.shift) == d.shape[1] for d in shifted)
+    fast = torch.compile(model, backend="qcompile", options={"plan": plan})
+    y = fast(ids)[0]
+    slow = torch.compile(model, backend="qcompile", options={"plan": plan, "lower": False})(ids)[0]
+    torch.testing.assert_close(y, slow, rtol=0, atol=float(slow.abs().max()) * 1e-4)
+    assert float((y - float_model).norm() / float_model.norm()) < 1
+    kernels = {site.name: site.kernel for site in qcompile.report(fast).sites}
+    assert {kernels[d.name] for d in shifted} <= {"dense", "packed"}
+    qcompile.save(plan, tmp_path / "plan")
+    again = qcompile.load(tmp_path / "plan", model)
+    assert again == plan
+
+
+def test_presets_survive_as_tables() -> None:
+    for name in ("fp4", "fp4-token", "fp4-a8", "fp4-weight"):
+        assert recipe_from_table(recipe_to_table(PRESETS[name])) == PRESETS[name]
+
+
+@pytest.mark.parametrize("given", ["fp4_e2m1/token", "fp4_e3m0/tensor", "fp8_e4m3/token"])
+def test_folded_weights_run_on_fp8_tensor_cores(given: str) -> None:
+    problem = Problem(
+        N=64,
+        K=64,
+        weight=parse_spec("fp8_e4m3/channel"),
+        input=parse_spec(given),
+        dtype=torch.bfloat16,
+        device="cuda",
+        capability=(8, 9),
+    )
+    assert choose(problem)[0].name == "fp8"
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({"weight": "int4/channel", "input": "int4/token", "shift": 3}, "not both floats"),
+        ({"weight": "fp4_e2m1/channel", "input": "fp4_e2m1/token", "shift": 3, "smooth": 0.5}, "smooths or splits"),
+        ({"weight": "fp4_e2m1/channel", "shift": 3}, "not both floats"),
+        ({"weight": "fp4_e2m1/channel", "input": "fp4_e2m1/token", "shift": 15}, "from 1 to 14"),
+        ({"weight": "fp4_e2m1/channel", "input": "fp4_e2m1/token", "shift": True}, "from 1 to 14"),
+    ],
+)
+def test_rules_that_cannot_be_followed(rule: dict, words: str) -> None:
+    with pytest.raises(qcompile.QcompileError, match=words):
+        qcompile.calibrate(build("llama"), [tokens(1, 8)], recipe={"rules": [rule]}, progress=False)
