@@ -3,7 +3,7 @@
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -34,6 +34,8 @@ from qcompile.watch import Seen, evaluating, first_rows, run_batch
 _LOG = logging.getLogger(__name__)
 # sites that a note names
 NAMED = 6
+# octaves by which weights in float16 may be lowered: more would take bits of those that become subnormal
+FLOAT16_SHIFTED = 3
 Item = TypeVar("Item")
 
 
@@ -176,7 +178,7 @@ class _Preparing(Generic[V]):
                 probe=joined([probe_part(w, stats, whole=shares_rows(rule.weight)) for w in weights]),
                 stats=stats,
                 columns=torch.stack([weight.abs().amax(0) for weight in weights]).amax(0),
-                rule=rule,
+                rule=_exact(rule, members),
                 channels=edge.channels if may_scale else None,
                 strength=self._strength(rule),
             )
@@ -315,6 +317,13 @@ class _Preparing(Generic[V]):
         if self._failures is None:
             self._failures = tempfile.mkdtemp(prefix="qcompile-failures-")
         return Path(self._failures)
+
+
+def _exact(rule: Rule, members: Sequence[Found[V]]) -> Rule:
+    """The rule with no larger shift than is exact in the dtype of these sites' weights."""
+    if rule.shift is None or all(found.site.weight.dtype != torch.float16 for found in members):
+        return rule
+    return replace(rule, shift=min(rule.shift, FLOAT16_SHIFTED))
 
 
 def _groups(seen: Seen) -> Iterator[Group]:

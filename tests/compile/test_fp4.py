@@ -37,6 +37,13 @@ def test_a_model_runs_as_planned(recipe: str, family: str, tmp_path: Path) -> No
     assert again == plan
 
 
+def test_float16_is_shifted_as_far_as_it_is_exact() -> None:
+    model = build("llama").half()
+    plan = qcompile.calibrate(model, [{"input_ids": tokens(4, 16)}], recipe="fp4-token", progress=False)
+    assert 0 < max(max(d.shift, default=0) for d in plan.decisions.values()) <= 3
+    assert not plan.notes
+
+
 def test_presets_survive_as_tables() -> None:
     for name in ("fp4", "fp4-token", "fp4-a8", "fp4-weight"):
         assert recipe_from_table(recipe_to_table(PRESETS[name])) == PRESETS[name]

@@ -1,0 +1,130 @@
+"""4 bits on both sides: what integers, 4-bit floats, blocks, and LLM-FP4's shifted exponents keep of a language model.
+
+    python examples/benchmarks/fp4.py --model DIR --tokens FILE [--device cuda] [--windows 128]
+
+All linears but the logits' with 4-bit weights and 4-bit inputs, without and with outliers injected as `outliers.py`
+does. Calibrated on windows of 512 tokens of the first half of the file, measured on windows of the second half, with
+the quantized graph as the passes leave it; KL in nats a token, to the float model.
+Writes examples/benchmarks/results/fp4_<device>.json.
+"""
+
+import argparse
+import copy
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from outliers import BATCH, WINDOW, inject, measure, quantized
+from result_files import RESULTS, device, write_result
+from torch import Tensor, nn
+
+import qcompile
+from qcompile.cli.language import read_tokens
+from qcompile.cli.models import load_model
+from qcompile.presets import PRESETS
+from qcompile.recipe import FLOAT, MOST_SHIFTED, Recipe, Rule
+from qcompile.report.quality import token_windows
+from qcompile.smooth import parse_smooth
+from qcompile.spec import parse_spec
+
+# the most octaves of the paper for E2M1: 2**e - 1
+PAPER = 3
+# weight, input, solver, and what else the rule says
+RECIPES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "int4, static, smallest to largest": ("int4/channel", "int4/tensor", "round", {"observer": "minmax"}),
+    "int4, per token": ("int4/channel", "int4/token", "round", {}),
+    "int4, per token, smoothed": ("int4/channel", "int4/token", "round", {"smooth": parse_smooth("search")}),
+    "e2m1, static, smallest to largest": ("fp4_e2m1/channel", "fp4_e2m1/tensor", "round", {"observer": "minmax"}),
+    "e2m1, per token": ("fp4_e2m1/channel", "fp4_e2m1/token", "mse", {}),
+    "e2m1, static": ("fp4_e2m1/channel", "fp4_e2m1/tensor", "mse", {}),
+    "e2m1, static, shifted as in the paper": ("fp4_e2m1/channel", "fp4_e2m1/tensor", "mse", {"shift": PAPER}),
+    "any float, static (FPQ without shift)": ("fp4_e2m1/channel", "fp4_e2m1/tensor", "mse", {"format": FLOAT}),
+    "any float, static, shifted as in the paper": (
+        "fp4_e2m1/channel",
+        "fp4_e2m1/tensor",
+        "mse",
+        {"format": FLOAT, "shift": PAPER},
+    ),
+    "fp4: any float, static, shifted": (
+        "fp4_e2m1/channel",
+        "fp4_e2m1/tensor",
+        "mse",
+        {"format": FLOAT, "shift": MOST_SHIFTED},
+    ),
+    "fp4-token: any float, per token, shifted": (
+        "fp4_e2m1/channel",
+        "fp4_e2m1/token",
+        "mse",
+        {"format": FLOAT, "shift": MOST_SHIFTED},
+    ),
+    "mxfp4": ("fp4_e2m1/b32/e8m0", "fp4_e2m1/b32/e8m0", "round", {}),
+    "nvfp4": ("fp4_e2m1/b16/fp8_e4m3", "fp4_e2m1/b16/fp8_e4m3", "round", {}),
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of one row; logits keep 8 bits, as in the presets."""
+    weight, given, solver, more = RECIPES[name]
+    head, *_ = PRESETS["fp4"].rules
+    rule = Rule(weight=parse_spec(weight), input=parse_spec(given), solver=solver, **more)
+    return Recipe(name=name, rules=(head, rule))
+
+
+def rows(model: nn.Module, calibration: list[Tensor], batches: list[Tensor]) -> dict[str, Any]:
+    """Every recipe on one model."""
+    reference = [model(batch, use_cache=False).logits.half() for batch in batches]
+    base = measure(lambda batch, use_cache: model(batch, use_cache=use_cache), reference, batches)["perplexity"]
+    table: dict[str, Any] = {"float": {"perplexity": base}}
+    for name in RECIPES:
+        start = time.perf_counter()
+        inputs = [{"input_ids": batch, "use_cache": False} for batch in calibration]
+        plan = qcompile.calibrate(model, inputs, recipe(name), progress=False)
+        taken = time.perf_counter() - start
+        found = measure(quantized(model, plan), reference, batches)
+        decided = [d for d in plan.decisions.values() if d.input is not None and d.input.format.bits == 4]
+        table[name] = {
+            **found,
+            "change": found["perplexity"] / base - 1,
+            "calibration_seconds": taken,
+            "inputs": Counter(d.input.format.name for d in decided if d.input is not None),
+            "shifted_sites": sum(bool(d.shift) for d in decided),
+            "multiplications_left": sum(not fold.into for fold in plan.folds),
+            "notes": list(plan.notes),
+        }
+        print(name, {key: table[name][key] for key in ("change", "kl", "shifted_sites")}, flush=True)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--tokens", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--calibration", type=int, default=32)
+    given = parser.parse_args()
+    plain = load_model(given.model).to(given.device)
+    tokens = read_tokens(given.tokens, given.model, int(plain.config.vocab_size))
+    batches = list(token_windows(tokens, WINDOW, given.windows).to(given.device).split(BATCH))
+    calibration = list(tokens[: given.calibration * WINDOW].view(-1, WINDOW).to(given.device).split(BATCH))
+    injected = copy.deepcopy(plain)
+    channels = inject(injected)
+    with torch.no_grad():
+        result = {
+            "command": "python examples/benchmarks/fp4.py --model DIR --tokens FILE",
+            "model": given.model.name,
+            "dtype": str(plain.dtype),
+            "windows": [len(batches) * BATCH, WINDOW],
+            "calibration_windows": given.calibration,
+            "machine": device(given.device),
+            "injected_channels": channels,
+            "plain": rows(plain, calibration, batches),
+            "injected": rows(injected, calibration, batches),
+        }
+    write_result(RESULTS / f"fp4_{given.device}.json", result)
+
+
+if __name__ == "__main__":
+    main()
