@@ -2,7 +2,8 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, reduce
 from pathlib import Path
@@ -94,8 +95,9 @@ def prepare_graphs(
 ) -> Prepared:
     """What `prepare` does, on graphs of any host.  model: its name, for strengths of smoothing that go by it."""
     found = [_Preparing(captured, seen, recipe, model, failures) for captured in graphs]
+    runs = Counter(name for one in found for name in one.runs)
     for one in found:
-        one.decide()
+        one.decide({name for name, count in runs.items() if count > 1})
         one.verify()
     held = {name for one in found for name in one.names}
     hidden = [site.name for site in seen.sites.values() if site.op is Op.LINEAR and site.name not in held]
@@ -136,15 +138,21 @@ class _Preparing(Generic[V]):
         # to look at; what changes a graph opens its own
         self._graph = captured.open()
         self.groups = list(outlier_groups(self._graph, seen.stats))
+        # the site of each linear, as often as it runs
+        self._edges = find_edges(self._graph)
+        self.runs = [found.site.name for edge in self._edges for found in edge.consumers]
         self._captured, self._seen, self._recipe = captured, seen, recipe
         self._model, self._failures = model, failures
         # what folds divide the rows of linears by: channels and scales
         self._taken: dict[V, list[tuple[Tensor, Tensor]]] = {}
 
-    def decide(self) -> None:
-        """Choose for each activation, last ones first: a fold behind changes rows of the weights before it."""
+    def decide(self, repeated: Collection[str]) -> None:
+        """Choose for each activation, last ones first: a fold behind changes rows of the weights before it.
+
+        repeated: sites that run several times; their weights can follow one shift only, and each run would bring one.
+        """
         graph = self._graph
-        for edge in reversed(find_edges(graph)):
+        for edge in reversed(self._edges):
             self.names |= {found.site.name for found in edge.consumers}
             by_rule = self._by_rule(edge)
             # a scale serves all that read the activation: it is sought where they agree on how
@@ -152,7 +160,9 @@ class _Preparing(Generic[V]):
             may_scale = foldable and len(by_rule) == 1 and not self._others(edge, *by_rule.values())
             self.foldable |= {found.site.name: edge.channels for found in edge.consumers if foldable}
             for rule, members in by_rule.items():
-                self._decide(edge, rule, members, may_scale=may_scale)
+                several = any(found.site.name in repeated for found in members)
+                chosen = replace(rule, shift=None) if several else _exact(rule, members)
+                self._decide(edge, chosen, members, may_scale=may_scale)
 
     def _by_rule(self, edge: Edge[V]) -> dict[Rule, list[Found[V]]]:
         """The edge's sites that are quantized and of which data was seen, by the rule that decides them."""
@@ -178,7 +188,7 @@ class _Preparing(Generic[V]):
                 probe=joined([probe_part(w, stats, whole=shares_rows(rule.weight)) for w in weights]),
                 stats=stats,
                 columns=torch.stack([weight.abs().amax(0) for weight in weights]).amax(0),
-                rule=_exact(rule, members),
+                rule=rule,
                 channels=edge.channels if may_scale else None,
                 strength=self._strength(rule),
             )

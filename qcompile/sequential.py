@@ -9,7 +9,7 @@ memory at a time, and of each batch what lies between two layers.
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -187,11 +187,14 @@ class _BatchThread(threading.Thread):
         self.owner = run
         self._number, self._batch, self._mask = number, batch, mask_of(batch)
         # as the caller has them
-        self._autocasts = [
+        self._settings: list[AbstractContextManager[Any]] = [
             torch.autocast(device, dtype=torch.get_autocast_dtype(device))
             for device in ("cpu", "cuda")
             if torch.is_autocast_enabled(device)
         ]
+        self._settings.append(torch.get_default_device())
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            self._settings.append(torch.cuda.device(torch.cuda.current_device()))
         self._x: Tensor | None = None
         self._error: BaseException | None = None
         self._stopping = False
@@ -221,6 +224,9 @@ class _BatchThread(threading.Thread):
 
     def wait(self, call: Call, x: Tensor) -> None:
         """Stand still at a site, about to multiply x; called in the thread itself."""
+        if self._stopping:
+            # the model handled what took the batch out of it, and went on
+            raise _StoppedError
         self.call, self._x = call, x
         self._back.release()
         self._turn.acquire()
@@ -232,9 +238,9 @@ class _BatchThread(threading.Thread):
         """The thread's own; see `go_on`."""
         try:
             # all of these are settings of a thread
-            with torch.no_grad(), ExitStack() as autocasts, _Quantizing(self):
-                for autocast in self._autocasts:
-                    autocasts.enter_context(autocast)
+            with torch.no_grad(), ExitStack() as settings, _Quantizing(self):
+                for setting in self._settings:
+                    settings.enter_context(setting)
                 self.owner.run(self._batch, self._number)
         except _StoppedError:
             pass

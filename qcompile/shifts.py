@@ -21,9 +21,8 @@ def shift_of(amax: Tensor, channels: Tensor | None, most: int, left_out: float) 
     """Octaves by which channels are raised to reach as far as one `left_out` octaves below the largest; int64 [K].
 
     amax: float32 [K], largest magnitude of each channel.  channels: int64 [K], what must share a shift; None if nothing
-    must.  Shifts are from 0 to `most`, which a dead channel has.
+    must.  Shifts are from 0 to `most`; a channel in which nothing was seen has none, as other data may be large there.
     """
     reach = amax if channels is None else tied(amax, channels)
     below = (reach.amax() / reach).double().log2()
-    # clipped first: an infinite number has no integer; of all dead channels none is raised
-    return below.nan_to_num(nan=0.0, posinf=float(most)).sub(left_out).clamp(0, most).round().long()
+    return below.nan_to_num(nan=0.0, posinf=0.0).sub(left_out).clamp(0, most).round().long()

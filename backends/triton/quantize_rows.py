@@ -226,7 +226,7 @@ def quantize_rows(
     """x [..., K], and second of its shape: added before a norm, or multiplied with after an activation.
 
     weight, bias: of a norm, [K].  offset: 0, or 128 for codes with a zero as int8, less 128.
-    keep_total: return the sum, too..
+    keep_total: return the sum, too.
     """
     *batch, K = x.shape
     rows, other = _rows(x), None if second is None else _rows(second)

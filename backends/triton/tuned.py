@@ -33,12 +33,17 @@ _KINDS: Mapping[str, type[Config]] = {
 }
 
 
+# numbers of rows that are tuned for: each stands for those down to the next
+ROWS = (1, 16, 32, 64, 128, 256, 512, 2048, 8192)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Key:
     """What measured times depend on. capability: 90 for 9.0; kernels: digest of the sources."""
 
     device: str
     capability: int
+    torch: str
     triton: str
     kernels: str
 
@@ -77,6 +82,7 @@ def key_of(device: torch.device) -> Key:
     return Key(
         device=torch.cuda.get_device_name(device),
         capability=capability_of(device),
+        torch=torch.__version__,
         triton=triton.__version__,
         kernels=_digest(),
     )
@@ -144,11 +150,11 @@ def tuned_entries(fmt: str, N: int, K: int, device: torch.device) -> tuple[Entry
 
 
 def is_worth(fmt: str, N: int, K: int) -> bool:
-    """Whether tuning on the current device found the format nowhere slower than bfloat16."""
+    """Whether tuning on the current device found the format nowhere slower than bfloat16, for any number of rows."""
     if not torch.cuda.is_available():
         return False
     found = tuned_for(fmt, N, K, torch.device("cuda", torch.cuda.current_device()))
-    return bool(found) and all(t.us <= t.bf16_us for t in found)
+    return {t.rows for t in found} >= set(ROWS) and all(t.us <= t.bf16_us for t in found)
 
 
 def _difference(made: Key, key: Key) -> str:

@@ -16,12 +16,10 @@ from qcompile.backends.triton.int4_linear import int4_linear
 from qcompile.backends.triton.int4_table import TABLE, FewRows, ManyRows, Unpack, can_run
 from qcompile.backends.triton.int4_words import pack_scales, pack_words
 from qcompile.backends.triton.table import Entry, capability_of, configs_of, fitting
-from qcompile.backends.triton.tuned import Config, Tuned
+from qcompile.backends.triton.tuned import ROWS, Config, Tuned
 from qcompile.numerics import QParams, dequantize, fake_quantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 
-# numbers of rows that are tuned for: each stands for those down to the next
-ROWS = (1, 16, 32, 64, 128, 256, 512, 2048, 8192)
 DTYPE = torch.bfloat16
 # relative error to float32 on the same codes: results are bfloat16, and sums of fp8 keep about 14 bits
 LIMIT = 1e-2
@@ -67,6 +65,8 @@ class Family:
     weight: str
     input: str | None
     capability: int
+    # what N and K must divide by for the kernels, and the library beside them
+    multiples: tuple[int, int]
     table: Sequence[Entry[Any]]
     pack: Callable[[Tensor, QParams], dict[str, Tensor]]
     run: Callable[[Tensor, Tensor | None, Mapping[str, Tensor], int, Any], Tensor]
@@ -104,18 +104,37 @@ FAMILIES: Mapping[str, Family] = {
         weight="int4/g128/asym/bf16",
         input=None,
         capability=80,
+        multiples=(1, 128),
         table=TABLE,
         pack=_pack_int4,
         run=_int4,
         can_run=lambda config, M, N: can_run(config, M, N, wide=False),
     ),
     "int8": Family(
-        weight="int8/channel", input="int8/token", capability=80, table=INT8, pack=_pack_eight_bit, run=_int8
+        weight="int8/channel",
+        input="int8/token",
+        capability=80,
+        multiples=(8, 16),
+        table=INT8,
+        pack=_pack_eight_bit,
+        run=_int8,
     ),
     "fp8": Family(
-        weight="fp8_e4m3/channel", input="fp8_e4m3/token", capability=89, table=FP8, pack=_pack_eight_bit, run=_fp8
+        weight="fp8_e4m3/channel",
+        input="fp8_e4m3/token",
+        capability=89,
+        multiples=(16, 16),
+        table=FP8,
+        pack=_pack_eight_bit,
+        run=_fp8,
     ),
 }
+
+
+def why_not(fmt: str, N: int, K: int) -> str | None:
+    """None if a weight [N, K] can be tuned in this format, else the reason."""
+    of_n, of_k = FAMILIES[fmt].multiples
+    return f"N and K must divide by {of_n} and {of_k}" if N % of_n or K % of_k else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +185,8 @@ def candidates(family: Family, M: int, N: int, K: int, capability: int) -> list[
 def tune(fmt: str, N: int, K: int, rows: Sequence[int] = ROWS) -> Iterator[Outcome]:
     """The fastest configurations for a weight [N, K] on the current device, one for each number of rows of x.
 
-    Raises SpecError if groups do not divide K, RuntimeError if the table's own configuration gives a wrong result.
+    Of weights to which `why_not` has no objection.  Raises RuntimeError if the table's own configuration gives a wrong
+    result.
     """
     family = FAMILIES[fmt]
     device = torch.device("cuda", torch.cuda.current_device())

@@ -51,8 +51,8 @@ def tune(
 
 def _measure(shapes: Sequence[Shape], formats: str | None, rows: str | None, console: Console) -> None:
     from qcompile.backends.triton.table import capability_of
-    from qcompile.backends.triton.tuned import key_of, write_tuning
-    from qcompile.backends.triton.tuning import FAMILIES, ROWS, tune
+    from qcompile.backends.triton.tuned import key_of, path_for, write_tuning
+    from qcompile.backends.triton.tuning import FAMILIES, ROWS, tune, why_not
 
     device = torch.device("cuda", torch.cuda.current_device())
     names = [name for name, family in FAMILIES.items() if family.capability <= capability_of(device)]
@@ -65,16 +65,19 @@ def _measure(shapes: Sequence[Shape], formats: str | None, rows: str | None, con
         table.add_column(column, justify="right" if column in ("rows", "us", "table's", "bf16", "tried") else "left")
     for N, K in shapes:
         for name in chosen:
+            if reason := why_not(name, N, K):
+                console.print(f"{name}, {N} x {K} is left out: {reason}", markup=False)
+                continue
             with console.status(f"measuring {name}, {N} x {K} ..."):
                 outcomes = list(tune(name, N, K, numbers))
             # what is measured stays, should a later shape fail
-            path = write_tuning(key_of(device), [outcome.best for outcome in outcomes])
+            write_tuning(key_of(device), [outcome.best for outcome in outcomes])
             for o in outcomes:
                 times = (f"{us:.1f}" for us in (o.best.us, o.table_us, o.best.bf16_us))
                 count = f"{o.tried} of {o.tried + len(o.refused)}"
                 table.add_row(name, f"{N} x {K}", str(o.best.rows), *times, count, o.changes)
     console.print(table)
-    console.print(f"wrote {path}", style="dim", markup=False)
+    console.print(f"tuned for this GPU: {path_for(key_of(device).device)}", style="dim", markup=False)
 
 
 def linear_shapes(model: nn.Module) -> list[Shape]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import qcompile
 from qcompile.backends.fx.kernels import Problem, choose
@@ -35,6 +36,24 @@ def test_a_model_runs_as_planned(recipe: str, family: str, tmp_path: Path) -> No
     qcompile.save(plan, tmp_path / "plan")
     again = qcompile.load(tmp_path / "plan", model)
     assert again == plan
+
+
+def test_a_linear_that_runs_twice_is_not_raised_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.scale = nn.Parameter(torch.exp2(torch.linspace(-4, 4, 32)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.b(self.a(x) * self.scale)) * self.scale)
+
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(64, 32)
+    plan = qcompile.calibrate(model, [x], recipe="fp4-token", progress=False)
+    assert not plan.decisions["b"].shift
+    y = torch.compile(model, backend="qcompile", options={"plan": plan})(x)
+    assert float((y - model(x)).norm() / model(x).norm()) < 0.5
 
 
 def test_float16_is_shifted_as_far_as_it_is_exact() -> None:

@@ -18,7 +18,7 @@ from qcompile.backends.triton.table import configs_of, fitting
 from qcompile.backends.triton.tuned import Key, Tuned, read_tuning, tuned_entries, tuning_of, write_tuning
 from qcompile.backends.triton.tuning import CHOICES, FAMILIES, Outcome, candidates, fastest, neighbours
 
-KEY = Key(device="NVIDIA H200", capability=90, triton="3.6.0", kernels="abc")
+KEY = Key(device="NVIDIA H200", capability=90, torch="2.11.0", triton="3.6.0", kernels="abc")
 FEW = FewRows(rows=8, units=2, warps=4, depth=2, blocks=4, resident=3)
 DEVICE = torch.device("cuda", 0)
 

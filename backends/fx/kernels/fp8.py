@@ -40,7 +40,8 @@ def _linear_fp8(
     narrow: str,
 ) -> Tensor:
     codes, scale = as_e4m3(codes, scale, narrow)
-    rows = codes.reshape(-1, codes.shape[-1])
+    # codes keep the strides of what was quantized, and cuBLASLt takes rows
+    rows = codes.reshape(-1, codes.shape[-1]).contiguous()
     x, w = rows.view(input_format), weight.view(weight_format).t()
     row_scale = scale.expand(*codes.shape[:-1], 1).reshape(-1, 1)
     channel_scale = weight_scale.reshape(1, -1)

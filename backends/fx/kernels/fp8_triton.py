@@ -27,7 +27,8 @@ def _fp8_matmul(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tens
     from qcompile.backends.triton.eight_bit import Operands
     from qcompile.backends.triton.fp8_matmul import fp8_matmul
 
-    x, w = codes.view(torch.float8_e4m3fn), weight.view(torch.float8_e4m3fn)
+    # codes keep the strides of what was quantized, and rows are read as such
+    x, w = codes.contiguous().view(torch.float8_e4m3fn), weight.view(torch.float8_e4m3fn)
     return fp8_matmul(Operands(x=x, w=w, scale_x=scale, scale_w=weight_scale, dtype=torch.bfloat16))
 
 
