@@ -1,7 +1,7 @@
-"""W4A16 on Hopper's wgmma: y[M, N] = x[M, K] @ dequantized(codes[N, K]).T + bias, x bfloat16 or float16.
+"""Weights of 2 to 8 bits on Hopper's wgmma: y[M, N] = x[M, K] @ dequantized(codes[N, K]).T + bias, x of 16 bits.
 
 Operands are swapped: the weight is the first operand, out of registers, and x the second, out of shared memory, where
-TMA puts it. Words go from memory to registers in the order of the tensor cores (`int4_words`) and become exactly the
+TMA puts it. Words go from memory to registers in the order of the tensor cores (`widths`) and become exactly the
 dequantized weight in the dtype of x: (n - zero) * scale, rounded once. While a product runs, the next operand is
 unpacked. Programs walk over tiles in groups of rows of x, so that what they read stays in the L2 cache; where tiles are
 few, K is cut into slices, which `add_parts` adds in a fixed order.

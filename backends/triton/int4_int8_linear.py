@@ -35,7 +35,7 @@ ALIGNMENT = 16
 class Operands:
     """What is multiplied.
 
-    x: int8 [M, K], contiguous, of whole multiples of 16 columns; scale_x and zero float32, one a row or one for all.
+    x: int8 [M, K], of whole multiples of 16 columns; scale_x and zero float32, one a row or one for all.
     words, scales, sums: as `int4_int8_words` packs them.  bias: [N].
     """
 

@@ -1,9 +1,9 @@
-"""W4A16 for few rows: y[M, N] = x[M, K] @ dequantized(codes[N, K]).T + bias, x bfloat16 or float16.
+"""Weights of 2 to 8 bits, few rows: y[M, N] = x[M, K] @ dequantized(codes[N, K]).T + bias, x bfloat16 or float16.
 
 Operands are swapped: the weight is the first operand of m16n8k16, the few rows of x are the second, padded to 8, 16
-or 32 columns. Weights go from memory to registers in the order of the tensor cores (`int4_words`), so the main loop
-has no barrier and no shuffle. A nibble n becomes the float n + offset by one `lop3`; nothing else is done to single
-weights: with sums[m, g] = sum of x[m, k] over group g,
+or 32 columns. Weights go from memory to registers in the order of the tensor cores (`widths`), so the main loop has no
+barrier and no shuffle. Of integers a code n becomes the float n + offset, of 4 bits by one `lop3`, and nothing else is
+done to single weights; numbers of a table have no offset. With sums[m, g] = sum of x[m, k] over group g,
 
     y[m, n] = sum over g of scale[n, g] * (dot[m, n, g] - (offset + zero[n, g]) * sums[m, g]).
 

@@ -1,4 +1,4 @@
-"""Which configuration of the W4A16 kernels runs which problem: measured on sm_90, safe elsewhere.
+"""Which configuration of the kernels for 4-bit weights runs which problem: measured on sm_90, safe elsewhere.
 
 The first entry that takes a problem runs it. examples/benchmarks/triton_kernels.py measures what it chooses.
 """

@@ -1,7 +1,7 @@
-"""The floats of a 4-bit weight, for the library's matmul: w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g].
+"""The floats of a weight of 2 to 8 bits, for the library's matmul: w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g].
 
 Computed in float32 and rounded once to the dtype of x, as `qcompile.numerics.dequantize` does. Reads words of
-`int4_words`. For many rows of x, where reading and writing the weight once costs little beside the product.
+`widths`. For many rows of x, where reading and writing the weight once costs little beside the product.
 """
 
 import torch
