@@ -51,8 +51,8 @@ def tune(
 
 def _measure(shapes: Sequence[Shape], formats: str | None, rows: str | None, console: Console) -> None:
     from qcompile.backends.triton.table import capability_of
-    from qcompile.backends.triton.tuned import key_of, path_for, write_tuning
-    from qcompile.backends.triton.tuning import FAMILIES, ROWS, tune, why_not
+    from qcompile.backends.triton.tuned import ROWS, key_of, path_for, write_tuning
+    from qcompile.backends.triton.tuning import FAMILIES, tune, why_not
 
     device = torch.device("cuda", torch.cuda.current_device())
     names = [name for name, family in FAMILIES.items() if family.capability <= capability_of(device)]
