@@ -1,10 +1,5 @@
 """The kernels of 8-bit codes without a GPU: every configuration becomes a binary; the interpreter runs integers."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -17,8 +12,8 @@ from qcompile.backends.triton.eight_bit_table import Config, HopperTiles, Librar
 from qcompile.backends.triton.table import configs_of, fitting
 from tests.triton.compiled import name_of
 from tests.triton.eight_bit_cubins import cubin
+from tests.triton.needs import run_interpreted
 
-ROOT = Path(__file__).resolve().parents[2]
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 
 
@@ -107,15 +102,4 @@ print("equal")
 
 
 def test_integers_in_the_interpreter() -> None:
-    numpy = pytest.importorskip("numpy")
-    if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip("Triton's interpreter needs numpy<2.4")
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+    run_interpreted(INTERPRETED)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 pytest.importorskip("triton")
 
@@ -59,10 +59,10 @@ def plain(
 
 @pytest.fixture(scope="module", autouse=True)
 def op_on_cpu() -> Iterator[None]:
-    library = torch.library.Library("qcompile", "IMPL")
-    library.impl("quantize_rows", plain, "CPU")
+    added = library.Library("qcompile", "IMPL")
+    added.impl("quantize_rows", plain, "CPU")
     yield
-    library._destroy()
+    added._destroy()
 
 
 class RMSNorm(nn.Module):

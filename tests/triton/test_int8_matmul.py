@@ -15,6 +15,7 @@ from qcompile.backends.triton.fp8_matmul import fp8_matmul
 from qcompile.backends.triton.int8_matmul import int8_matmul
 from qcompile.backends.triton.table import capability_of, configs_of
 from tests.triton.compiled import name_of
+from tests.triton.needs import require_fp8
 
 pytestmark = pytest.mark.gpu
 
@@ -163,8 +164,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 @pytest.mark.parametrize("M", [1, 17, 64])
 @pytest.mark.parametrize(("N", "K"), [(400, 352), (12, 130), (8192, 4096)])
 def test_fp8(M: int, N: int, K: int) -> None:
-    if torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("fp8 tensor cores begin with sm_89")
+    require_fp8()
     x, w = random(M, K).to(torch.float8_e4m3fn), random(N, K).to(torch.float8_e4m3fn)
     o = Operands(x=x, w=w, scale_x=random(M, 1).abs(), scale_w=random(N, 1).abs(), dtype=BFLOAT16)
     scale = o.scale_x.double() * o.scale_w.double().T
@@ -186,8 +186,7 @@ def test_fp8(M: int, N: int, K: int) -> None:
 @pytest.mark.parametrize("M", [1, 65])
 @pytest.mark.parametrize("N", [400, 408])
 def test_fp8_by_the_table(M: int, N: int) -> None:
-    if torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("fp8 tensor cores begin with sm_89")
+    require_fp8()
     x, w = random(M, 352).to(torch.float8_e4m3fn), random(N, 352).to(torch.float8_e4m3fn)
     o = Operands(x=x, w=w, scale_x=random(M, 1).abs(), scale_w=random(N, 1).abs(), dtype=BFLOAT16)
     reference = (x.double() @ w.double().T) * o.scale_x.double() * o.scale_w.double().T

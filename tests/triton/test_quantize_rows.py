@@ -16,6 +16,7 @@ from qcompile.backends.fx.rows import QUANTIZE_ROWS
 from qcompile.backends.triton.quantize_rows import BEFORE, Rows, divide, quantize_rows
 from qcompile.numerics import QParams, dequantize, find_qparams, quantize
 from qcompile.spec import Spec, parse_spec
+from tests.triton.needs import require_fp8
 
 pytestmark = pytest.mark.gpu
 
@@ -29,8 +30,8 @@ SHAPES = [(1, 4096), (3, 1), (5, 7), (2, 384), (7, 1000), (33, 4097), (2, 14336)
 @pytest.fixture(autouse=True)
 def supported(request: pytest.FixtureRequest) -> None:
     spec = request.node.callspec.params.get("spec") if hasattr(request.node, "callspec") else None
-    if spec is FP8 and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("casts to fp8 begin with sm_89")
+    if spec is FP8:
+        require_fp8()
 
 
 def random(*size: int, dtype: torch.dtype) -> Tensor:

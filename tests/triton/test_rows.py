@@ -1,10 +1,5 @@
 """Quantizing rows without a GPU: the kernel becomes a binary for each device; the interpreter finds exact codes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,9 +7,9 @@ pytest.importorskip("triton")
 
 from qcompile.backends.triton.quantize_rows import BEFORE, MAX_K, warps_for, why_not
 from qcompile.spec import parse_spec
+from tests.triton.needs import run_interpreted
 from tests.triton.rows_cubins import cubin
 
-ROOT = Path(__file__).resolve().parents[2]
 BFLOAT16 = torch.bfloat16
 
 
@@ -148,15 +143,4 @@ print("equal")
 
 
 def test_the_interpreter_finds_the_codes_of_the_oracle() -> None:
-    numpy = pytest.importorskip("numpy")
-    if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip("Triton's interpreter needs numpy<2.4")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+    run_interpreted(INTERPRETED)
