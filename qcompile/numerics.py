@@ -236,3 +236,16 @@ def snr_db(reference: Tensor, approximation: Tensor) -> float:
     signal = reference.double().square().sum()
     noise = (reference.double() - approximation.double()).square().sum()
     return float(10 * torch.log10(signal / noise)) if noise > 0 else float("inf")
+
+
+def on_device(qparams: QParams, device: torch.device) -> QParams:
+    """The same qparams there; codes stay where they are, and `quantize` brings them."""
+    if qparams.scale.device == device:
+        return qparams
+    return replace(
+        qparams,
+        scale=qparams.scale.to(device),
+        zero=None if qparams.zero is None else qparams.zero.to(device),
+        levels=None if qparams.levels is None else qparams.levels.to(device),
+        stored={name: tensor.to(device) for name, tensor in qparams.stored.items()},
+    )

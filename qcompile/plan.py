@@ -17,13 +17,13 @@ from qcompile.fitting import check_tiles, check_weight
 from qcompile.folds import Fold
 from qcompile.graph import Op
 from qcompile.methods import check_methods
-from qcompile.numerics import QParams
+from qcompile.numerics import QParams, on_device
 from qcompile.observers import Stats
 from qcompile.outliers import Outliers
 from qcompile.ranges import parse_observer
 from qcompile.recipe import Recipe, Rule
 from qcompile.sites import CHANNEL_AXIS, LeftOver, Site, digest
-from qcompile.solved import Solved, equal_qparams, equal_tensors, on_device
+from qcompile.solved import Solved, equal_qparams, equal_tensors
 from qcompile.solvers import IN_TURN, SOLVERS, WEIGHTED
 from qcompile.spec import ALL, Spec
 

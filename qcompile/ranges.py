@@ -16,7 +16,7 @@ from qcompile.clipping import KL_BINS, divergence_cells, least_divergence, least
 from qcompile.distribution import Distribution, lloyd_max_levels, quantile_levels
 from qcompile.errors import CalibrationError, RecipeError, SpecError, nearest
 from qcompile.formats import CodeBook
-from qcompile.numerics import QParams, dequantize, qparams_of_range, quantize
+from qcompile.numerics import QParams, dequantize, on_device, qparams_of_range, quantize
 from qcompile.observers import BATCHES, History, Part, Stats
 from qcompile.spec import Spec, parse_granularity
 
@@ -87,7 +87,7 @@ class Observer:
         qparams = qparams_of_range(low[0], high[0], spec)
         if isinstance(spec.format, CodeBook) and spec.format.levels is None:
             qparams = replace(qparams, levels=_learned(lines.values, spec.format, qparams.scale))
-        return _on_device(qparams, stats.low.device)
+        return on_device(qparams, stats.low.device)
 
 
 def find_absmax(lines: Lines, spec: Spec, parameter: float) -> Range:
@@ -317,13 +317,3 @@ def _rounding(lines: Lines, spec: Spec, ends: Range, inside: Range) -> Tensor:
 def _learned(values: Distribution, fmt: CodeBook, scale: Tensor) -> Tensor:
     learn = next(f for prefix, f in _LEARN.items() if fmt.name.startswith(prefix))
     return (learn(values, 2**fmt.bits) / scale.double()).float()
-
-
-def _on_device(qparams: QParams, device: torch.device) -> QParams:
-    return replace(
-        qparams,
-        scale=qparams.scale.to(device),
-        zero=None if qparams.zero is None else qparams.zero.to(device),
-        levels=None if qparams.levels is None else qparams.levels.to(device),
-        stored={name: tensor.to(device) for name, tensor in qparams.stored.items()},
-    )

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qcompile.errors import PlanError
-from qcompile.numerics import QParams, dequantize, snr_db
+from qcompile.numerics import QParams, dequantize, on_device, snr_db
 from qcompile.sample import row_hashes
 from qcompile.spec import Spec
 
@@ -92,16 +92,3 @@ def equal_tensors(a: Tensor | None, b: Tensor | None) -> bool:
         return a is b
     # tensors that are only shapes may hold different values
     return a is b or (not a.is_meta and a.device == b.device and torch.equal(a, b))
-
-
-def on_device(qparams: QParams, device: torch.device) -> QParams:
-    """The same qparams there; codes stay where they are, and `quantize` brings them."""
-    if qparams.scale.device == device:
-        return qparams
-    return replace(
-        qparams,
-        scale=qparams.scale.to(device),
-        zero=None if qparams.zero is None else qparams.zero.to(device),
-        levels=None if qparams.levels is None else qparams.levels.to(device),
-        stored={name: tensor.to(device) for name, tensor in qparams.stored.items()},
-    )

@@ -23,8 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from qcompile.backends.triton.descriptors import described
 from qcompile.backends.triton.eight_bit import Operands, can_describe, row_stride, step
 from qcompile.backends.triton.eight_bit_table import HopperTiles
 from qcompile.backends.triton.launch import launch
@@ -229,12 +229,6 @@ def why_not(o: Operands) -> str | None:
     return None
 
 
-def _described(matrix: Tensor, block: list[int]) -> TensorDescriptor:
-    dtype = {torch.int8: gl.int8, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype[matrix.dtype])
-    return TensorDescriptor.from_tensor(matrix, block, layout)
-
-
 def matmul(o: Operands, tiles: HopperTiles) -> Tensor:
     """y [M, N] in o.dtype, where `why_not` has no objection."""
     (M, K), N = o.x.shape, o.w.shape[0]
@@ -244,11 +238,11 @@ def matmul(o: Operands, tiles: HopperTiles) -> Tensor:
     store = min(tiles.channels, STORE // tiles.tokens // o.dtype.itemsize)
     programs = triton.cdiv(M, GROUPS * tiles.tokens) * triton.cdiv(N, tiles.channels)
     matrices = (
-        _described(o.x, [tiles.tokens, ROW]),
-        _described(o.w, [tiles.channels, ROW]),
-        _described(y, [tiles.tokens, store]),
-        None if o.x_tail is None else _described(o.x_tail, [tiles.tokens, ROW // 2]),
-        None if o.w_tail is None else _described(o.w_tail, [ROW // 2, tiles.channels]),
+        described(o.x, [tiles.tokens, ROW]),
+        described(o.w, [tiles.channels, ROW]),
+        described(y, [tiles.tokens, store]),
+        None if o.x_tail is None else described(o.x_tail, [tiles.tokens, ROW // 2]),
+        None if o.w_tail is None else described(o.w_tail, [ROW // 2, tiles.channels]),
     )
     tail = 0 if o.w_tail is None else o.w_tail.shape[0]
     steps = (row_stride(o.residual), step(o.scale_x), 0 if o.zero is None else step(o.zero))

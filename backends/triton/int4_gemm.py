@@ -19,10 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.backends.triton.add_parts import add_parts
+from qcompile.backends.triton.descriptors import described
 from qcompile.backends.triton.int4_table import ManyRows
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import processors_of
@@ -41,7 +41,6 @@ from qcompile.backends.triton.widths import Packed
 STAGE = 64
 # tiles of rows of x that programs share while they walk along N
 TILES_IN_GROUP = 16
-GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 @gluon.jit
@@ -257,7 +256,7 @@ def many_rows(x: Tensor, weight: Packed, bias: Tensor | None, N: int, config: Ma
     parts = triton.cdiv(B, blocks)
     y = x.new_empty(M, N)
     to = y if parts == 1 else x.new_empty(parts, M, N, dtype=torch.float32)
-    descriptors = (_descriptor(x, [config.rows, STAGE]), _descriptor(y, [config.rows, tile]))
+    descriptors = (described(x, [config.rows, STAGE]), described(y, [config.rows, tile]))
     levels = weight.words if weight.levels is None else weight.levels
     pointers = (weight.words, weight.scales, levels, x if bias is None else bias, to)
     launch(
@@ -287,8 +286,3 @@ def many_rows(x: Tensor, weight: Packed, bias: Tensor | None, N: int, config: Ma
     if parts > 1:
         add_parts(to, bias, y)
     return y
-
-
-def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON_TYPES[tensor.dtype])
-    return TensorDescriptor.from_tensor(tensor, block, layout)

@@ -1,17 +1,17 @@
 """W4A8: y[M, N] = dequantized(codes of x)[M, K] @ dequantized(codes[N, K]).T + bias, as the table has it for M."""
 
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qcompile.backends.triton.add_parts import add_parts
+from qcompile.backends.triton.descriptors import described
+from qcompile.backends.triton.eight_bit import step
 from qcompile.backends.triton.int4_int8_gemm import int4_int8_kernel
 from qcompile.backends.triton.int4_int8_table import Tiles, choose
+from qcompile.backends.triton.table import on_device, processors_of
 
 # units of 64 rows of the weight, a tile: groups of warps that multiply; the kernel names two
 UNITS = 2
@@ -64,8 +64,8 @@ def int4_int8_linear(o: Operands, dtype: torch.dtype, tiles: Tiles | None = None
         return torch.empty(0, N, dtype=dtype, device=o.x.device)
     if not o.x.is_contiguous() or o.x.data_ptr() % ALIGNMENT:
         o = replace(o, x=o.x.clone(memory_format=torch.contiguous_format))
-    with torch.cuda.device(o.x.device):
-        return _multiply(o, dtype, tiles or choose(M, N))
+    with on_device(o.x.device):
+        return _multiply(o, dtype, tiles or choose(M, N, o.x.shape[1]))
 
 
 def pieces(tiles: Tiles) -> tuple[int, int]:
@@ -100,7 +100,7 @@ def _multiply(o: Operands, dtype: torch.dtype, tiles: Tiles) -> Tensor:
     units, B = o.words.shape[:2]
     groups, planes = o.scales.shape[1] // B, o.scales.dim() - 2
     tiles_m, tiles_n = triton.cdiv(M, tiles.tokens), triton.cdiv(units, UNITS)
-    programs = _processors(o.x.device.index)
+    programs = processors_of(o.x.device)
     parts = max(1, min(tiles.slices, B, programs // (tiles_m * tiles_n)))
     blocks = triton.cdiv(B, parts)
     parts = triton.cdiv(B, blocks)
@@ -110,10 +110,10 @@ def _multiply(o: Operands, dtype: torch.dtype, tiles: Tiles) -> Tensor:
     to = y if whole else o.x.new_empty(parts, M, N, dtype=torch.float32)
     piece, width = pieces(tiles)
     int4_int8_kernel[(min(programs, tiles_m * tiles_n * parts),)](
-        _described(o.x, [piece, BLOCK]),
-        _described(o.words.view(-1, WORD_ROW), [WORD_ROWS, WORD_ROW]),
-        _described(o.scales.view(-1, SCALE_ROW), [8 * groups * planes, SCALE_ROW]),
-        _described(y if whole else y.new_empty(8, 64), [width, 64]),
+        described(o.x, [piece, BLOCK]),
+        described(o.words.view(-1, WORD_ROW), [WORD_ROWS, WORD_ROW]),
+        described(o.scales.view(-1, SCALE_ROW), [8 * groups * planes, SCALE_ROW]),
+        described(y if whole else y.new_empty(8, 64), [width, 64]),
         to,
         o.scale_x,
         o.zero,
@@ -122,8 +122,8 @@ def _multiply(o: Operands, dtype: torch.dtype, tiles: Tiles) -> Tensor:
         M,
         N,
         B,
-        _step(o.scale_x),
-        0 if o.zero is None else _step(o.zero),
+        step(o.scale_x),
+        0 if o.zero is None else step(o.zero),
         tiles_m,
         tiles_n,
         parts,
@@ -135,19 +135,3 @@ def _multiply(o: Operands, dtype: torch.dtype, tiles: Tiles) -> Tensor:
     if not whole:
         add_parts(to, o.bias, y)
     return y
-
-
-def _step(scale: Tensor) -> int:
-    """How far apart the scales of two rows are: 0 if all rows share one."""
-    return 0 if scale.numel() == 1 else scale.stride(0)
-
-
-@cache
-def _processors(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def _described(matrix: Tensor, block: list[int]) -> TensorDescriptor:
-    dtype = {torch.int8: gl.int8, torch.int32: gl.int32, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype[matrix.dtype])
-    return TensorDescriptor.from_tensor(matrix, block, layout)

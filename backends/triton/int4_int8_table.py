@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-WITHOUT_LIMIT = 1 << 62
+from qcompile.backends.triton.table import HOPPER, Entry, fitting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,28 +20,20 @@ class Tiles:
     pending: int = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A configuration. rows: of x at most; channels: N at most."""
-
-    tiles: Tiles
-    rows: int = WITHOUT_LIMIT
-    channels: int = WITHOUT_LIMIT
-
-
-# the first entry that takes a problem runs it
+_LARGE = Tiles(tokens=256, stages=4, slices=2, pending=0)
 TABLE = (
-    Entry(rows=8, tiles=Tiles(tokens=8, stages=16, slices=8)),
-    Entry(rows=16, tiles=Tiles(tokens=16, stages=16, slices=8)),
-    Entry(rows=32, tiles=Tiles(tokens=32, stages=12, slices=8)),
-    Entry(rows=64, tiles=Tiles(tokens=64, stages=10, slices=8)),
-    Entry(rows=128, tiles=Tiles(tokens=128, stages=6, slices=8)),
+    Entry(capabilities=HOPPER, rows=8, config=Tiles(tokens=8, stages=16, slices=8)),
+    Entry(capabilities=HOPPER, rows=16, config=Tiles(tokens=16, stages=16, slices=8)),
+    Entry(capabilities=HOPPER, rows=32, config=Tiles(tokens=32, stages=12, slices=8)),
+    Entry(capabilities=HOPPER, rows=64, config=Tiles(tokens=64, stages=10, slices=8)),
+    Entry(capabilities=HOPPER, rows=128, config=Tiles(tokens=128, stages=6, slices=8)),
     # few channels are few tiles, which fill more multiprocessors if they are small
-    Entry(rows=256, channels=8192, tiles=Tiles(tokens=128, stages=6, slices=8)),
-    Entry(tiles=Tiles(tokens=256, stages=4, slices=2, pending=0)),
+    Entry(capabilities=HOPPER, rows=256, channels=8193, config=_LARGE),
+    Entry(capabilities=HOPPER, rows=256, config=Tiles(tokens=128, stages=6, slices=8)),
+    Entry(capabilities=HOPPER, config=_LARGE),
 )
 
 
-def choose(M: int, N: int) -> Tiles:
+def choose(M: int, N: int, K: int) -> Tiles:
     """The configuration for x [M, K] and a weight [N, K]."""
-    return next(entry.tiles for entry in TABLE if entry.rows >= M and entry.channels >= N)
+    return next(fitting(TABLE, M, N, K, HOPPER[0]))

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qcompile.backends.triton.add_parts import is_dependent
 from qcompile.formats import Float, Integer
 from qcompile.numerics import SMALLEST_SCALE
 from qcompile.spec import ALL, Spec
@@ -29,7 +30,6 @@ MAX_K = 32768
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # compute capability of the devices on which it was measured, and the first that has the cast to e4m3
 MEASURED, FIRST_FP8 = (9, 0), (8, 9)
-DEPENDENT_CAPABILITY = (9, 0)
 # 1.5 * 2**23: a float32 of this size has integers as its last bits, so that adding it rounds, ties to even
 ROUNDER = tl.constexpr(12582912.0)
 SMALLEST = tl.constexpr(SMALLEST_SCALE)
@@ -240,7 +240,7 @@ def quantize_rows(
     result = Rows(codes=codes, scale=scale, zero=zero, total=total)
     if M == 0:
         return result
-    dependent = x.is_cuda and torch.cuda.get_device_capability(x.device) >= DEPENDENT_CAPABILITY
+    dependent = x.is_cuda and is_dependent(x.device)
     with torch.cuda.device(x.device if x.is_cuda else -1):
         quantize_rows_kernel[(M,)](
             rows,

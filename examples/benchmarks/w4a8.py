@@ -9,8 +9,7 @@ where rows are few, and it is measured for the rows of WHOLE only). Writes examp
 """
 
 import argparse
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from result_files import RESULTS, device, write_result
 from torch import Tensor
 
 from qcompile.backends.fx.kernels import int4, int4_int8
+from qcompile.backends.triton.graphs import captured, in_turns
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 
@@ -32,36 +32,6 @@ DTYPE = torch.bfloat16
 ROTATED = 300e6
 # relative error to float32 on the same codes that bfloat16 results may have
 LIMIT = 4e-3
-Graph = tuple[torch.cuda.CUDAGraph, int]
-
-
-def captured(call: Callable[[int], Tensor], calls: int) -> Graph:
-    """A graph of that many calls, and their number."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            call(i)
-    return graph, calls
-
-
-def in_turns(graphs: Sequence[Graph], rounds: int) -> list[float]:
-    """Median microseconds of one call of each graph, replayed one after the other."""
-    times: list[list[float]] = [[] for _ in graphs]
-    for turn in range(rounds + 2):
-        for (graph, calls), found in zip(graphs, times, strict=True):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            # the first two turns warm up
-            if turn > 1:
-                found.append(begin.elapsed_time(end) * 1000 / calls)
-    return [statistics.median(found) for found in times]
 
 
 def check(name: str, y: Tensor, x: Tensor, weight: Tensor) -> float:

@@ -81,7 +81,7 @@ def test_every_configuration(M: int, text: str) -> None:
     codes, qparams = inputs(M, K)
     x = (codes.float() - 128).to(torch.int8)
     o = Operands(x=x, scale_x=qparams.scale, zero=qparams.zero, words=words, scales=scales, sums=sums, bias=None)
-    for tiles in dict.fromkeys(entry.tiles for entry in TABLE):
+    for tiles in dict.fromkeys(entry.config for entry in TABLE):
         torch.full((8 * M * N,), torch.nan, device="cuda")
         y = int4_int8_linear(o, BFLOAT16, tiles)
         assert y.isfinite().all(), name_of(tiles)

@@ -1,22 +1,26 @@
 """The layout of the W4A16 kernels' weights, and their table."""
 
+from types import ModuleType
+
 import pytest
 import torch
 
 from qcompile.backends.fx.kernels import int4
 from qcompile.backends.fx.kernels.problem import Problem
+from qcompile.backends.triton import int4_int8_words, int4_words
 from qcompile.backends.triton.int4_table import TABLE, FewRows, ManyRows, Unpack, choose
 from qcompile.backends.triton.int4_words import pack_scales, pack_words, unpack_words
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 
 
+@pytest.mark.parametrize("order", [int4_words, int4_int8_words], ids=lambda module: module.__name__.rpartition(".")[2])
 @pytest.mark.parametrize(("N", "K"), [(64, 128), (1, 32), (65, 160), (200, 352), (128, 1024)])
-def test_words_hold_every_code(N: int, K: int) -> None:
+def test_words_hold_every_code(order: ModuleType, N: int, K: int) -> None:
     codes = torch.randint(0, 16, (N, K), dtype=torch.uint8)
-    words = pack_words(codes)
+    words = order.pack_words(codes)
     assert words.shape == (-(-N // 64), -(-K // 128), 1024)
-    assert torch.equal(unpack_words(words, N, K), codes)
+    assert torch.equal(order.unpack_words(words, N, K), codes)
 
 
 def test_a_code_stands_where_the_module_says() -> None:
