@@ -10,15 +10,13 @@ Writes examples/benchmarks/results/fp4_<device>.json.
 
 import argparse
 import copy
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from outliers import BATCH, WINDOW, inject, measure, quantized
+from outliers import BATCH, WINDOW, inject, rows
 from result_files import RESULTS, device, write_result
-from torch import Tensor, nn
 
 import qcompile
 from qcompile.cli.language import read_tokens
@@ -72,29 +70,14 @@ def recipe(name: str) -> Recipe:
     return Recipe(name=name, rules=(head, rule))
 
 
-def rows(model: nn.Module, calibration: list[Tensor], batches: list[Tensor]) -> dict[str, Any]:
-    """Every recipe on one model."""
-    reference = [model(batch, use_cache=False).logits.half() for batch in batches]
-    base = measure(lambda batch, use_cache: model(batch, use_cache=use_cache), reference, batches)["perplexity"]
-    table: dict[str, Any] = {"float": {"perplexity": base}}
-    for name in RECIPES:
-        start = time.perf_counter()
-        inputs = [{"input_ids": batch, "use_cache": False} for batch in calibration]
-        plan = qcompile.calibrate(model, inputs, recipe(name), progress=False)
-        taken = time.perf_counter() - start
-        found = measure(quantized(model, plan), reference, batches)
-        decided = [d for d in plan.decisions.values() if d.input is not None and d.input.format.bits == 4]
-        table[name] = {
-            **found,
-            "change": found["perplexity"] / base - 1,
-            "calibration_seconds": taken,
-            "inputs": Counter(d.input.format.name for d in decided if d.input is not None),
-            "shifted_sites": sum(bool(d.shift) for d in decided),
-            "multiplications_left": sum(not fold.into for fold in plan.folds),
-            "notes": list(plan.notes),
-        }
-        print(name, {key: table[name][key] for key in ("change", "kl", "shifted_sites")}, flush=True)
-    return table
+def about_plan(name: str, plan: qcompile.Plan) -> dict[str, Any]:
+    """Which formats inputs got, how many sites are shifted, and where a multiplication remains."""
+    decided = [d for d in plan.decisions.values() if d.input is not None and d.input.format.bits == 4]
+    return {
+        "inputs": Counter(d.input.format.name for d in decided if d.input is not None),
+        "shifted_sites": sum(bool(d.shift) for d in decided),
+        "multiplications_left": sum(not fold.into for fold in plan.folds),
+    }
 
 
 def main() -> None:
@@ -109,6 +92,7 @@ def main() -> None:
     tokens = read_tokens(given.tokens, given.model, int(plain.config.vocab_size))
     batches = list(token_windows(tokens, WINDOW, given.windows).to(given.device).split(BATCH))
     calibration = list(tokens[: given.calibration * WINDOW].view(-1, WINDOW).to(given.device).split(BATCH))
+    recipes = {name: recipe(name) for name in RECIPES}
     injected = copy.deepcopy(plain)
     channels = inject(injected)
     with torch.no_grad():
@@ -120,8 +104,8 @@ def main() -> None:
             "calibration_windows": given.calibration,
             "machine": device(given.device),
             "injected_channels": channels,
-            "plain": rows(plain, calibration, batches),
-            "injected": rows(injected, calibration, batches),
+            "plain": rows(plain, calibration, batches, recipes, about_plan),
+            "injected": rows(injected, calibration, batches, recipes, about_plan),
         }
     write_result(RESULTS / f"fp4_{given.device}.json", result)
 

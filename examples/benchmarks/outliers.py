@@ -14,7 +14,7 @@ Writes examples/benchmarks/results/outliers_<device>.json.
 import argparse
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,35 +115,42 @@ def identical_after_folding(model: nn.Module, calibration: list[Tensor], batch: 
     return float((folded - plain).abs().max())
 
 
-def rows(model: nn.Module, calibration: list[Tensor], batches: list[Tensor], specs: list[str]) -> dict[str, Any]:
-    """Every cell on one model."""
+def rows(
+    model: nn.Module,
+    calibration: list[Tensor],
+    batches: list[Tensor],
+    recipes: Mapping[str, Recipe],
+    about: Callable[[str, qcompile.Plan], dict[str, Any]],
+) -> dict[str, Any]:
+    """The quality of every recipe on one model, by name.  about: what else is told of a name's plan."""
     reference = [model(batch, use_cache=False).logits.half() for batch in batches]
     base = measure(lambda batch, use_cache: model(batch, use_cache=use_cache), reference, batches)["perplexity"]
     table: dict[str, Any] = {"float": {"perplexity": base}}
-    for spec in specs:
-        for method in METHODS:
-            start = time.perf_counter()
-            inputs = [{"input_ids": batch, "use_cache": False} for batch in calibration]
-            plan = qcompile.calibrate(model, inputs, recipe(spec, method), progress=False)
-            taken = time.perf_counter() - start
-            found = measure(quantized(model, plan), reference, batches)
-            split = sorted({len(d.outliers) for d in plan.decisions.values() if d.outliers})
-            table[f"{spec}, {method}"] = {
-                **found,
-                "change": found["perplexity"] / base - 1,
-                "calibration_seconds": taken,
-                "folds": sorted({fold.method for fold in plan.folds}),
-                "channels_in_16_bit": split,
-                "dynamic_sites": sum(
-                    d.input is not None and d.input_qparams is None and "static" in spec
-                    for d in plan.decisions.values()
-                ),
-                "notes": list(plan.notes),
-            }
-            print(
-                spec, method, {k: table[f"{spec}, {method}"][k] for k in ("change", "kl", "dynamic_sites")}, flush=True
-            )
+    for name, chosen in recipes.items():
+        start = time.perf_counter()
+        inputs = [{"input_ids": batch, "use_cache": False} for batch in calibration]
+        plan = qcompile.calibrate(model, inputs, chosen, progress=False)
+        taken = time.perf_counter() - start
+        found = measure(quantized(model, plan), reference, batches)
+        table[name] = {
+            **found,
+            "change": found["perplexity"] / base - 1,
+            "calibration_seconds": taken,
+            **about(name, plan),
+            "notes": list(plan.notes),
+        }
+        print(name, {key: table[name][key] for key in ("change", "kl")}, flush=True)
     return table
+
+
+def about_plan(name: str, plan: qcompile.Plan) -> dict[str, Any]:
+    """What was folded and split, and how many sites that should be static are dynamic."""
+    decisions = plan.decisions.values()
+    return {
+        "folds": sorted({fold.method for fold in plan.folds}),
+        "channels_in_16_bit": sorted({len(d.outliers) for d in decisions if d.outliers}),
+        "dynamic_sites": sum(d.input is not None and d.input_qparams is None and "static" in name for d in decisions),
+    }
 
 
 def main() -> None:
@@ -159,6 +166,7 @@ def main() -> None:
     tokens = read_tokens(given.tokens, given.model, int(plain.config.vocab_size))
     batches = list(token_windows(tokens, WINDOW, given.windows).to(given.device).split(BATCH))
     calibration = list(tokens[: given.calibration * WINDOW].view(-1, WINDOW).to(given.device).split(BATCH))
+    recipes = {f"{spec}, {method}": recipe(spec, method) for spec in given.specs.split("|") for method in METHODS}
     injected = copy.deepcopy(plain)
     channels = inject(injected)
     with torch.no_grad():
@@ -175,8 +183,8 @@ def main() -> None:
             "injected_channels": channels,
             "difference_by_injection": moved,
             "difference_by_power_of_two_folds": identical_after_folding(injected, calibration, batches[0]),
-            "injected": rows(injected, calibration, batches, given.specs.split("|")),
-            "plain": rows(plain, calibration, batches, given.specs.split("|")),
+            "injected": rows(injected, calibration, batches, recipes, about_plan),
+            "plain": rows(plain, calibration, batches, recipes, about_plan),
         }
     write_result(RESULTS / f"outliers_{given.device}.json", result)
 
