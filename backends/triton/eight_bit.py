@@ -29,8 +29,8 @@ ALIGNMENT = 16
 # between the uint8 codes that `zero` counts from and the int8 codes of x
 OFFSET = tl.constexpr(128)
 TAIL_DEPTH = 64
-# cache lines of each channel that a program asks for while the kernel before it still runs; many more only push out what
-# is read first (examples/benchmarks/eight_bit.md)
+# cache lines of each channel that a program asks for while the kernel before it still runs; many more only push out
+# what is read first (examples/benchmarks/eight_bit.md)
 AHEAD, LINE = tl.constexpr(8), tl.constexpr(128)
 
 
