@@ -23,6 +23,8 @@ from qcompile.spec import ALL, Granularity, Spec
 # smallest normal float32: what is below may be flushed to zero
 SMALLEST_SCALE = 2.0**-126
 FLOAT32_BIAS = 127
+# elements that are compared in float64 at a time: of a large weight, all would take many times its memory
+_PART = 2**22
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -233,8 +235,9 @@ def scale_of_bias(bias: Tensor, fmt: Float) -> Tensor:
 
 def snr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal-to-noise ratio in dB: 10 log10(sum reference**2 / sum (reference - approximation)**2)."""
-    signal = reference.double().square().sum()
-    noise = (reference.double() - approximation.double()).square().sum()
+    parts = zip(reference.reshape(-1).split(_PART), approximation.reshape(-1).split(_PART), strict=True)
+    sums = [(a.double().square().sum(), (a.double() - b.double()).square().sum()) for a, b in parts]
+    signal, noise = (torch.stack(terms).sum() for terms in zip(*sums, strict=True))
     return float(10 * torch.log10(signal / noise)) if noise > 0 else float("inf")
 
 

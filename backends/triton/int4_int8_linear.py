@@ -25,6 +25,8 @@ ROWS_OF_TILES = 8
 PIECE = 64
 # columns of a block of the weight
 BLOCK = 128
+# bytes of shared memory, less those of barriers and of what Triton keeps of its warps
+SHARED = 232448 - 1024
 # as TMA sees a block: words in rows of 128 bytes, scales in rows of 32
 WORD_ROWS, WORD_ROW, SCALE_ROW = 32, 32, 8
 # what TMA asks of rows of x, in bytes
@@ -79,11 +81,14 @@ def constants(tiles: Tiles, groups: int, *, wide: bool, whole: bool) -> dict[str
     groups: of a block of columns.  wide: scales are float32.  whole: y needs no parts.
     """
     piece, width = pieces(tiles)
+    scales = SCALE_ROW * 4 * 8 * groups * (2 if wide else 1)
+    stage = tiles.tokens * BLOCK + UNITS * (WORD_ROWS * WORD_ROW * 4 + scales)
+    results = UNITS * 2 * 64 * (width if whole else 8) * 2
     return {
         "UNITS": UNITS,
         "PIECES": tiles.tokens // piece,
         "WIDTH": width,
-        "STAGES": tiles.stages,
+        "STAGES": min(tiles.stages, (SHARED - results) // stage),
         "ROWS": ROWS_OF_TILES,
         "GROUPS": groups,
         "WIDE": wide,

@@ -109,9 +109,9 @@ def divide(v, scale):
     """v / scale, correctly rounded, for v of 11 significant bits and fewer: tested for every such v and scale."""
     inverse = tl.div_rn(1.0, scale)
     quotient = v * inverse
-    # with these signs -0 stays -0, which has a code of its own in fp8
-    excess = tl.fma(quotient, scale, -v)
-    return tl.fma(-excess, inverse, quotient)
+    # with these signs -0 stays -0, which has a code of its own in fp8; Triton's own minus takes from +0, and loses it
+    excess = tl.fma(quotient, scale, v * -1.0)
+    return tl.fma(excess, inverse * -1.0, quotient)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from dataclasses import fields
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -13,6 +14,8 @@ from qcompile.backends.triton.int4_int8_gemm import int4_int8_kernel
 from qcompile.backends.triton.int4_int8_table import Tiles
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+# bytes that one program can have on sm_90
+SHARED = 232448
 GLUON_TYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "i8": gl.int8, "i32": gl.int32}
 
 
@@ -21,7 +24,14 @@ def name_of(tiles: Tiles) -> str:
 
 
 def cubin(tiles: Tiles, dtype: torch.dtype, groups: int, *, wide: bool, whole: bool, full: bool) -> bytes:
-    """The binary of the configuration, as its launcher would have it compiled.
+    """The binary of the configuration, which fits the shared memory of the device."""
+    kernel = _compiled(tiles, dtype, groups, wide=wide, whole=whole, full=full)
+    assert kernel.metadata.shared <= SHARED
+    return kernel.asm["cubin"]
+
+
+def _compiled(tiles: Tiles, dtype: torch.dtype, groups: int, *, wide: bool, whole: bool, full: bool) -> CompiledKernel:
+    """The configuration as its launcher would have it compiled.
 
     whole: K is not cut.  full: with zeros and bias.
     """
@@ -45,7 +55,7 @@ def cubin(tiles: Tiles, dtype: torch.dtype, groups: int, *, wide: bool, whole: b
     # what a launch finds out by itself: pointers and lengths are multiples of 16
     aligned = [n for n, kind in signature.items() if kind.startswith("*") or n == "N"]
     places = {n: (kernel.arg_names.index(n),) for n in signature}
-    compiled = triton.compile(
+    return triton.compile(
         GluonASTSource(
             kernel,
             signature,
@@ -55,7 +65,6 @@ def cubin(tiles: Tiles, dtype: torch.dtype, groups: int, *, wide: bool, whole: b
         target=GPUTarget("cuda", 90, 32),
         options={"num_warps": linear.WARPS},
     )
-    return compiled.asm["cubin"]
 
 
 def _described(name: str, block: list[int]) -> str:

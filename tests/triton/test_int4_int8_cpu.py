@@ -60,9 +60,9 @@ def test_sums_take_a_row_of_zeros_out_exactly() -> None:
 
 
 @pytest.mark.parametrize("tiles", CONFIGS)
-@pytest.mark.parametrize("whole", [True, False])
-def test_configuration_compiles(tiles: Tiles, whole: bool) -> None:
-    assert cubin(tiles, torch.bfloat16, 1, wide=False, whole=whole, full=True)[:4] == b"\x7fELF"
+@pytest.mark.parametrize(("groups", "wide", "whole"), [(1, False, True), (1, False, False), (4, True, True)])
+def test_configuration_compiles(tiles: Tiles, groups: int, wide: bool, whole: bool) -> None:
+    assert cubin(tiles, torch.bfloat16, groups, wide=wide, whole=whole, full=True)[:4] == b"\x7fELF"
 
 
 @pytest.mark.slow
