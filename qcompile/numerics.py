@@ -82,11 +82,13 @@ def find_qparams(x: Tensor, spec: Spec, *, clip: Tensor | float = 1.0) -> QParam
     A tile of zeros gets a positive scale. A tile with NaN or Inf gets a scale that is not finite, so that it
     propagates. Raises SpecError if the tiles do not divide x.
     """
-    view, dims = tiles(x, spec.granularity)
-    qparams = qparams_of_range(view.amin(dims).float(), view.amax(dims).float(), spec, clip=clip)
+    # extremes in the dtype of a narrow x may be rounded in one kernel that a compiler makes of this and not in another:
+    # codes found with one scale would then meet another
+    view, dims = tiles(x.float(), spec.granularity)
+    qparams = qparams_of_range(view.amin(dims), view.amax(dims), spec, clip=clip)
     if not isinstance(spec.format, CodeBook) or spec.format.levels is not None:
         return qparams
-    scaled = view.float() / over_tiles(qparams.scale, spec.granularity)
+    scaled = view / over_tiles(qparams.scale, spec.granularity)
     return replace(qparams, levels=learned_levels(spec.format, scaled))
 
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from qcompile.errors import SpecError
 from qcompile.formats import FORMATS, CodeBook, Float, code_values, parse_format
@@ -376,3 +377,11 @@ def test_a_weight_of_more_dimensions_has_the_codes_of_its_rows(spec):
     codes = quantize(weight, spread)
     assert torch.equal(codes.flatten(1), quantize(weight.flatten(1), qparams))
     assert torch.equal(dequantize(codes, spread).flatten(1), dequantize(codes.flatten(1), qparams))
+
+
+def test_a_compiler_has_no_extremes_to_round() -> None:
+    """Extremes in bfloat16 it may keep as float32 in one kernel, and round for another."""
+    traced = make_fx(lambda x: find_qparams(x, parse_spec("int8/token/asym")).scale)(torch.randn(3, 8).bfloat16())
+    extremes = (torch.ops.aten.amin.default, torch.ops.aten.amax.default)
+    found = [node.args[0].meta["val"].dtype for node in traced.graph.nodes if node.target in extremes]
+    assert found == [torch.float32, torch.float32]

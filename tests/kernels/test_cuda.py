@@ -145,6 +145,32 @@ def test_split_outliers(dtype: torch.dtype, count: int, threshold: float | None,
     assert kernels == {f"{own_kernels(dtype)['int8']} + tail" if threshold is None else "llm-int8"}
 
 
+class Gated(torch.nn.Module):
+    """x [M, K]: longer rows than Inductor keeps while it finds their range, behind an activation that FUSE leaves."""
+
+    def __init__(self, K: int) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(K, 256, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(torch.nn.functional.gelu(x) * x.flip(-1))
+
+
+@pytest.mark.parametrize("recipe", ["int8", "fp8"])
+def test_codes_are_of_the_scale_that_they_are_multiplied_by(recipe: str) -> None:
+    """Where a kernel finds the range, and others the codes and the scale."""
+    torch._dynamo.reset()
+    model, x = Gated(14336).cuda().bfloat16(), torch.randn(64, 14336, device="cuda").bfloat16()
+    with torch.no_grad():
+        exact = model(x).float()
+        options = {"recipe": recipe}
+        fast, reference = (
+            torch.compile(model, backend="qcompile", options=options | {"lower": lower})(x).float()
+            for lower in (True, False)
+        )
+    assert (fast - exact).norm() < 1.05 * (reference - exact).norm()
+
+
 @pytest.mark.parametrize("recipe", ["int8", "nf4"])
 def test_memory_is_freed(recipe: str) -> None:
     torch._dynamo.reset()
