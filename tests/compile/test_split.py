@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as aot
+from torch._inductor import config as inductor
+from torch._inductor.utils import run_and_get_code
 
 import qcompile
+from qcompile.backends.fx.kernels import tail
 from qcompile.graph import Op
 from qcompile.plan import Plan
 from tests.families import DECODERS, build, tokens
@@ -91,6 +95,25 @@ def test_compiled_code_equals_the_graph(recipe: str, dtype: torch.dtype) -> None
         assert float((fast(x) - y).norm() / y.norm()) < limit
     assert graphs() - before == 1
     assert [(s.kernel, s.outliers) for s in qcompile.report(fast).sites if s.weight] == [("int8 + tail", 2)] * 2
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-static"])
+@pytest.mark.parametrize("shape", [(5,), (2, 3)], ids=str)
+def test_the_product_of_many_outliers_is_added_where_the_quantized_one_is_made(
+    recipe: str, shape: tuple[int, ...]
+) -> None:
+    model, x = Layer(3 * tail.MOST_FUSED).eval(), torch.randn(*shape, 3 * tail.MOST_FUSED)
+    plain = qcompile.calibrate(model, [x], recipe=recipe, progress=False)
+    many = {name: tuple(range(0, d.shape[-1], 2)) for name, d in plain.decisions.items()}
+    plan = split(plain, many)
+    expected = reference(model, x, plan)
+    fast = torch.compile(model, backend="qcompile", fullgraph=True, options={"plan": plan})
+    with aot.patch(enable_autograd_cache=False), inductor.patch(fx_graph_cache=False):
+        y, code = run_and_get_code(fast, x)
+    assert float((y - expected).norm() / expected.norm()) < 1e-5
+    # addmm would copy the quantized product first
+    assert [text.count("extern_kernels.mm(") for text in code] == [2]
+    assert not any("addmm" in text for text in code)
 
 
 def test_outliers_found_while_running_compile_whole() -> None:

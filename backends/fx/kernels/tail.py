@@ -1,7 +1,8 @@
 """The outlier channels of a split linear: y = x @ weight, a product of few channels.
 
 x: [..., n], weight [n, N] in x's dtype. Few channels are written as sums, which Inductor fuses into the epilogue of
-the quantized product; a matmul would write y once more, and read it again. More channels are a matmul.
+the quantized product; a matmul would write y once more, and read it again. More channels are a matmul, whose product
+is read in that epilogue.
 """
 
 import torch
@@ -21,7 +22,10 @@ REGISTRY.define("linear_tail(Tensor x, Tensor weight) -> Tensor")
 def _linear_tail(x: Tensor, weight: Tensor) -> Tensor:
     n = weight.shape[0]
     if n > MOST_FUSED:
-        return torch.matmul(x, weight)
+        # matmul would be a product of batches, if x has strides
+        y = torch.mm(x.reshape(-1, n), weight)
+        # else Inductor would make one addmm of it and the sum that reads it, which copies the other summand first
+        return kept(y).reshape(*x.shape[:-1], weight.shape[1])
     # else Inductor would gather x, and compute what makes it, anew for every few columns of y
     x = kept(x)
     parts = [
