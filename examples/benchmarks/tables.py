@@ -250,10 +250,51 @@ def triton_peers_table() -> str:
     return under(text, ("format", "rows of x", "qcompile", "bf16", "others"), rows)
 
 
+def decoder_table() -> str:
+    """A whole decoder on CUDA beside bfloat16."""
+    found = result("decoder_cuda")
+    machine, shapes = found["machine"], found["shapes"]
+    text = (
+        f"A decoder on CUDA: {shapes['layers']} layers of {shapes['hidden']} and {shapes['inner']} channels as "
+        f"Llama-3.1-8B has them, {shapes['context']} tokens in the cache, {machine['device']}, torch "
+        f"{machine['torch']}; milliseconds of a step and the speed-up over `torch.compile` of the bfloat16 original in "
+        "the same run, all as CUDA graphs (`examples/benchmarks/decoder_cuda.py`)."
+    )
+    steps = [key for key, value in next(iter(found["rows"].values())).items() if isinstance(value, dict)]
+    rows = (
+        (
+            name,
+            f"{row['gigabytes']:.2f}",
+            f"{row['compile_seconds']:.0f}",
+            *(f"{row[step]['ms']:.2f} ({row[step]['speedup']:.2f}x)" for step in steps),
+        )
+        for name, row in found["rows"].items()
+    )
+    return under(text, ("recipe", "weights, GB", "compiling, s", *steps), rows)
+
+
+def fp4_table() -> str:
+    """Divergence of a language model with 4 bits on both sides."""
+    found = result("fp4_cpu")
+    machine, (count, length) = found["machine"], found["windows"]
+    text = (
+        f"4 bits on both sides: all linears of {found['model']} but the logits', {count} windows of {length} tokens, "
+        f"calibrated on {found['calibration_windows']}, torch {machine['torch']}; KL to float in nats a token (change "
+        "of perplexity), and KL with six channels of every norm made 20 to 60 times larger, the function kept "
+        "(`examples/benchmarks/fp4.py`)."
+    )
+    rows = (
+        (name, f"{row['kl']:.3f} ({row['change']:+.0%})", f"{found['injected'][name]['kl']:.3f}")
+        for name, row in found["plain"].items()
+        if name != "float"
+    )
+    return under(text, ("weights and inputs", "KL", "with outliers"), rows)
+
+
 def tables() -> str:
     made = (
-        *(speed_table, quality_table, embedding_table, outlier_table, calibration_table),
-        *(onnx_table, onnx_language_table, onnx_cuda_table, triton_table, triton_peers_table),
+        *(speed_table, quality_table, embedding_table, outlier_table, calibration_table, fp4_table),
+        *(onnx_table, onnx_language_table, onnx_cuda_table, triton_table, triton_peers_table, decoder_table),
     )
     return "\n\n".join(make() for make in made) + "\n"
 
