@@ -11,6 +11,7 @@ from qcompile.backends.triton.descriptors import described
 from qcompile.backends.triton.eight_bit import step
 from qcompile.backends.triton.int4_int8_gemm import int4_int8_kernel
 from qcompile.backends.triton.int4_int8_table import Tiles, choose
+from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import on_device, processors_of
 
 # units of 64 rows of the weight, a tile: groups of warps that multiply; the kernel names two
@@ -114,26 +115,18 @@ def _multiply(o: Operands, dtype: torch.dtype, tiles: Tiles) -> Tensor:
     y = o.x.new_empty(M, N, dtype=dtype)
     to = y if whole else o.x.new_empty(parts, M, N, dtype=torch.float32)
     piece, width = pieces(tiles)
-    int4_int8_kernel[(min(programs, tiles_m * tiles_n * parts),)](
+    matrices = (
         described(o.x, [piece, BLOCK]),
         described(o.words.view(-1, WORD_ROW), [WORD_ROWS, WORD_ROW]),
         described(o.scales.view(-1, SCALE_ROW), [8 * groups * planes, SCALE_ROW]),
         described(y if whole else y.new_empty(8, 64), [width, 64]),
-        to,
-        o.scale_x,
-        o.zero,
-        o.sums,
-        o.bias,
-        M,
-        N,
-        B,
-        step(o.scale_x),
-        0 if o.zero is None else step(o.zero),
-        tiles_m,
-        tiles_n,
-        parts,
-        blocks,
-        **constants(tiles, groups, wide=planes == 2, whole=whole),
+    )
+    steps = (step(o.scale_x), 0 if o.zero is None else step(o.zero))
+    launch(
+        int4_int8_kernel,
+        (min(programs, tiles_m * tiles_n * parts), 1, 1),
+        (*matrices, to, o.scale_x, o.zero, o.sums, o.bias, M, N, B, *steps, tiles_m, tiles_n, parts, blocks),
+        constants(tiles, groups, wide=planes == 2, whole=whole),
         num_warps=WARPS,
         launch_pdl=True,
     )

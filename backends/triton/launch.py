@@ -46,5 +46,8 @@ def _kind(argument: Any) -> Any:
         return argument
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % ALIGNMENT
+    # whatever its value: Triton specializes no floats
+    if type(argument) is float:
+        return float
     # a descriptor of a matrix: its layout in shared memory follows from these
     return argument.base.dtype, tuple(argument.block_shape)

@@ -9,6 +9,7 @@ the same v, codes are those of `qcompile.numerics` to the bit. v itself may diff
 because sums are added in another order, and exp and rsqrt are approximated by other instructions.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.backends.triton.add_parts import is_dependent
+from qcompile.backends.triton.launch import launch
+from qcompile.backends.triton.table import on_device
 from qcompile.formats import Float, Integer
 from qcompile.numerics import SMALLEST_SCALE
 from qcompile.spec import ALL, Spec
@@ -211,6 +214,11 @@ def warps_for(K: int) -> int:
     return max(1, min(32, triton.next_power_of_2(K) // 1024))
 
 
+def block_for(K: int) -> int:
+    """Elements of a program: of a short row two for each thread of a warp, which are rounded together."""
+    return max(64, triton.next_power_of_2(K))
+
+
 def quantize_rows(
     x: Tensor,
     spec: Spec,
@@ -241,28 +249,23 @@ def quantize_rows(
     if M == 0:
         return result
     dependent = x.is_cuda and is_dependent(x.device)
-    with torch.cuda.device(x.device if x.is_cuda else -1):
-        quantize_rows_kernel[(M,)](
-            rows,
-            other,
-            weight if weight is None else weight.contiguous(),
-            bias if bias is None else bias.contiguous(),
-            codes,
-            scale,
-            zero,
-            total,
-            K,
-            rows.stride(0),
-            0 if other is None else other.stride(0),
-            eps,
-            BEFORE=BEFORE.index(before),
-            MOST=float(spec.code_range[1] if integer else spec.format.max),
-            INTEGER=integer,
-            OFFSET=float(offset),
-            # the interpreter knows no assembly, and its fused multiply-add is not fused
-            INLINE=x.is_cuda,
-            DEPENDENT=dependent,
-            BLOCK=triton.next_power_of_2(K),
+    given = (rows, other, *(None if t is None else t.contiguous() for t in (weight, bias)))
+    strides = (rows.stride(0), 0 if other is None else other.stride(0))
+    with on_device(x.device) if x.is_cuda else nullcontext():
+        launch(
+            quantize_rows_kernel,
+            (M, 1, 1),
+            (*given, codes, scale, zero, total, K, *strides, eps),
+            {
+                "BEFORE": BEFORE.index(before),
+                "MOST": float(spec.code_range[1] if integer else spec.format.max),
+                "INTEGER": integer,
+                "OFFSET": float(offset),
+                # the interpreter knows no assembly, and its fused multiply-add is not fused
+                "INLINE": x.is_cuda,
+                "DEPENDENT": dependent,
+                "BLOCK": block_for(K),
+            },
             num_warps=warps_for(K),
             # each operation rounds by itself, as it does in the oracle
             enable_fp_fusion=False,

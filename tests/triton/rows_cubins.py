@@ -36,7 +36,7 @@ def cubin(
         "OFFSET": 0.0,
         "INLINE": True,
         "DEPENDENT": capability >= 90,
-        "BLOCK": triton.next_power_of_2(K),
+        "BLOCK": rows.block_for(K),
     }
     optional = ("second", "weight", "bias", "zeros", "total")
     constants |= dict.fromkeys((n for n in optional if n not in given), None)

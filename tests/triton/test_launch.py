@@ -12,13 +12,24 @@ pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qcompile.backends.triton import add_parts, eight_bit, hopper, int4_gemm, int4_matmul, int4_unpack
+from qcompile.backends.triton import (
+    add_parts,
+    eight_bit,
+    hopper,
+    int4_gemm,
+    int4_int8_linear,
+    int4_int8_table,
+    int4_matmul,
+    int4_unpack,
+    quantize_rows,
+)
 from qcompile.backends.triton import launch as module
 from qcompile.backends.triton.eight_bit import Operands
 from qcompile.backends.triton.eight_bit_table import FEW_ROWS, MANY_ROWS, SAFE
 from qcompile.backends.triton.int4_table import TABLE, FewRows, ManyRows, Unpack
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.widths import Packed
+from qcompile.spec import parse_spec
 
 GRID = (4, 1, 1)
 
@@ -92,6 +103,15 @@ def test_what_may_need_another_binary_goes_through_triton(name: str) -> None:
     assert counts(kernel) == (2, 2)
 
 
+def test_floats_are_one_kind_whatever_their_value() -> None:
+    kernel = Kernel(arg_names=("x", "eps", "BLOCK"))
+    for eps in (1e-5, 1.0, 0.0):
+        launch(kernel, GRID, (torch.ones(32), eps), {"BLOCK": 16})
+    # Triton has a constant for the length 1
+    launch(kernel, GRID, (torch.ones(32), 1), {"BLOCK": 16})
+    assert counts(kernel) == (2, 2)
+
+
 def test_descriptors_of_other_blocks_are_other_kinds() -> None:
     kernel = Kernel()
     for block in ([16, 16], [16, 32], [16, 16]):
@@ -135,6 +155,18 @@ def int4(kind: type) -> tuple[Any, ...]:
     return torch.ones(2, 384).bfloat16(), weight, None, 256, config
 
 
+def w4a8() -> int4_int8_linear.Operands:
+    return int4_int8_linear.Operands(
+        x=torch.ones(2, 384, dtype=torch.int8),
+        scale_x=torch.ones(2, 1),
+        zero=None,
+        words=torch.ones(4, 3, 1024, dtype=torch.int32),
+        scales=torch.ones(4, 3, 64, dtype=torch.int32),
+        sums=torch.ones(256),
+        bias=None,
+    )
+
+
 LAUNCHERS = {
     "eight_bit": lambda: eight_bit.matmul(operands(), SAFE[0].config),
     "eight_bit by descriptors": lambda: eight_bit.matmul(operands(), FEW_ROWS[0].config),
@@ -142,6 +174,8 @@ LAUNCHERS = {
     "few_rows": lambda: int4_matmul.few_rows(*int4(FewRows)),
     "many_rows": lambda: int4_gemm.many_rows(*int4(ManyRows)),
     "unpack": lambda: int4_unpack.unpack(*int4(Unpack)),
+    "w4a8": lambda: int4_int8_linear._multiply(w4a8(), torch.bfloat16, int4_int8_table.TABLE[0].config),
+    "quantize_rows": lambda: quantize_rows.quantize_rows(torch.ones(2, 384), parse_spec("int8/token/asym"), eps=1e-5),
     "add_parts": lambda: add_parts.add_parts(torch.ones(2, 3, 4), None, torch.ones(3, 4)),
 }
 
@@ -149,7 +183,16 @@ LAUNCHERS = {
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_launchers_give_what_their_kernel_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[Any, ...]] = []
-    for launcher in (add_parts, eight_bit, hopper, int4_gemm, int4_matmul, int4_unpack):
+    for launcher in (
+        add_parts,
+        eight_bit,
+        hopper,
+        int4_gemm,
+        int4_int8_linear,
+        int4_matmul,
+        int4_unpack,
+        quantize_rows,
+    ):
         monkeypatch.setattr(launcher, "launch", lambda *args, **options: given.append(args))
         monkeypatch.setattr(launcher, "processors_of", lambda device: 132, raising=False)
     LAUNCHERS[name]()

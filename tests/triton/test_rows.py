@@ -19,6 +19,12 @@ def test_integers_compile(before: str, capability: int) -> None:
     assert cubin(4096, capability, BFLOAT16, before, integer=True, zeros=True, second=True)[:4] == b"\x7fELF"
 
 
+@pytest.mark.parametrize("K", [1, 33])
+def test_short_rows_compile(K: int) -> None:
+    for before in ("rms_norm", "silu"):
+        assert cubin(K, 90, BFLOAT16, before, integer=True, zeros=True, second=True)[:4] == b"\x7fELF"
+
+
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize("before", ["nothing", "rms_norm", "silu"])
 def test_fp8_compiles(before: str, capability: int) -> None:
