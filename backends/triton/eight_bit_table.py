@@ -1,6 +1,10 @@
 """Which configuration multiplies 8-bit codes: measured on sm_90, safe elsewhere.
 
 The first entry that takes a problem runs it. What was measured stands in examples/benchmarks/eight_bit.md.
+
+The product of 16-bit floats is no candidate for single numbers of rows: it needs the weight as floats, which beside the
+codes take three times their memory, and which to make for one call moves five times their bytes. A shape where tuning
+finds it faster for any number of rows is refused as a whole on devices that these tables were not measured on.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """W4A8: y[M, N] = dequantized(codes of x)[M, K] @ dequantized(codes[N, K]).T + bias, as the table has it for M."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -10,9 +11,10 @@ from qcompile.backends.triton.add_parts import add_parts
 from qcompile.backends.triton.descriptors import described
 from qcompile.backends.triton.eight_bit import step
 from qcompile.backends.triton.int4_int8_gemm import int4_int8_kernel
-from qcompile.backends.triton.int4_int8_table import Tiles, choose
+from qcompile.backends.triton.int4_int8_table import TABLE, Int4Int8Tiles
 from qcompile.backends.triton.launch import launch
-from qcompile.backends.triton.table import on_device, processors_of
+from qcompile.backends.triton.table import HOPPER, fitting, on_device, processors_of
+from qcompile.backends.triton.tuned import tuned_entries
 
 # units of 64 rows of the weight, a tile: groups of warps that multiply; the kernel names two
 UNITS = 2
@@ -30,6 +32,8 @@ BLOCK = 128
 SHARED = 232448 - 1024
 # as TMA sees a block: words in rows of 128 bytes, scales in rows of 32
 WORD_ROWS, WORD_ROW, SCALE_ROW = 32, 32, 8
+# under which `tuned` keeps configurations
+TUNED = "w4a8"
 # what TMA asks of rows of x, in bytes
 ALIGNMENT = 16
 
@@ -60,7 +64,7 @@ def why_not(N: int, K: int, capability: tuple[int, int]) -> str | None:
     return None
 
 
-def int4_int8_linear(o: Operands, dtype: torch.dtype, tiles: Tiles | None = None) -> Tensor:
+def int4_int8_linear(o: Operands, dtype: torch.dtype, tiles: Int4Int8Tiles | None = None) -> Tensor:
     """y [M, N] in dtype, bfloat16 or float16, for x of any strides.  tiles: to use in place of the table's."""
     M, N = o.x.shape[0], o.sums.shape[0]
     if M == 0:
@@ -68,15 +72,21 @@ def int4_int8_linear(o: Operands, dtype: torch.dtype, tiles: Tiles | None = None
     if not o.x.is_contiguous() or o.x.data_ptr() % ALIGNMENT:
         o = replace(o, x=o.x.clone(memory_format=torch.contiguous_format))
     with on_device(o.x.device):
-        return _multiply(o, dtype, tiles or choose(M, N, o.x.shape[1]))
+        return _multiply(o, dtype, tiles or _tiles(M, N, o.x.shape[1], o.x.device))
 
 
-def pieces(tiles: Tiles) -> tuple[int, int]:
+@lru_cache(maxsize=4096)
+def _tiles(M: int, N: int, K: int, device: torch.device) -> Int4Int8Tiles:
+    found: Int4Int8Tiles = next(fitting(tuned_entries(TUNED, N, K, device) + TABLE, M, N, K, HOPPER[0]))
+    return found
+
+
+def pieces(tiles: Int4Int8Tiles) -> tuple[int, int]:
     """Rows of x of a copy, and of a product."""
     return min(tiles.tokens, PIECE), min(tiles.tokens, tiles.width)
 
 
-def constants(tiles: Tiles, groups: int, *, wide: bool, whole: bool) -> dict[str, int | bool]:
+def constants(tiles: Int4Int8Tiles, groups: int, *, wide: bool, whole: bool) -> dict[str, int | bool]:
     """What the kernel is compiled for.
 
     groups: of a block of columns.  wide: scales are float32.  whole: y needs no parts.
@@ -100,7 +110,7 @@ def constants(tiles: Tiles, groups: int, *, wide: bool, whole: bool) -> dict[str
     }
 
 
-def _multiply(o: Operands, dtype: torch.dtype, tiles: Tiles) -> Tensor:
+def _multiply(o: Operands, dtype: torch.dtype, tiles: Int4Int8Tiles) -> Tensor:
     """y [M, N] in dtype, bfloat16 or float16, for M >= 1."""
     M, N = o.x.shape[0], o.sums.shape[0]
     units, B = o.words.shape[:2]

@@ -1,12 +1,15 @@
-"""Which configuration of the W4A8 kernel runs which number of rows: measured on sm_90, the only device it is for."""
+"""Which configuration of the W4A8 kernel runs which number of rows: measured on sm_90, the only device it is for.
+
+The product of 16-bit floats is no candidate, as in `eight_bit_table`: it needs the weight as floats.
+"""
 
 from dataclasses import dataclass
 
-from qcompile.backends.triton.table import HOPPER, Entry, fitting
+from qcompile.backends.triton.table import HOPPER, Entry
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiles:
+class Int4Int8Tiles:
     """`int4_int8_gemm`. tokens: rows of x, a tile; stages: blocks of 128 columns in flight.
 
     width: rows of x, a product; pending: products that run while one is scaled, 0 or 1.
@@ -20,20 +23,15 @@ class Tiles:
     pending: int = 1
 
 
-_LARGE = Tiles(tokens=256, stages=4, slices=2, pending=0)
+_LARGE = Int4Int8Tiles(tokens=256, stages=4, slices=2, pending=0)
 TABLE = (
-    Entry(capabilities=HOPPER, rows=8, config=Tiles(tokens=8, stages=16, slices=8)),
-    Entry(capabilities=HOPPER, rows=16, config=Tiles(tokens=16, stages=16, slices=8)),
-    Entry(capabilities=HOPPER, rows=32, config=Tiles(tokens=32, stages=12, slices=8)),
-    Entry(capabilities=HOPPER, rows=64, config=Tiles(tokens=64, stages=10, slices=8)),
-    Entry(capabilities=HOPPER, rows=128, config=Tiles(tokens=128, stages=6, slices=8)),
+    Entry(capabilities=HOPPER, rows=8, config=Int4Int8Tiles(tokens=8, stages=16, slices=8)),
+    Entry(capabilities=HOPPER, rows=16, config=Int4Int8Tiles(tokens=16, stages=16, slices=8)),
+    Entry(capabilities=HOPPER, rows=32, config=Int4Int8Tiles(tokens=32, stages=12, slices=8)),
+    Entry(capabilities=HOPPER, rows=64, config=Int4Int8Tiles(tokens=64, stages=10, slices=8)),
+    Entry(capabilities=HOPPER, rows=128, config=Int4Int8Tiles(tokens=128, stages=6, slices=8)),
     # few channels are few tiles, which fill more multiprocessors if they are small
     Entry(capabilities=HOPPER, rows=256, channels=8193, config=_LARGE),
-    Entry(capabilities=HOPPER, rows=256, config=Tiles(tokens=128, stages=6, slices=8)),
+    Entry(capabilities=HOPPER, rows=256, config=Int4Int8Tiles(tokens=128, stages=6, slices=8)),
     Entry(capabilities=HOPPER, config=_LARGE),
 )
-
-
-def choose(M: int, N: int, K: int) -> Tiles:
-    """The configuration for x [M, K] and a weight [N, K]."""
-    return next(fitting(TABLE, M, N, K, HOPPER[0]))

@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qcompile.backends.triton.int4_tiles import SCALE_BITS, ZERO_BITS
+from qcompile.backends.triton.width_tiles import SCALE_BITS, ZERO_BITS
 
 # PTX that makes the low and the high four codes of a word $2 bytes code - zero, given four bytes zero $3
 UNPACK = gl.constexpr(

@@ -2,21 +2,68 @@
 
     y[m, n] = scale_x[m] * (sum over groups g of scale[n, g] * dot(x[m], code[n] - zero[n, g]) - zero_x[m] * sums[n])
 
-words: int32 [N / 64, K / 128, 1024], as in `int4_words`, but of a row that lane 4 * i + j holds, word s has the codes
+words: int32 [N / 64, K / 128, 1024], as in `widths`, but of a row that lane 4 * i + j holds, word s has the codes
 
     code[row, 32 * s + 16 * h + 4 * j + b]  in bits 8 * b + 4 * h ...,  s and b in 0..3, h in {0, 1},
 
 so that four codes are the bytes of one register after a shift and a mask, and 8 such registers are the first operand of
-m16n8k32 and of wgmma as they stand. It is the order of `int4_words` for other columns: a permutation of the 128.
+m16n8k32 and of wgmma as they stand. It is the order of `widths` for other columns: a permutation of the 128.
 
-scales: as in `int4_words`.  sums: float32 [N], of scale[n, g] * (code[n, k] - zero[n, g]) over k.
+scales: as in `widths`, with zero points, and one for each group of a block.
+sums: float32 [N], of scale[n, g] * (code[n, k] - zero[n, g]) over k.
 """
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qcompile.backends.triton import int4_words
-from qcompile.backends.triton.int4_words import COLUMNS
+from qcompile.backends.triton.widths import (
+    COLUMNS,
+    WIDTHS,
+    group_of_spans,
+    is_narrow,
+    pack_codes,
+    pack_scales,
+    span_of,
+    unpack_codes,
+)
+from qcompile.numerics import QParams
+
+_ORDER = WIDTHS["int4"]
+
+
+def pack_weight(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Words, scales and sums; groups of more columns than a block are several groups.
+
+    codes [N, K], 4-bit integers of a spec that `widths.no_groups` lets pass.  dtype: of y.
+    """
+    stored, zero = codes, qparams.zero
+    if zero is None:
+        stored, zero = codes.view(torch.uint8) + _ORDER.center, torch.full_like(qparams.scale, _ORDER.center)
+    columns = qparams.spec.granularity.columns
+    group = group_of_spans(columns, codes.shape[1], qparams.scale.shape[1]).to(codes.device)
+    scales = pack_scales(qparams.scale[:, group], zero[:, group], narrow=is_narrow(qparams, dtype))
+    return {"words": pack_words(stored), "scales": scales, "sums": _sums(codes, qparams)}
+
+
+def _sums(codes: Tensor, qparams: QParams) -> Tensor:
+    """Of each row of the dequantized weight, added as the kernel adds its products where it does not cut K.
+
+    So a row of zeros in x, whose codes are all -128, gives 0.
+    """
+    N, K = codes.shape
+    columns = qparams.spec.granularity.columns
+    span = span_of(columns)
+    integers = codes.float()
+    if qparams.zero is not None:
+        integers = integers - qparams.zero.repeat_interleave(columns or K, 1)[:, :K]
+    integers = pad(integers, (0, -K % span)).view(N, -1, span).sum(2)
+    total = torch.zeros(N, device=codes.device)
+    groups = group_of_spans(columns, K, qparams.scale.shape[1]).tolist()
+    for i, group in enumerate(groups[: integers.shape[1]]):
+        # the product is exact in float64: one rounding, as of a fused multiply-add
+        total = (total.double() + integers[:, i].double() * qparams.scale[:, group].double()).float()
+    return total
 
 
 def pack_words(codes: Tensor) -> Tensor:
@@ -25,11 +72,11 @@ def pack_words(codes: Tensor) -> Tensor:
     full = pad(codes, (0, -K % COLUMNS))
     # the bits of a column, highest first: c d p0 j e p1 here, d p1 p0 c j e there
     fields = full.view(N, -1, 2, 2, 2, 4, 2, 2).permute(0, 1, 3, 7, 4, 2, 5, 6)
-    return int4_words.pack_words(fields.reshape(full.shape))
+    return pack_codes(fields.reshape(full.shape), _ORDER)
 
 
 def unpack_words(words: Tensor, N: int, K: int) -> Tensor:
     """The codes that `pack_words` packed, uint8 [N, K]."""
     columns = words.shape[1] * COLUMNS
-    fields = int4_words.unpack_words(words, N, columns).view(N, -1, 2, 2, 2, 2, 4, 2)
+    fields = unpack_codes(words, _ORDER, N, columns).view(N, -1, 2, 2, 2, 2, 4, 2)
     return fields.permute(0, 1, 5, 2, 4, 6, 7, 3).reshape(N, columns)[:, :K].contiguous()

@@ -18,17 +18,18 @@ from typing import Any
 import torch
 import triton
 
-from qcompile.backends.triton import eight_bit_table, int4_table
+from qcompile.backends.triton import eight_bit_table, int4_int8_table, width_table
 from qcompile.backends.triton.table import Entry, capability_of
 
 _LOG = logging.getLogger(__name__)
 
-Config = int4_table.Config | eight_bit_table.Config
+Config = width_table.Config | eight_bit_table.Config | int4_int8_table.Int4Int8Tiles
 _KINDS: Mapping[str, type[Config]] = {
     kind.__name__: kind
     for kind in (
-        *(int4_table.FewRows, int4_table.ManyRows, int4_table.Unpack),
+        *(width_table.FewRows, width_table.ManyRows, width_table.Unpack),
         *(eight_bit_table.Tiles, eight_bit_table.HopperTiles, eight_bit_table.Library),
+        int4_int8_table.Int4Int8Tiles,
     )
 }
 

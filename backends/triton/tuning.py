@@ -8,19 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.backends.triton import fp8_matmul, int8_matmul
-from qcompile.backends.triton.eight_bit import Operands
-from qcompile.backends.triton.eight_bit_table import FP8, INT8, HopperTiles, Library, Tiles
+from qcompile.backends.triton.eight_bit_table import HopperTiles, Library, Tiles
+from qcompile.backends.triton.families import DTYPE, FAMILIES, Family, given, reference
 from qcompile.backends.triton.graphs import Captured, captured, in_turns
-from qcompile.backends.triton.int4_linear import int4_linear
-from qcompile.backends.triton.int4_table import TABLE, FewRows, ManyRows, Unpack, can_run
-from qcompile.backends.triton.int4_words import pack_scales, pack_words
-from qcompile.backends.triton.table import Entry, capability_of, configs_of, fitting
+from qcompile.backends.triton.int4_int8_table import Int4Int8Tiles
+from qcompile.backends.triton.table import capability_of, configs_of, fitting
 from qcompile.backends.triton.tuned import ROWS, Config, Tuned
-from qcompile.numerics import QParams, dequantize, fake_quantize, find_qparams, quantize
+from qcompile.backends.triton.width_table import FewRows, ManyRows, Unpack
+from qcompile.numerics import QParams, dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 
-DTYPE = torch.bfloat16
 # relative error to float32 on the same codes: results are bfloat16, and sums of fp8 keep about 14 bits
 LIMIT = 1e-2
 # what all copies of a weight fill, so that none is in the cache when its turn comes
@@ -52,89 +49,13 @@ CHOICES: Mapping[type, Mapping[str, tuple[int, ...]]] = {
         "stages": (2, 3, 4, 5, 6),
     },
     HopperTiles: {"tokens": (64, 128), "channels": (64, 128, 256), "stages": (3, 4, 6, 8)},
+    Int4Int8Tiles: {
+        "tokens": (8, 16, 32, 64, 128, 192, 256),
+        "stages": (4, 5, 6, 8, 10, 12, 16),
+        "slices": (1, 2, 4, 8),
+        "pending": (0, 1),
+    },
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """The kernels of a format. weight, input: specs; capability: the first that multiplies it.
-
-    pack: what `run` reads in place of the weight; run: from x (codes with scales, or floats), the pack and N to y.
-    """
-
-    weight: str
-    input: str | None
-    capability: int
-    # what N and K must divide by for the kernels, and the library beside them
-    multiples: tuple[int, int]
-    table: Sequence[Entry[Any]]
-    pack: Callable[[Tensor, QParams], dict[str, Tensor]]
-    run: Callable[[Tensor, Tensor | None, Mapping[str, Tensor], int, Any], Tensor]
-    can_run: Callable[[Any, int, int], bool] = lambda config, M, N: True
-
-
-def _pack_int4(codes: Tensor, qparams: QParams) -> dict[str, Tensor]:
-    assert qparams.zero is not None
-    return {"words": pack_words(codes), "scales": pack_scales(qparams.scale, qparams.zero, narrow=True)}
-
-
-def _pack_eight_bit(codes: Tensor, qparams: QParams) -> dict[str, Tensor]:
-    return {"codes": codes, "scale": qparams.scale}
-
-
-def _int4(x: Tensor, scale: Tensor | None, pack: Mapping[str, Tensor], N: int, config: Any) -> Tensor:
-    return int4_linear(x, pack["words"], pack["scales"], None, N, config)
-
-
-def _operands(x: Tensor, scale: Tensor | None, pack: Mapping[str, Tensor], dtype: torch.dtype) -> Operands:
-    assert scale is not None
-    return Operands(x=x.view(dtype), w=pack["codes"].view(dtype), scale_x=scale, scale_w=pack["scale"], dtype=DTYPE)
-
-
-def _int8(x: Tensor, scale: Tensor | None, pack: Mapping[str, Tensor], N: int, config: Any) -> Tensor:
-    return int8_matmul.int8_matmul(_operands(x, scale, pack, torch.int8), config)
-
-
-def _fp8(x: Tensor, scale: Tensor | None, pack: Mapping[str, Tensor], N: int, config: Any) -> Tensor:
-    return fp8_matmul.fp8_matmul(_operands(x, scale, pack, torch.float8_e4m3fn), config)
-
-
-FAMILIES: Mapping[str, Family] = {
-    "int4": Family(
-        weight="int4/g128/asym/bf16",
-        input=None,
-        capability=80,
-        multiples=(1, 128),
-        table=TABLE,
-        pack=_pack_int4,
-        run=_int4,
-        can_run=lambda config, M, N: can_run(config, M, N, wide=False),
-    ),
-    "int8": Family(
-        weight="int8/channel",
-        input="int8/token",
-        capability=80,
-        multiples=(8, 16),
-        table=INT8,
-        pack=_pack_eight_bit,
-        run=_int8,
-    ),
-    "fp8": Family(
-        weight="fp8_e4m3/channel",
-        input="fp8_e4m3/token",
-        capability=89,
-        multiples=(16, 16),
-        table=FP8,
-        pack=_pack_eight_bit,
-        run=_fp8,
-    ),
-}
-
-
-def why_not(fmt: str, N: int, K: int) -> str | None:
-    """None if a weight [N, K] can be tuned in this format, else the reason."""
-    of_n, of_k = FAMILIES[fmt].multiples
-    return f"N and K must divide by {of_n} and {of_k}" if N % of_n or K % of_k else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,8 +106,8 @@ def candidates(family: Family, M: int, N: int, K: int, capability: int) -> list[
 def tune(fmt: str, N: int, K: int, rows: Sequence[int] = ROWS) -> Iterator[Outcome]:
     """The fastest configurations for a weight [N, K] on the current device, one for each number of rows of x.
 
-    Of weights to which `why_not` has no objection.  Raises RuntimeError if the table's own configuration gives a wrong
-    result.
+    Of weights to which `families.why_not` has no objection.  Raises RuntimeError if the table's own configuration gives
+    a wrong result.
     """
     family = FAMILIES[fmt]
     device = torch.device("cuda", torch.cuda.current_device())
@@ -203,14 +124,14 @@ def tune(fmt: str, N: int, K: int, rows: Sequence[int] = ROWS) -> Iterator[Outco
 
     for M in sorted(rows):
         x = torch.randn(M, K, device=device, dtype=DTYPE)
-        reference = _reference(family, x) @ exact.T
-        given = _given(family, x)
+        expected = reference(family, x) @ exact.T
+        operands = given(family, x)
 
-        def run(config: Config, copy: int, given: tuple[Tensor, Tensor | None] = given) -> Tensor:
-            return family.run(*given, packs[copy], N, config)
+        def run(config: Config, copy: int, operands: tuple[Tensor, QParams | None] = operands) -> Tensor:
+            return family.run(*operands, packs[copy], N, config)
 
         tried = candidates(family, M, N, K, capability_of(device))
-        able, refused = _able(tried, run, reference)
+        able, refused = _able(tried, run, expected)
         if able[:1] != tried[:1]:
             raise RuntimeError(f"{fmt} [{N}, {K}], M={M}: the table's {tried[0]} fails: {refused[str(tried[0])]}")
         graphs = [_graph(partial(run, config), len(packs), M) for config in able]
@@ -234,13 +155,13 @@ def _graph(call: Callable[[int], Tensor], copies: int, M: int) -> Captured:
 
 
 def _able(
-    configs: Sequence[Config], run: Callable[[Config, int], Tensor], reference: Tensor
+    configs: Sequence[Config], run: Callable[[Config, int], Tensor], expected: Tensor
 ) -> tuple[list[Config], dict[str, str]]:
     """Those of the configurations that run and are right, and why the others are not among them."""
     able, refused = [], {}
     for config in configs:
         # what the allocator hands out next holds NaN
-        torch.full_like(reference, torch.nan, dtype=DTYPE)
+        torch.full_like(expected, torch.nan, dtype=DTYPE)
         try:
             y = run(config, 0).float()
             torch.cuda.synchronize()
@@ -248,24 +169,12 @@ def _able(
             # a compiler, too, may give up: what it says is the reason
             refused[str(config)] = str(error).splitlines()[0] if str(error) else repr(error)
             continue
-        wrong = float(((y - reference).norm(dim=1) / reference.norm(dim=1)).max())
+        wrong = float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max())
         if wrong < LIMIT:
             able.append(config)
         else:
             refused[str(config)] = f"its relative error is {wrong:.2g}"
     return able, refused
-
-
-def _reference(family: Family, x: Tensor) -> Tensor:
-    return x.float() if family.input is None else fake_quantize(x.float(), parse_spec(family.input))
-
-
-def _given(family: Family, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """x as the kernels take it: floats, or codes and their scales."""
-    if family.input is None:
-        return x, None
-    qparams = find_qparams(x, parse_spec(family.input))
-    return quantize(x, qparams), qparams.scale
 
 
 def _copies(pack: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

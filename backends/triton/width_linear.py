@@ -5,13 +5,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from qcompile.backends.triton.int4_gemm import many_rows
-from qcompile.backends.triton.int4_matmul import few_rows
-from qcompile.backends.triton.int4_table import Config, FewRows, ManyRows
-from qcompile.backends.triton.int4_unpack import unpack
 from qcompile.backends.triton.table import capability_of, on_device
 from qcompile.backends.triton.tuned import tuned_entries
-from qcompile.backends.triton.width_table import choose, rounds_twice
+from qcompile.backends.triton.width_few_rows import few_rows
+from qcompile.backends.triton.width_many_rows import many_rows
+from qcompile.backends.triton.width_table import Config, FewRows, ManyRows, choose, rounds_twice, tuned_name
+from qcompile.backends.triton.width_unpack import unpack
 from qcompile.backends.triton.widths import Packed
 
 # what TMA and copies of 16 bytes ask of x
@@ -40,6 +39,5 @@ def width_linear(x: Tensor, weight: Packed, bias: Tensor | None, N: int, config:
 
 @lru_cache(maxsize=4096)
 def _config(width: str, M: int, N: int, K: int, device: torch.device, exact: bool) -> Config:
-    # other widths are not tuned
-    first = tuned_entries("int4", N, K, device) if width == "int4" else ()
+    first = tuned_entries(tuned_name(width), N, K, device)
     return choose(width, M, N, K, capability_of(device), exact=exact, first=first)

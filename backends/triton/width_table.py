@@ -1,16 +1,64 @@
 """Which configuration runs which problem for each width of `widths`: measured on sm_90, safe elsewhere.
 
-examples/benchmarks/weight_widths.py measures what it chooses.
+The first entry that takes a problem runs it. The library's product of 16-bit floats is among them, as `Unpack`: where
+it was faster than the kernels, the weight is made floats for one call. examples/benchmarks/weight_widths.py measures
+what is chosen, triton_kernels.py that of 4 bits beside other libraries.
 """
+
+from dataclasses import dataclass
 
 import torch
 
-from qcompile.backends.triton.int4_table import TABLE, Config, FewRows, ManyRows, Unpack, can_run
-from qcompile.backends.triton.int4_words import COLUMNS, ROWS
 from qcompile.backends.triton.table import HOPPER, Entry, fitting
-from qcompile.backends.triton.widths import Packed
+from qcompile.backends.triton.widths import COLUMNS, ROWS, Packed
 
-# weights that keep all multiprocessors of an H200 busy with tiles of one unit, and of two
+
+@dataclass(frozen=True, kw_only=True)
+class FewRows:
+    """`width_few_rows`. rows: to which those of x are padded; units: of 64 rows of the weight, a tile.
+
+    depth: blocks of 128 columns in flight; blocks: of a slice of K, a multiple of depth; resident: programs that a
+    multiprocessor holds at once.
+    """
+
+    rows: int
+    units: int
+    warps: int
+    depth: int
+    blocks: int
+    resident: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManyRows:
+    """`width_many_rows`. rows: of x, a tile; units: of 64 rows of the weight, a tile.
+
+    steps: products that a block of 128 columns takes, 2 or 4; stages: of 64 columns of x in flight; slices: into
+    which K is cut at most; resident: programs that a multiprocessor holds at once.
+    """
+
+    rows: int
+    units: int
+    warps: int
+    steps: int
+    stages: int
+    slices: int
+    resident: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unpack:
+    """`width_unpack`, then the library's matmul of floats. blocks: of 128 columns, a program unpacks."""
+
+    blocks: int
+
+
+Config = FewRows | ManyRows | Unpack
+# rows of y, of 16-bit floats, start at multiples of 16 bytes (CUDA driver API, cuTensorMapEncodeTiled)
+TMA_MULTIPLE = 8
+# from so many columns on, tiles of N are few in the models that have them, and K is cut into slices
+_LONG = 8192
+# weights that keep all multiprocessors of an H200 busy with tiles of one unit, or of four where x is short; and of two
 _LARGE, _VERY_LARGE = (blocks * ROWS * COLUMNS for blocks in (5000, 10000))
 
 
@@ -29,12 +77,14 @@ def _many(
     warps: int = 4,
     steps: int = 4,
     stages: int = 4,
+    slices: int = 8,
     most: int | None = None,
+    columns: int = 0,
     weights: int = 0,
 ) -> Entry[Config]:
     """most: rows of x that it is for, if not `rows`, those of a tile."""
-    config = ManyRows(rows=rows, units=units, warps=warps, steps=steps, stages=stages, slices=8, resident=resident)
-    return Entry(capabilities=HOPPER, rows=most or rows, weights=weights, config=config)
+    config = ManyRows(rows=rows, units=units, warps=warps, steps=steps, stages=stages, slices=slices, resident=resident)
+    return Entry(capabilities=HOPPER, rows=most or rows, columns=columns, weights=weights, config=config)
 
 
 _WIDEST: tuple[Entry[Config], ...] = (
@@ -48,10 +98,27 @@ _BOOK_ELSEWHERE: tuple[Entry[Config], ...] = (
     Entry(rows=32, config=FewRows(rows=32, units=1, warps=4, depth=2, blocks=2, resident=2)),
     Entry(config=Unpack(blocks=4)),
 )
-_ELSEWHERE = tuple(entry for entry in TABLE if entry.capabilities != HOPPER)
+_ELSEWHERE: tuple[Entry[Config], ...] = (
+    Entry(rows=8, config=FewRows(rows=8, units=1, warps=4, depth=2, blocks=8, resident=4)),
+    Entry(rows=16, config=FewRows(rows=16, units=1, warps=4, depth=2, blocks=8, resident=4)),
+    Entry(rows=32, config=FewRows(rows=32, units=1, warps=4, depth=2, blocks=4, resident=2)),
+    Entry(config=Unpack(blocks=4)),
+)
 _NARROW: tuple[Entry[Config], ...] = (_many(32, 3, steps=2, stages=8), _many(64, 2, steps=2), *_WIDEST, *_ELSEWHERE)
 TABLES: dict[str, tuple[Entry[Config], ...]] = {
-    "int4": TABLE,
+    "int4": (
+        _few(8, 8, 7, weights=_LARGE),
+        _few(8, 4, 7),
+        _few(16, 8, 2, units=4, weights=_LARGE),
+        _few(16, 4, 5),
+        _many(32, 3, columns=_LONG),
+        _many(32, 3, steps=2, stages=8),
+        _many(64, 2),
+        _many(128, 2),
+        _many(256, 1, warps=8),
+        _many(256, 1, warps=8, slices=2, most=2048),
+        *_ELSEWHERE,
+    ),
     "int8": (
         _few(8, 8, 8, depth=1, weights=_LARGE),
         _few(8, 4, 7),
@@ -94,6 +161,11 @@ TABLES: dict[str, tuple[Entry[Config], ...]] = {
 }
 
 
+def tuned_name(width: str) -> str:
+    """Under which `tuned` keeps configurations for a width."""
+    return f"{width}-weight"
+
+
 def choose(
     width: str, M: int, N: int, K: int, capability: int, *, exact: bool, first: tuple[Entry[Config], ...] = ()
 ) -> Config:
@@ -103,7 +175,16 @@ def choose(
     exact: numbers of x's dtype can hold what many rows multiply, see `rounds_twice`.
     """
     found = fitting(first + TABLES[width], M, N, K, capability)
-    return next(config for config in found if can_run(config, M, N, wide=not exact))
+    return next(config for config in found if can_run(config, M, N, exact=exact))
+
+
+def can_run(config: Config, M: int, N: int, *, exact: bool) -> bool:
+    """Whether the configuration can multiply x of M rows and a weight of N: tiles hold whole units of the weight."""
+    if isinstance(config, Unpack):
+        return True
+    if -(-N // ROWS) % config.units or (isinstance(config, FewRows) and config.rows < M):
+        return False
+    return isinstance(config, FewRows) or (exact and N % TMA_MULTIPLE == 0)
 
 
 def rounds_twice(weight: Packed, dtype: torch.dtype) -> bool:

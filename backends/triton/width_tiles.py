@@ -8,13 +8,6 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qcompile.backends.triton.int4_tiles import (
-    INTEGER_BITS,
-    INTEGER_OFFSET,
-    SCALE_BITS,
-    ZERO_BITS,
-    operand,
-)
 from qcompile.backends.triton.width_loads import is_book, spread
 from qcompile.backends.triton.width_ptx import (
     PIECES,
@@ -24,6 +17,12 @@ from qcompile.backends.triton.width_ptx import (
     weight_ptx,
 )
 from qcompile.backends.triton.widths import WIDTHS
+
+# float32 2**23: an integer or-ed into its mantissa is added exactly
+INTEGER_BITS = gl.constexpr(0x4B000000)
+INTEGER_OFFSET = gl.constexpr(8388608.0)
+SCALE_BITS = gl.constexpr(-65536)
+ZERO_BITS = gl.constexpr(0xFFFF)
 
 
 @triton.constexpr_function
@@ -124,6 +123,28 @@ def _scale_pairs(scales, WIDE: gl.constexpr, dtype: gl.constexpr):
         return (gl.expand_dims(pair, 3),)
     else:
         return (gl.expand_dims(_pair(scales >> 16), 3),)
+
+
+@gluon.jit
+def operand(planes, first: gl.constexpr, count: gl.constexpr, parts: gl.constexpr, mma: gl.constexpr):
+    """Planes first.., [parts, 256] each, as the first operand [16 * parts, 16 * count]: registers get other names."""
+    if count == 2:
+        a = gl.join(planes[first], planes[first + 1])
+        a = gl.permute(gl.reshape(a, [parts, 2, 8, 4, 2, 2, 2]), (0, 1, 2, 6, 4, 3, 5))
+    elif count == 4:
+        a = gl.join(
+            gl.join(planes[first], planes[first + 1]),
+            gl.join(planes[first + 2], planes[first + 3]),
+        )
+        a = gl.permute(gl.reshape(a, [parts, 2, 8, 4, 2, 2, 2, 2]), (0, 1, 2, 7, 6, 4, 3, 5))
+    else:
+        a = gl.join(
+            gl.join(gl.join(planes[0], planes[1]), gl.join(planes[2], planes[3])),
+            gl.join(gl.join(planes[4], planes[5]), gl.join(planes[6], planes[7])),
+        )
+        a = gl.permute(gl.reshape(a, [parts, 2, 8, 4, 2, 2, 2, 2, 2]), (0, 1, 2, 8, 7, 6, 4, 3, 5))
+    a = gl.reshape(a, [parts * 16, count * 16])
+    return gl.convert_layout(a, gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
 
 
 @gluon.jit

@@ -11,6 +11,9 @@ scales: int32 [N / 64, S, 64], S scales a row: one, or one for each group of a b
 above, the zero point below. Scales that bfloat16 does not hold are int32 [N / 64, S, P, 64]: float32 bits, and for
 codes with zero points these (P = 2). N and K are filled up to whole blocks; scales with zeros.
 levels: int32 [256], of code books: the numbers of two codes, in the dtype of x, for every byte of codes.
+
+Of 4 bits a shift and a mask make a pair of 16-bit floats. Source of the trick with the bits of the mantissa: Kim 2022
+(Who Says Elephants Can't Run); of the order: Marlin.
 """
 
 from dataclasses import dataclass
@@ -19,12 +22,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qcompile.formats import Format, Integer, code_values
+from qcompile.numerics import QParams
+from qcompile.spec import ALL, Spec
+
 ROWS, COLUMNS, PARTS = 64, 128, 4
 # words of a block for each bit of a code
 WORDS = 256
 # groups of fewer columns than a block; others are whole blocks
 SMALL_GROUPS = (32, 64)
 LEVELS = 16
+# kinds of scales that bfloat16 holds
+BFLOAT16_SCALES = ("bf16", "e8m0")
 _DIGITS = {"q": 2, "i": 8, "x": 2, "y": 2, "z": 2, "c": 2, "j": 4, "e": 2}
 
 
@@ -96,6 +105,64 @@ WIDTHS: dict[str, Width] = {
         Width(name="int2", bits=2, fields=(Field(words="ijqc", inside="exyz", bits=2),)),
     )
 }
+
+
+def width_of(fmt: Format) -> str | None:
+    """The name in `WIDTHS` of what holds a format's codes, None if nothing does."""
+    if not isinstance(fmt, Integer):
+        return "book" if 2**fmt.bits == LEVELS else None
+    return fmt.name if fmt.name in WIDTHS else None
+
+
+def no_groups(spec: Spec) -> str | None:
+    """None if scales of a weight stand by rows and in groups that blocks have, else the reason."""
+    rows, columns = spec.granularity.rows, spec.granularity.columns
+    if rows == 1 and (columns in (ALL, *SMALL_GROUPS) or columns % COLUMNS == 0):
+        return None
+    sizes = ", ".join(map(str, SMALL_GROUPS))
+    return f"weight {spec} is not by channel or group of {sizes} or multiples of {COLUMNS} columns"
+
+
+def pack_weight(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Words, scales and, of code books, levels; groups of more columns than a block are several groups.
+
+    codes [N, K], of a spec that `width_of` and `no_groups` let pass.  dtype: of x.
+    """
+    fmt, scale, zero = qparams.spec.format, qparams.scale, qparams.zero
+    name = width_of(fmt)
+    assert name is not None
+    width, narrow = WIDTHS[name], is_narrow(qparams, dtype)
+    if isinstance(fmt, Integer) and zero is None:
+        codes = codes.view(torch.uint8) + width.center
+        zero = torch.full_like(scale, width.center) if narrow else None
+    columns = qparams.spec.granularity.columns
+    if columns != ALL:
+        group = group_of_spans(columns, codes.shape[1], scale.shape[1]).to(codes.device)
+        scale, zero = scale[:, group], None if zero is None else zero[:, group]
+    packed = {"words": pack_codes(codes, width), "scales": pack_scales(scale, zero, narrow=narrow)}
+    if not width.book:
+        return packed
+    levels = code_values(fmt).to(codes.device) if qparams.levels is None else qparams.levels
+    return packed | {"levels": pack_levels(levels, dtype)}
+
+
+def span_of(columns: int) -> int:
+    """How many columns of a block have one scale, where `columns` are a group, or `ALL` of them."""
+    return columns if columns in SMALL_GROUPS else COLUMNS
+
+
+def group_of_spans(columns: int, K: int, groups: int) -> Tensor:
+    """For each span of the blocks of K columns the number of its group; past the end of K the last one."""
+    span = span_of(columns)
+    spans = -(-K // COLUMNS) * (COLUMNS // span)
+    return (torch.arange(spans) * span // (columns or K)).clamp(max=groups - 1)
+
+
+def is_narrow(qparams: QParams, dtype: torch.dtype) -> bool:
+    """Whether bfloat16 holds the scales, and numbers of dtype do in full: kernels multiply single weights by them."""
+    scale, limits = qparams.scale, torch.finfo(dtype)
+    held = (scale == 0) | ((scale >= limits.smallest_normal) & (scale <= limits.max))
+    return qparams.spec.scale in BFLOAT16_SCALES and bool(held.all())
 
 
 def pack_codes(codes: Tensor, width: Width) -> Tensor:

@@ -17,7 +17,7 @@ import triton
 from result_files import RESULTS, device, write_result
 from torch import Tensor
 
-from qcompile.backends.fx.kernels import int4, int4_int8
+from qcompile.backends.fx.kernels import int4_int8, weight_triton
 from qcompile.backends.triton.graphs import captured, in_turns
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
@@ -50,7 +50,7 @@ def measure(N: int, K: int, rows: Sequence[int]) -> list[dict[str, Any]]:
     codes = quantize(made, found)
     weight = dequantize(codes, found)
     copies = max(2, round(ROTATED / (N * K / 2)))
-    alone, beside = (pack(codes, found, DTYPE) for pack in (int4.pack, int4_int8.pack))
+    alone, beside = (module.KERNEL.pack(codes, found, DTYPE) for module in (weight_triton, int4_int8))
     w4a16 = [{name: t.clone() for name, t in alone.items()} for _ in range(copies)]
     w4a8 = [{name: t.clone() for name, t in beside.items()} for _ in range(copies)]
     floats = [weight.to(DTYPE) for _ in range(max(2, round(ROTATED / (N * K * 2))))]
@@ -79,7 +79,7 @@ def measure(N: int, K: int, rows: Sequence[int]) -> list[dict[str, Any]]:
 
         def narrow(i: int, x: Tensor = x) -> Tensor:
             packed = w4a16[i % copies]
-            y: Tensor = torch.ops.qcompile.linear_int4(x, packed["words"], packed["scales"], None, N)
+            y: Tensor = torch.ops.qcompile.linear_weight(x, packed["words"], packed["scales"], None, None, N, "int4")
             return y
 
         # freed at once: what the allocator hands out next holds NaN

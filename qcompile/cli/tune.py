@@ -26,7 +26,7 @@ def tune(
     model: Annotated[str | None, typer.Argument(help=f"A Hugging Face model folder, or {DEMO!r}.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="A weight, as NxK; may be repeated.")] = None,
     formats: Annotated[
-        str | None, typer.Option(help="Formats, separated by commas; all that this GPU multiplies, if left out.")
+        str | None, typer.Option(help="As int8,w4a8,int4-weight; all formats that this GPU multiplies, if left out.")
     ] = None,
     rows: Annotated[str | None, typer.Option(help="Numbers of rows of x, separated by commas.")] = None,
 ) -> None:
@@ -50,12 +50,13 @@ def tune(
 
 
 def _measure(shapes: Sequence[Shape], formats: str | None, rows: str | None, console: Console) -> None:
+    from qcompile.backends.triton.families import families_on, why_not
     from qcompile.backends.triton.table import capability_of
     from qcompile.backends.triton.tuned import ROWS, key_of, path_for, write_tuning
-    from qcompile.backends.triton.tuning import FAMILIES, tune, why_not
+    from qcompile.backends.triton.tuning import tune
 
     device = torch.device("cuda", torch.cuda.current_device())
-    names = [name for name, family in FAMILIES.items() if family.capability <= capability_of(device)]
+    names = families_on(capability_of(device))
     chosen = names if formats is None else formats.split(",")
     if unknown := sorted(set(chosen) - set(names)):
         raise OptionsError(f"no kernels on this GPU for {', '.join(unknown)}: there are {', '.join(names)}")

@@ -29,8 +29,8 @@ CASES = [
     ("fp8-triton", "fp8_e4m3/channel", "fp8_e4m3/token"),
     ("fp8", "fp8_e4m3/channel", "fp8_e4m3/token"),
     ("fp8", "fp8_e4m3/channel", "fp8_e5m2/token"),
-    ("int4", "int4/g32/asym/bf16", None),
-    ("int4", "int4/channel", None),
+    ("weight-triton", "int4/g32/asym/bf16", None),
+    ("weight-triton", "int4/channel", None),
     ("weight-triton", "int8/channel", None),
     ("weight-triton", "nf4/g32/dq256", None),
     ("weight-triton", "int3/g32/asym/bf16", None),
@@ -116,7 +116,7 @@ def own_kernels(dtype: torch.dtype) -> dict[str, str]:
     return {
         "int8": "int8-triton" if hopper else "int8",
         "fp8": "fp8-triton" if hopper and dtype is torch.bfloat16 else "fp8",
-    } | ({"int4-weight": "int4", "int8-weight": "weight-triton", "nf4": "weight-triton"} if hopper and narrow else {})
+    } | (dict.fromkeys(("int4-weight", "int8-weight", "nf4"), "weight-triton") if hopper and narrow else {})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -1,6 +1,6 @@
 """Compile kernels for a device that need not be there."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -17,8 +17,8 @@ NAMES = {
     torch.int8: "i8",
     torch.float8_e4m3fn: "fp8e4nv",
 }
-GLUON_TYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32, "i8": gl.int8}
-# what a launch finds out by itself: pointers and lengths are multiples of 16
+GLUON_TYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32, "i8": gl.int8, "i32": gl.int32}
+# what a launch finds out by itself: pointers are multiples of 16, and so are most lengths
 LENGTHS = ("N", "K", "stride_x", "stride_residual")
 
 
@@ -39,13 +39,15 @@ def compiled(
     constants: Mapping[str, Any],
     capability: int,
     options: Mapping[str, Any],
+    lengths: Sequence[str] = LENGTHS,
 ) -> Any:
     """The kernel as its launcher would have it compiled.
 
     given: types of the arguments that are neither constants nor int32.  source: of Triton or of Gluon.
+    lengths: arguments that are multiples of 16.
     """
     signature = {n: "constexpr" if n in constants else given.get(n, "i32") for n in kernel.arg_names}
-    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in LENGTHS]
+    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in lengths]
     places = {n: (kernel.arg_names.index(n),) for n in signature}
     return triton.compile(
         source(

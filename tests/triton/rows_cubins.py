@@ -1,13 +1,10 @@
 """Compile the kernel that quantizes rows for a device that need not be there."""
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qcompile.backends.triton import quantize_rows as rows
-
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+from tests.triton.compiled import NAMES, compiled
 
 
 def cubin(
@@ -40,20 +37,7 @@ def cubin(
     }
     optional = ("second", "weight", "bias", "zeros", "total")
     constants |= dict.fromkeys((n for n in optional if n not in given), None)
-    kernel = rows.quantize_rows_kernel
-    kinds = {n: f"*{kind}" for n, kind in given.items()} | {"eps": "fp32"} | dict.fromkeys(constants, "constexpr")
-    signature = {n: kinds.get(n, "i32") for n in kernel.arg_names}
-    # what a launch finds out by itself: pointers and lengths are multiples of 16
-    aligned = [n for n, kind in signature.items() if kind.startswith("*") or (kind == "i32" and K % 16 == 0)]
-    place = {n: (kernel.arg_names.index(n),) for n in signature}
-    compiled = triton.compile(
-        ASTSource(
-            kernel,
-            signature,
-            {place[n]: value for n, value in constants.items()},
-            {place[n]: [["tt.divisibility", 16]] for n in aligned},
-        ),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": rows.warps_for(K), "enable_fp_fusion": False},
-    )
-    return compiled.asm["cubin"]
+    kinds = {n: f"*{kind}" for n, kind in given.items()} | {"eps": "fp32"}
+    options = {"num_warps": rows.warps_for(K), "enable_fp_fusion": False}
+    lengths = ("K", "stride_x", "stride_second") if K % 16 == 0 else ()
+    return compiled(ASTSource, rows.quantize_rows_kernel, kinds, constants, capability, options, lengths).asm["cubin"]

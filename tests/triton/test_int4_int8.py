@@ -6,7 +6,7 @@ from torch import Tensor, library
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
-from qcompile.backends.fx.kernels import int4_int8
+from qcompile.backends.fx.kernels.int4_int8 import KERNEL
 from qcompile.backends.triton.int4_int8_table import TABLE
 from qcompile.numerics import QParams, dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
@@ -28,7 +28,7 @@ def packed(text: str, N: int, K: int, dtype: torch.dtype = BFLOAT16) -> tuple[tu
     weight = torch.randn(N, K, device="cuda")
     qparams = find_qparams(weight, parse_spec(text))
     codes = quantize(weight, qparams)
-    parts = int4_int8.pack(codes, qparams, dtype)
+    parts = KERNEL.pack(codes, qparams, dtype)
     return (parts["words"], parts["scales"], parts["sums"]), dequantize(codes, qparams).double()
 
 
@@ -106,7 +106,7 @@ def test_largest_products_are_exact(M: int) -> None:
         zero=torch.zeros(N, K // 128, device="cuda"),
     )
     codes = torch.full((N, K), 15, dtype=torch.uint8, device="cuda")
-    parts = int4_int8.pack(codes, qparams, BFLOAT16)
+    parts = KERNEL.pack(codes, qparams, BFLOAT16)
     x = torch.full((M, K), -128, dtype=torch.int8, device="cuda")
     scale = torch.ones(M, 1, device="cuda")
     y = torch.ops.qcompile.int4_int8_mm(

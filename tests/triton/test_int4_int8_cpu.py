@@ -7,13 +7,22 @@ pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from qcompile.backends.fx.kernels import int4_int8
 from qcompile.backends.fx.kernels.problem import Problem
-from qcompile.backends.triton.int4_int8_table import TABLE, Tiles, choose
-from qcompile.backends.triton.int4_int8_words import pack_words, unpack_words
+from qcompile.backends.triton.int4_int8_table import TABLE, Int4Int8Tiles
+from qcompile.backends.triton.int4_int8_words import pack_weight, pack_words, unpack_words
+from qcompile.backends.triton.table import fitting
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 from tests.triton.int4_int8_cubins import cubin, name_of
 
 CONFIGS = [pytest.param(tiles, id=name_of(tiles)) for tiles in dict.fromkeys(entry.config for entry in TABLE)]
+
+
+@pytest.mark.parametrize(("N", "K"), [(64, 128), (1, 32), (65, 160), (200, 352), (128, 1024)])
+def test_words_hold_every_code(N: int, K: int) -> None:
+    codes = torch.randint(0, 16, (N, K), dtype=torch.uint8)
+    words = pack_words(codes)
+    assert words.shape == (-(-N // 64), -(-K // 128), 1024)
+    assert torch.equal(unpack_words(words, N, K), codes)
 
 
 def test_a_code_stands_where_the_module_says() -> None:
@@ -34,7 +43,7 @@ def test_packs_hold_the_weight_and_its_sums(text: str, N: int, K: int) -> None:
     weight, spec = torch.randn(N, K), parse_spec(text)
     qparams = find_qparams(weight, spec)
     codes = quantize(weight, qparams)
-    packed = int4_int8.pack(codes, qparams, torch.bfloat16)
+    packed = pack_weight(codes, qparams, torch.bfloat16)
     words, scales = packed["words"], packed["scales"]
     wide = scales.dim() == 4
     assert wide == (spec.scale == "fp32")
@@ -56,12 +65,12 @@ def test_sums_take_a_row_of_zeros_out_exactly() -> None:
     for g in range(32):
         dots = -128 * (codes[:, 64 * g : 64 * g + 64].long() - qparams.zero[:, g : g + 1].long()).sum(1)
         total = (total.double() + dots.double() * qparams.scale[:, g].double()).float()
-    assert torch.equal(total, -128 * int4_int8.pack(codes, qparams, torch.bfloat16)["sums"])
+    assert torch.equal(total, -128 * pack_weight(codes, qparams, torch.bfloat16)["sums"])
 
 
 @pytest.mark.parametrize("tiles", CONFIGS)
 @pytest.mark.parametrize(("groups", "wide", "whole"), [(1, False, True), (1, False, False), (4, True, True)])
-def test_configuration_compiles(tiles: Tiles, groups: int, wide: bool, whole: bool) -> None:
+def test_configuration_compiles(tiles: Int4Int8Tiles, groups: int, wide: bool, whole: bool) -> None:
     assert cubin(tiles, torch.bfloat16, groups, wide=wide, whole=whole, full=True)[:4] == b"\x7fELF"
 
 
@@ -70,7 +79,7 @@ def test_configuration_compiles(tiles: Tiles, groups: int, wide: bool, whole: bo
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_variant_compiles(tiles: Tiles, groups: int, wide: bool, dtype: torch.dtype) -> None:
+def test_every_variant_compiles(tiles: Int4Int8Tiles, groups: int, wide: bool, dtype: torch.dtype) -> None:
     for full in (False, True):
         assert cubin(tiles, dtype, groups, wide=wide, whole=True, full=full)[:4] == b"\x7fELF"
 
@@ -78,7 +87,7 @@ def test_every_variant_compiles(tiles: Tiles, groups: int, wide: bool, dtype: to
 def test_the_table_takes_every_problem() -> None:
     for M in (1, 8, 9, 16, 17, 64, 65, 257, 2048, 1 << 20):
         for N in (8, 4096, 28672, 12345):
-            assert choose(M, N, 4096).tokens >= min(M, 128)
+            assert next(fitting(TABLE, M, N, 4096, 90)).tokens >= min(M, 128)
 
 
 @pytest.mark.parametrize(

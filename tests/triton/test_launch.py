@@ -16,18 +16,18 @@ from qcompile.backends.triton import (
     add_parts,
     eight_bit,
     hopper,
-    int4_gemm,
     int4_int8_linear,
     int4_int8_table,
-    int4_matmul,
-    int4_unpack,
     quantize_rows,
+    width_few_rows,
+    width_many_rows,
+    width_unpack,
 )
 from qcompile.backends.triton import launch as module
 from qcompile.backends.triton.eight_bit import Operands
 from qcompile.backends.triton.eight_bit_table import FEW_ROWS, MANY_ROWS, SAFE
-from qcompile.backends.triton.int4_table import TABLE, FewRows, ManyRows, Unpack
 from qcompile.backends.triton.launch import launch
+from qcompile.backends.triton.width_table import TABLES, FewRows, ManyRows, Unpack
 from qcompile.backends.triton.widths import Packed
 from qcompile.spec import parse_spec
 
@@ -149,7 +149,7 @@ def operands() -> Operands:
 def int4(kind: type) -> tuple[Any, ...]:
     words, scales = torch.ones(4, 3, 1024, dtype=torch.int32), torch.ones(4, 3, 64, dtype=torch.int32)
     weight = Packed(words=words, scales=scales, width="int4")
-    config = next(e.config for e in TABLE if isinstance(e.config, kind))
+    config = next(e.config for e in TABLES["int4"] if isinstance(e.config, kind))
     if kind is Unpack:
         return weight, 256, 384, torch.bfloat16, config
     return torch.ones(2, 384).bfloat16(), weight, None, 256, config
@@ -171,9 +171,9 @@ LAUNCHERS = {
     "eight_bit": lambda: eight_bit.matmul(operands(), SAFE[0].config),
     "eight_bit by descriptors": lambda: eight_bit.matmul(operands(), FEW_ROWS[0].config),
     "hopper": lambda: hopper.matmul(operands(), MANY_ROWS[0].config),
-    "few_rows": lambda: int4_matmul.few_rows(*int4(FewRows)),
-    "many_rows": lambda: int4_gemm.many_rows(*int4(ManyRows)),
-    "unpack": lambda: int4_unpack.unpack(*int4(Unpack)),
+    "few_rows": lambda: width_few_rows.few_rows(*int4(FewRows)),
+    "many_rows": lambda: width_many_rows.many_rows(*int4(ManyRows)),
+    "unpack": lambda: width_unpack.unpack(*int4(Unpack)),
     "w4a8": lambda: int4_int8_linear._multiply(w4a8(), torch.bfloat16, int4_int8_table.TABLE[0].config),
     "quantize_rows": lambda: quantize_rows.quantize_rows(torch.ones(2, 384), parse_spec("int8/token/asym"), eps=1e-5),
     "add_parts": lambda: add_parts.add_parts(torch.ones(2, 3, 4), None, torch.ones(3, 4)),
@@ -187,10 +187,10 @@ def test_launchers_give_what_their_kernel_takes(name: str, monkeypatch: pytest.M
         add_parts,
         eight_bit,
         hopper,
-        int4_gemm,
+        width_many_rows,
         int4_int8_linear,
-        int4_matmul,
-        int4_unpack,
+        width_few_rows,
+        width_unpack,
         quantize_rows,
     ):
         monkeypatch.setattr(launcher, "launch", lambda *args, **options: given.append(args))

@@ -89,7 +89,8 @@ def test_choice_and_reason(
 
 
 @pytest.mark.parametrize(
-    "weight", ["int8/channel", "nf4/g64", "int3/g128/asym/bf16", "int2/g64/asym/bf16", "lloyd4/g32"]
+    "weight",
+    ["int8/channel", "int4/g128/asym/bf16", "nf4/g64", "int3/g128/asym/bf16", "int2/g64/asym/bf16", "lloyd4/g32"],
 )
 def test_weights_alone(weight: str) -> None:
     x = torch.randn(3, 128, dtype=torch.bfloat16)
@@ -122,7 +123,6 @@ def test_kernels_of_a_device_are_no_candidates_elsewhere() -> None:
     assert {kernel.name for kernel in KERNELS if kernel.device == "cuda"} == {
         "int8-triton",
         "fp8-triton",
-        "int4",
         "weight-triton",
         "int4-int8",
     }

@@ -20,12 +20,12 @@ def forgotten() -> Iterator[None]:
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert missing("int4_linear") == "triton is not installed"
+    assert missing("width_linear") == "triton is not installed"
 
 
 def test_on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "NVIDIA" in str(missing("int4_linear"))
+    assert "NVIDIA" in str(missing("width_linear"))
 
 
 @pytest.mark.parametrize(("version", "words"), [("9.9.0", "tested with"), (f"{TESTED[0]}.1", "cannot be loaded")])

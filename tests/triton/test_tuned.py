@@ -12,18 +12,19 @@ import torch
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from qcompile.backends.triton import tuned
-from qcompile.backends.triton.eight_bit_table import FP8, INT8, HopperTiles, Library
-from qcompile.backends.triton.int4_table import TABLE, FewRows, ManyRows, Unpack, choose
+from qcompile.backends.triton.eight_bit_table import HopperTiles, Library
+from qcompile.backends.triton.families import FAMILIES, families_on
 from qcompile.backends.triton.table import configs_of, fitting
 from qcompile.backends.triton.tuned import Key, Tuned, read_tuning, tuned_entries, tuning_of, write_tuning
-from qcompile.backends.triton.tuning import CHOICES, FAMILIES, Outcome, candidates, fastest, neighbours
+from qcompile.backends.triton.tuning import CHOICES, Outcome, candidates, fastest, neighbours
+from qcompile.backends.triton.width_table import FewRows, ManyRows, Unpack, choose
 
 KEY = Key(device="NVIDIA H200", capability=90, torch="2.11.0", triton="3.6.0", kernels="abc")
 FEW = FewRows(rows=8, units=2, warps=4, depth=2, blocks=4, resident=3)
 DEVICE = torch.device("cuda", 0)
 
 
-def found(rows: int, config: tuned.Config = FEW, fmt: str = "int4") -> Tuned:
+def found(rows: int, config: tuned.Config = FEW, fmt: str = "int4-weight") -> Tuned:
     return Tuned(format=fmt, N=4096, K=4096, rows=rows, config=config, us=7.5, bf16_us=13.0)
 
 
@@ -38,11 +39,11 @@ def on_an_h200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 def test_nothing_was_tuned() -> None:
     assert read_tuning(KEY) == tuned.Tuning(path=tuned.path_for("NVIDIA H200"))
-    assert tuned_entries("int4", 4096, 4096, DEVICE) == ()
+    assert tuned_entries("int4-weight", 4096, 4096, DEVICE) == ()
 
 
 def test_what_is_written_is_read() -> None:
-    configs = [FEW, *{type(c): c for c in (*configs_of(TABLE, 90), *configs_of(INT8 + FP8, 90))}.values()]
+    configs = [FEW, *{type(c): c for f in FAMILIES.values() for c in configs_of(f.table, 90)}.values()]
     assert len({type(config) for config in configs}) == len(tuned._KINDS)
     written = [found(rows, config) for rows, config in enumerate(configs, 1)]
     assert write_tuning(KEY, written) == tuned.path_for("NVIDIA H200")
@@ -61,8 +62,8 @@ def test_a_second_run_adds_and_replaces() -> None:
 def test_another_key_is_not_used_and_says_so(field: str, caplog: pytest.LogCaptureFixture) -> None:
     write_tuning(replace(KEY, **{field: 80 if field == "capability" else "old"}), [found(1)])
     with caplog.at_level(logging.WARNING):
-        assert tuned_entries("int4", 4096, 4096, DEVICE) == ()
-        assert tuned_entries("int4", 4096, 4096, DEVICE) == ()
+        assert tuned_entries("int4-weight", 4096, 4096, DEVICE) == ()
+        assert tuned_entries("int4-weight", 4096, 4096, DEVICE) == ()
     (message,) = (record.getMessage() for record in caplog.records)
     assert f"{field} was" in message
     assert "qcompile tune" in message
@@ -92,12 +93,13 @@ def test_a_configuration_that_is_none_is_not_used() -> None:
 def test_what_was_tuned_comes_first() -> None:
     many = ManyRows(rows=64, units=1, warps=4, steps=4, stages=4, slices=2, resident=2)
     write_tuning(KEY, [found(1), found(64, many), found(8, fmt="int8")])
-    entries = tuned_entries("int4", 4096, 4096, DEVICE) + TABLE
-    chosen = {M: choose(M, 4096, 4096, 90, wide=False, entries=entries) for M in (1, 2, 64, 65)}
-    assert chosen == {1: FEW, 2: many, 64: many, 65: choose(65, 4096, 4096, 90, wide=False)}
+    first = tuned_entries("int4-weight", 4096, 4096, DEVICE)
+    chosen = {M: choose("int4", M, 4096, 4096, 90, exact=True, first=first) for M in (1, 2, 64, 65)}
+    assert chosen == {1: FEW, 2: many, 64: many, 65: choose("int4", 65, 4096, 4096, 90, exact=True)}
     # scales in float32 are not for wgmma: the table's then
-    assert choose(64, 4096, 4096, 90, wide=True, entries=entries) == choose(64, 4096, 4096, 90, wide=True)
-    assert tuned_entries("int4", 4096, 4224, DEVICE) == ()
+    tables = choose("int4", 64, 4096, 4096, 90, exact=False)
+    assert choose("int4", 64, 4096, 4096, 90, exact=False, first=first) == tables
+    assert tuned_entries("int4-weight", 4096, 4224, DEVICE) == ()
 
 
 def test_the_digest_is_of_the_sources() -> None:
@@ -109,13 +111,15 @@ def test_the_digest_is_of_the_sources() -> None:
 @pytest.mark.parametrize("fmt", FAMILIES)
 @pytest.mark.parametrize("M", [1, 16, 64, 512, 8192])
 def test_candidates_are_few_and_begin_with_the_tables(fmt: str, M: int, capability: int) -> None:
+    if fmt not in families_on(capability):
+        return
     family = FAMILIES[fmt]
     tried = candidates(family, M, 4096, 4096, capability)
     assert tried[0] == next(c for c in fitting(family.table, M, 4096, 4096, capability) if family.can_run(c, M, 4096))
     assert len(tried) == len(set(tried)) < 24
     assert capability == 90 or not any(isinstance(c, ManyRows | HopperTiles) for c in tried)
     # the library is always among them, where there is a way to it
-    assert fmt == "int8" or any(isinstance(c, Unpack | Library) for c in tried)
+    assert fmt in ("int8", "w4a8") or any(isinstance(c, Unpack | Library) for c in tried)
 
 
 def test_what_is_not_clearly_faster_changes_nothing() -> None:

@@ -10,11 +10,12 @@ from torch import Tensor
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from qcompile.backends.triton import tuned, tuning
-from qcompile.backends.triton.int4_table import Unpack
+from qcompile.backends.triton.families import FAMILIES, families_on
 from qcompile.backends.triton.table import capability_of
 from qcompile.backends.triton.tuned import key_of, tuning_of, write_tuning
-from qcompile.backends.triton.tuning import FAMILIES, tune
+from qcompile.backends.triton.tuning import tune
 from qcompile.backends.triton.width_linear import _config
+from qcompile.backends.triton.width_table import Unpack
 from qcompile.cli.doctor import tuning_lines
 
 pytestmark = pytest.mark.gpu
@@ -29,7 +30,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("fmt", FAMILIES)
 def test_the_fastest_is_right_and_no_slower_than_the_tables(fmt: str) -> None:
-    if capability_of(torch.device("cuda", 0)) < FAMILIES[fmt].capability:
+    if fmt not in families_on(capability_of(torch.device("cuda", 0))):
         pytest.skip("this GPU does not multiply the format")
     for outcome in tune(fmt, 256, 512, (1, 40)):
         assert outcome.tried > 3
@@ -38,7 +39,7 @@ def test_the_fastest_is_right_and_no_slower_than_the_tables(fmt: str) -> None:
 
 def test_the_op_takes_what_was_tuned() -> None:
     device = torch.device("cuda", 0)
-    (outcome,) = tune("int4", 256, 512, (16,))
+    (outcome,) = tune("int4-weight", 256, 512, (16,))
     # which the table would not choose
     held = Unpack(blocks=1)
     assert "shipped tables" in next(tuning_lines())
@@ -49,17 +50,18 @@ def test_the_op_takes_what_was_tuned() -> None:
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    family = FAMILIES["int4"]
+    family = FAMILIES["int4-weight"]
 
-    def wrong(x: Tensor, scale: Tensor | None, pack: dict, N: int, config: object) -> Tensor:
-        y = family.run(x, scale, pack, N, config)
+    def wrong(x: Tensor, given: object, pack: dict, N: int, config: object) -> Tensor:
+        y = family.run(x, given, pack, N, config)
         return y if config == tuning.candidates(family, 1, 256, 512, capability_of(x.device))[0] else y * 1.1
 
-    monkeypatch.setattr(tuning, "FAMILIES", {"int4": replace(family, run=wrong)})
-    (outcome,) = tune("int4", 256, 512, (1,))
+    monkeypatch.setattr(tuning, "FAMILIES", {"int4-weight": replace(family, run=wrong)})
+    (outcome,) = tune("int4-weight", 256, 512, (1,))
     assert outcome.tried == 1
     assert any("relative error" in reason for reason in outcome.refused.values())
-    monkeypatch.setattr(tuning, "FAMILIES", {"int4": replace(family, run=lambda *given: family.run(*given) * 1.1)})
+    wrong_everywhere = replace(family, run=lambda *given: family.run(*given) * 1.1)
+    monkeypatch.setattr(tuning, "FAMILIES", {"int4-weight": wrong_everywhere})
     with pytest.raises(RuntimeError, match=r"the table's .* fails: its relative error"):
-        list(tune("int4", 256, 512, (1,)))
+        list(tune("int4-weight", 256, 512, (1,)))
     assert not tuned.cache_folder().exists()

@@ -1,4 +1,4 @@
-"""Linears with 8-, 3- and 2-bit weights and code books on a GPU, against the oracle's weight in float64."""
+"""Linears with 8-, 4-, 3- and 2-bit weights and code books on a GPU, against the oracle's weight in float64."""
 
 import pytest
 import torch
@@ -6,11 +6,11 @@ from torch import Tensor, library
 
 pytest.importorskip("triton.experimental.gluon")
 
-from qcompile.backends.fx.kernels import weight_triton
-from qcompile.backends.triton.int4_table import Config, FewRows, ManyRows
+from qcompile.backends.fx.kernels.weight_triton import KERNEL
+from qcompile.backends.triton.table import capability_of, configs_of
 from qcompile.backends.triton.width_linear import width_linear
-from qcompile.backends.triton.width_table import TABLES, rounds_twice
-from qcompile.backends.triton.widths import Packed
+from qcompile.backends.triton.width_table import TABLES, Config, can_run, rounds_twice
+from qcompile.backends.triton.widths import Packed, width_of
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 from tests.triton.compiled import name_of
@@ -18,8 +18,9 @@ from tests.triton.compiled import name_of
 pytestmark = pytest.mark.gpu
 
 BFLOAT16 = torch.bfloat16
-PRESETS = ["int8/channel", "nf4/g64", "int3/g128/asym/bf16", "int2/g64/asym/bf16"]
+PRESETS = ["int8/channel", "int4/g128/asym/bf16", "nf4/g64", "int3/g128/asym/bf16", "int2/g64/asym/bf16"]
 OTHERS = ["int8/g32/asym/bf16", "int8/channel/asym", "nf4/channel", "bnb_fp4/g32/bf16", "lloyd4/g128", "int3/channel"]
+OTHERS += ["int4/g32", "int4/g64/asym/bf16", "int4/g128", "int4/channel", "int4/channel/asym"]
 OTHERS += ["int2/g32", "int3/g64", "fp4_e2m1/b32/e8m0", "int8/g64"]
 
 
@@ -28,9 +29,9 @@ def packed(text: str, N: int, K: int, dtype: torch.dtype) -> tuple[Packed, Tenso
     weight = torch.randn(N, K, device="cuda")
     qparams = find_qparams(weight, parse_spec(text))
     codes = quantize(weight, qparams)
-    width = weight_triton.width_of(qparams.spec.format)
+    width = width_of(qparams.spec.format)
     assert width is not None
-    return Packed(width=width, **weight_triton.pack(codes, qparams, dtype)), dequantize(codes, qparams).double()
+    return Packed(width=width, **KERNEL.pack(codes, qparams, dtype)), dequantize(codes, qparams).double()
 
 
 def check(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -44,15 +45,8 @@ def check(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def configs(weight: Packed, M: int, N: int, dtype: torch.dtype) -> list[Config]:
     """Those of the table that can run the problem on this device."""
-    major, minor = torch.cuda.get_device_capability()
-    found = []
-    for entry in TABLES[weight.width]:
-        config, (low, high) = entry.config, entry.capabilities
-        fits = low <= 10 * major + minor <= high and -(-N // 64) % getattr(config, "units", 1) == 0
-        fits = fits and (not isinstance(config, FewRows) or config.rows >= M)
-        if fits and not (isinstance(config, ManyRows) and (rounds_twice(weight, dtype) or N % 8)):
-            found.append(config)
-    return list(dict.fromkeys(found))
+    found = configs_of(TABLES[weight.width], capability_of(torch.device("cuda", 0)))
+    return [config for config in found if can_run(config, M, N, exact=not rounds_twice(weight, dtype))]
 
 
 @pytest.mark.parametrize("M", [1, 3, 16, 17, 33, 257])

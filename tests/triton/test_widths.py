@@ -1,4 +1,4 @@
-"""How weights of other widths than 4 bits lie in memory, and what is made of their words, without a GPU."""
+"""How weights of 2 to 8 bits lie in memory, and what is made of their words, without a GPU."""
 
 import pytest
 import torch
@@ -6,8 +6,18 @@ from torch import Tensor
 
 from qcompile.backends.fx.kernels import weight_triton
 from qcompile.backends.fx.kernels.problem import Problem
-from qcompile.backends.triton.int4_table import FewRows, ManyRows, Unpack
-from qcompile.backends.triton.widths import LEVELS, WIDTHS, Packed, pack_codes, pack_levels, unpack_codes
+from qcompile.backends.triton.width_table import FewRows, ManyRows, Unpack
+from qcompile.backends.triton.widths import (
+    LEVELS,
+    WIDTHS,
+    Packed,
+    pack_codes,
+    pack_levels,
+    pack_scales,
+    pack_weight,
+    unpack_codes,
+    width_of,
+)
 from qcompile.formats import code_values, parse_format
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
@@ -157,6 +167,12 @@ SPECS = [
     "int8/channel/asym",
     "int8/g64/bf16",
     "int8/g32/asym",
+    "int4/channel",
+    "int4/channel/asym",
+    "int4/g32",
+    "int4/g64/asym/bf16",
+    "int4/g128/bf16",
+    "int4/g256/asym/bf16",
     "int3/channel",
     "int3/g128/asym/bf16",
     "int3/g64",
@@ -171,9 +187,9 @@ BOOKS = ["nf4/g64", "nf4/channel", "nf4/g64/dq256", "bnb_fp4/g64/bf16", "fp4_e2m
 def test_packs_hold_the_weight(text: str, N: int, K: int) -> None:
     qparams = find_qparams(torch.randn(N, K), parse_spec(text))
     codes = quantize(torch.randn(N, K), qparams)
-    width = weight_triton.width_of(qparams.spec.format)
+    width = width_of(qparams.spec.format)
     assert width is not None
-    packed = Packed(width=width, **weight_triton.pack(codes, qparams, torch.bfloat16))
+    packed = Packed(width=width, **pack_weight(codes, qparams, torch.bfloat16))
     assert packed.wide == (qparams.spec.scale not in ("bf16", "e8m0"))
     assert packed.groups == (0 if "channel" in text else 128 // min(qparams.spec.granularity.columns, 128))
     expected = dequantize(codes, qparams)
@@ -182,9 +198,32 @@ def test_packs_hold_the_weight(text: str, N: int, K: int) -> None:
     assert ((restored(packed, N, K, torch.bfloat16) - expected).abs() <= limit).all()
 
 
+@pytest.mark.parametrize("narrow", [True, False])
+def test_scales_stand_by_units(narrow: bool) -> None:
+    scale = (torch.rand(70, 3) + 0.1).bfloat16().float()
+    zero = torch.randint(0, 16, (70, 3))
+    packed = pack_scales(scale, zero, narrow=narrow)
+    bits = packed if narrow else packed[:, :, 0]
+    zeros = packed & 0xFFFF if narrow else packed[:, :, 1]
+    held = (bits & -65536 if narrow else bits).view(torch.float32).transpose(1, 2).reshape(128, 3)
+    assert torch.equal(held[:70], scale)
+    assert not held[70:].any()
+    assert torch.equal(zeros.transpose(1, 2).reshape(128, 3)[:70], zero.int())
+
+
+@pytest.mark.parametrize(("largest", "dtype", "narrow"), [
+    (1.0, torch.float16, True), (1e-4, torch.float16, False), (1e-4, torch.bfloat16, True), (0.0, torch.float16, True),
+])  # fmt: skip
+def test_scales_that_float16_does_not_hold_are_kept_whole(largest: float, dtype: torch.dtype, narrow: bool) -> None:
+    weight = torch.randn(64, 128).clamp(-1, 1) * largest
+    qparams = find_qparams(weight, parse_spec("int4/g64/bf16"))
+    packed = pack_weight(quantize(weight, qparams), qparams, dtype)
+    assert (packed["scales"].dim() == 3) == narrow
+
+
 def test_one_scale_a_row_is_stored_once() -> None:
     qparams = find_qparams(torch.randn(64, 1024), parse_spec("int8/channel"))
-    packed = weight_triton.pack(quantize(torch.randn(64, 1024), qparams), qparams, torch.bfloat16)
+    packed = pack_weight(quantize(torch.randn(64, 1024), qparams), qparams, torch.bfloat16)
     assert packed["scales"].numel() == 64
 
 
@@ -200,8 +239,8 @@ def test_tables_hold_their_numbers(name: str) -> None:
     ("weight", "more", "reason"),
     [
         ("int8/channel", {"input": parse_spec("int8/token")}, "input is quantized"),
-        ("int4/g128", {}, "not 8-, 3- or 2-bit"),
-        ("int5/g128", {}, "not 8-, 3- or 2-bit"),
+        ("int5/g128", {}, "not 8-, 4-, 3- or 2-bit"),
+        ("int4/g16", {}, "multiples of 128"),
         ("fp8_e4m3/channel", {}, "table of 16"),
         ("quantile3/g64", {}, "table of 16"),
         ("fp4_e2m1/b16/fp8_e4m3", {}, "multiples of 128"),

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.backends.fx.kernels import int4, int8
+from qcompile.backends.fx.kernels import int8, weight_triton
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
-from qcompile.backends.triton import int4_int8_words
-from qcompile.backends.triton.int4_words import COLUMNS, ROWS, SMALL_GROUPS
+from qcompile.backends.triton.int4_int8_words import pack_weight
 from qcompile.backends.triton.ready import missing
+from qcompile.backends.triton.widths import ROWS
 from qcompile.formats import Integer
-from qcompile.numerics import QParams
 from qcompile.spec import ALL
 
 REGISTRY.define(
@@ -95,7 +94,9 @@ def why_not(p: Problem) -> str | None:
         return "the input is not quantized"
     if not isinstance(p.input.format, Integer) or p.input.granularity.columns != ALL:
         return f"input {p.input} is not integers with one scale a token or tensor"
-    if (reason := int4.no_weight(p)) is not None:
+    if p.weight.format.name != "int4":
+        return f"weight {p.weight} is not 4-bit integers"
+    if (reason := weight_triton.unfit(p)) is not None:
         return reason
     if p.capability is None:
         return "it needs a CUDA device"
@@ -106,32 +107,6 @@ def why_not(p: Problem) -> str | None:
     return int4_int8_linear.why_not(p.N, p.K, p.capability)
 
 
-def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Codes, scales and sums in the layouts of `int4_int8_words`."""
-    stored, scales = int4.codes_and_scales(codes, qparams, dtype)
-    return {"words": int4_int8_words.pack_words(stored), "scales": scales, "sums": _sums(codes, qparams)}
-
-
-def _sums(codes: Tensor, qparams: QParams) -> Tensor:
-    """Of each row of the dequantized weight, added as the kernel adds its products where it does not cut K.
-
-    So a row of zeros in x, whose codes are all -128, gives 0.
-    """
-    N, K = codes.shape
-    columns = qparams.spec.granularity.columns or K
-    width = columns if columns in SMALL_GROUPS else COLUMNS
-    integers = codes.float()
-    if qparams.zero is not None:
-        integers = integers - qparams.zero.repeat_interleave(columns, 1)[:, :K]
-    integers = torch.nn.functional.pad(integers, (0, -K % width)).view(N, -1, width).sum(2)
-    total = torch.zeros(N, device=codes.device)
-    for i in range(integers.shape[1]):
-        scale = qparams.scale[:, min(i * width // columns, qparams.scale.shape[1] - 1)]
-        # the product is exact in float64: one rounding, as of a fused multiply-add
-        total = (total.double() + integers[:, i].double() * scale.double()).float()
-    return total
-
-
 def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: Any) -> tuple[Any, ...]:
     return (*x, packed["words"], packed["scales"], packed["sums"], bias, p.dtype)
 
@@ -139,7 +114,7 @@ def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: 
 KERNEL = Kernel(
     name="int4-int8",
     why_not=why_not,
-    pack=pack,
+    pack=pack_weight,
     op=torch.ops.qcompile.linear_int4_int8.default,
     arguments=_arguments,
     takes_codes=True,

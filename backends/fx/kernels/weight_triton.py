@@ -1,4 +1,4 @@
-"""8-, 3- and 2-bit weights and code books of 16 numbers under 16-bit inputs, on NVIDIA GPUs: `width_linear`.
+"""8-, 4-, 3- and 2-bit weights and code books of 16 numbers under 16-bit inputs, on NVIDIA GPUs: `width_linear`.
 
 x: [..., K] bfloat16 or float16; words, scales and levels as `qcompile.backends.triton.widths` packs them. One opaque op
 that chooses its kernel by the number of rows at each call, so that no number of rows compiles a graph anew.
@@ -10,24 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.backends.fx.kernels.int4 import BFLOAT16_SCALES, fits, unfit
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
 from qcompile.backends.triton.ready import missing
-from qcompile.backends.triton.widths import (
-    COLUMNS,
-    LEVELS,
-    ROWS,
-    SMALL_GROUPS,
-    WIDTHS,
-    Packed,
-    pack_codes,
-    pack_levels,
-    pack_scales,
-)
-from qcompile.formats import CodeBook, Format, Integer, code_values
-from qcompile.numerics import QParams
-from qcompile.spec import ALL
+from qcompile.backends.triton.widths import LEVELS, ROWS, Packed, no_groups, pack_weight, width_of
+from qcompile.formats import CodeBook
+
+FIRST_CAPABILITY = (8, 0)
+# elsewhere a float matmul of the dequantized weight may be faster, and takes more memory
+MEASURED = (9, 0)
+# copies of 16 bytes
+MULTIPLE = 8
 
 _ARGUMENTS = "Tensor x, Tensor words, Tensor scales, Tensor? levels, Tensor? bias, int N, str width"
 REGISTRY.define(f"weight_mm({_ARGUMENTS}) -> Tensor")
@@ -55,43 +48,42 @@ REGISTRY.impl("weight_mm", lambda x, words, scales, levels, bias, N, width: x.ne
 REGISTRY.impl("linear_weight", _linear_weight, "CompositeImplicitAutograd")
 
 
-def width_of(fmt: Format) -> str | None:
-    """The name in `WIDTHS` of what holds a format's codes, None if nothing does."""
-    if not isinstance(fmt, Integer):
-        return "book" if 2**fmt.bits == LEVELS else None
-    # the kernel "int4" has those of 4 bits
-    return fmt.name if fmt.name in WIDTHS and fmt.bits != 4 else None
-
-
 def why_not(p: Problem) -> str | None:
     """None if the kernels can run `p`, else the reason."""
     if p.input is not None:
         return "the input is quantized"
-    if width_of(p.weight.format) is None or p.weight.granularity.rows != 1:
-        return f"weight {p.weight} is not 8-, 3- or 2-bit integers or a table of {LEVELS} numbers, by channel or group"
-    return unfit(p) or missing("width_linear")
+    width = width_of(p.weight.format)
+    if width is None:
+        return f"weight {p.weight} is not 8-, 4-, 3- or 2-bit integers or a table of {LEVELS} numbers"
+    if (reason := unfit(p)) is not None:
+        return reason
+    if p.device != "cuda":
+        return "these kernels are for NVIDIA GPUs"
+    if p.capability is None or p.capability < FIRST_CAPABILITY:
+        return f"the kernels begin with sm_80, this is sm_{''.join(map(str, p.capability or ()))}"
+    if p.K % MULTIPLE:
+        return f"K={p.K} is not a multiple of {MULTIPLE}"
+    if p.capability != MEASURED and not p.small and not _is_worth(width, p):
+        sm = "".join(map(str, p.capability))
+        return f"these kernels were measured on sm_90, this is sm_{sm}: `qcompile tune` measures them here"
+    return missing("width_linear")
 
 
-def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Codes, scales and levels in the layouts of `widths`; groups of more columns than a block are several groups."""
-    fmt, columns = qparams.spec.format, qparams.spec.granularity.columns
-    name = width_of(fmt)
-    assert name is not None
-    width, scale, zero = WIDTHS[name], qparams.scale, qparams.zero
-    narrow = qparams.spec.scale in BFLOAT16_SCALES and fits(scale, dtype)
-    if isinstance(fmt, Integer) and zero is None:
-        codes = codes.view(torch.uint8) + width.center
-        zero = torch.full_like(scale, width.center) if narrow else None
-    if columns != ALL:
-        span = columns if columns in SMALL_GROUPS else COLUMNS
-        blocks = -(-codes.shape[1] // COLUMNS) * (COLUMNS // span)
-        group = (torch.arange(blocks, device=codes.device) * span // columns).clamp(max=scale.shape[1] - 1)
-        scale, zero = scale[:, group], None if zero is None else zero[:, group]
-    packed = {"words": pack_codes(codes, width), "scales": pack_scales(scale, zero, narrow=narrow)}
-    if not width.book:
-        return packed
-    levels = code_values(fmt).to(codes.device) if qparams.levels is None else qparams.levels
-    return packed | {"levels": pack_levels(levels, dtype)}
+def unfit(p: Problem) -> str | None:
+    """None if packs can hold the weight's scales, and tensor cores take results of its dtype, else the reason."""
+    if p.dtype not in (torch.bfloat16, torch.float16):
+        return f"the input is {str(p.dtype).removeprefix('torch.')}, and tensor cores take bfloat16 and float16"
+    return no_groups(p.weight)
+
+
+def _is_worth(width: str, p: Problem) -> bool:
+    """Whether it was tuned on this device, and is nowhere slower than bfloat16."""
+    if missing("tuned") is not None:
+        return False
+    from qcompile.backends.triton.tuned import is_worth
+    from qcompile.backends.triton.width_table import tuned_name
+
+    return is_worth(tuned_name(width), p.N, p.K)
 
 
 def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: Any) -> tuple[Any, ...]:
@@ -107,7 +99,7 @@ def _joins(problems: Sequence[Problem]) -> bool:
 KERNEL = Kernel(
     name="weight-triton",
     why_not=why_not,
-    pack=pack,
+    pack=pack_weight,
     op=torch.ops.qcompile.linear_weight.default,
     arguments=_arguments,
     device="cuda",

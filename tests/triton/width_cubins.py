@@ -6,8 +6,8 @@ import torch
 from triton.compiler import ASTSource, CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from qcompile.backends.triton import add_parts, int4_gemm, int4_matmul, int4_unpack
-from qcompile.backends.triton.int4_table import Config, FewRows, ManyRows
+from qcompile.backends.triton import add_parts, width_few_rows, width_many_rows, width_unpack
+from qcompile.backends.triton.width_table import Config, FewRows, ManyRows
 from tests.triton.compiled import NAMES, compiled, described
 
 
@@ -38,7 +38,7 @@ def kernel(config: Config, capability: int, dtype: torch.dtype, form: Form, *, p
         return _many_rows(config, capability, dtype, form, parts)
     pointers = {"words_ptr": "*i32", "scales_ptr": "*i32", "levels_ptr": "*i32", "y_ptr": f"*{NAMES[dtype]}"}
     constants = {**form.constants, "BLOCKS": config.blocks}
-    return _compiled(GluonASTSource, int4_unpack.unpack_kernel, pointers, constants, capability, 4)
+    return _compiled(GluonASTSource, width_unpack.unpack_kernel, pointers, constants, capability, 4)
 
 
 def reduce_cubin(capability: int, dtype: torch.dtype) -> bytes:
@@ -61,14 +61,14 @@ def _few_rows(config: FewRows, capability: int, name: str, form: Form, parts: in
         "BIAS": parts == 1,
         "DEPENDENT": capability >= 90,
     }
-    kernel = int4_matmul.few_rows_kernel
+    kernel = width_few_rows.few_rows_kernel
     return _compiled(GluonASTSource, kernel, x, constants, capability, config.warps)
 
 
 def _many_rows(config: ManyRows, capability: int, dtype: torch.dtype, form: Form, parts: int) -> CompiledKernel:
     name = NAMES[dtype]
     pointers = {
-        "x_desc": described(name, [config.rows, int4_gemm.STAGE]),
+        "x_desc": described(name, [config.rows, width_many_rows.STAGE]),
         "y_desc": described(name, [config.rows, 64 * config.units]),
     }
     pointers |= dict.fromkeys(("words_ptr", "scales_ptr", "levels_ptr"), "*i32")
@@ -83,10 +83,10 @@ def _many_rows(config: ManyRows, capability: int, dtype: torch.dtype, form: Form
         "PARTS": parts,
         **form.constants,
         "BIAS": parts == 1,
-        "GROUP": int4_gemm.TILES_IN_GROUP,
+        "GROUP": width_many_rows.TILES_IN_GROUP,
         "DEPENDENT": True,
     }
-    kernel = int4_gemm.many_rows_kernel
+    kernel = width_many_rows.many_rows_kernel
     return _compiled(GluonASTSource, kernel, pointers, constants, capability, config.warps)
 
 

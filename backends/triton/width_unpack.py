@@ -10,11 +10,10 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qcompile.backends.triton.int4_table import Unpack
-from qcompile.backends.triton.int4_tiles import operand
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.width_loads import load_scales, load_table, load_words
-from qcompile.backends.triton.width_tiles import held_zero, planes, scale_of
+from qcompile.backends.triton.width_table import Unpack
+from qcompile.backends.triton.width_tiles import held_zero, operand, planes, scale_of
 from qcompile.backends.triton.widths import Packed
 
 WARPS = 4

@@ -21,12 +21,11 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.backends.triton.add_parts import add_parts, is_dependent
-from qcompile.backends.triton.int4_table import FewRows
-from qcompile.backends.triton.int4_tiles import operand
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import processors_of
 from qcompile.backends.triton.width_loads import load_scales, load_table, load_words
-from qcompile.backends.triton.width_tiles import held_zero, planes, scale_of, zero_of
+from qcompile.backends.triton.width_table import FewRows
+from qcompile.backends.triton.width_tiles import held_zero, operand, planes, scale_of, zero_of
 from qcompile.backends.triton.widths import Packed
 
 

@@ -23,7 +23,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.backends.triton.add_parts import add_parts
 from qcompile.backends.triton.descriptors import described
-from qcompile.backends.triton.int4_table import ManyRows
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import processors_of
 from qcompile.backends.triton.width_loads import (
@@ -34,6 +33,7 @@ from qcompile.backends.triton.width_loads import (
     scales_by_rows,
     spread,
 )
+from qcompile.backends.triton.width_table import ManyRows
 from qcompile.backends.triton.width_tiles import scale_of, weight_operand
 from qcompile.backends.triton.widths import Packed
 
