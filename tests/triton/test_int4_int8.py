@@ -10,7 +10,7 @@ from qcompile.backends.fx.kernels.int4_int8 import KERNEL
 from qcompile.backends.triton.int4_int8_table import TABLE
 from qcompile.numerics import QParams, dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
-from tests.triton.int4_int8_cubins import name_of
+from tests.triton.compiled import name_of
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,8 @@ from qcompile.backends.triton.int4_int8_words import pack_weight, pack_words, un
 from qcompile.backends.triton.table import fitting
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
-from tests.triton.int4_int8_cubins import cubin, name_of
+from tests.triton.compiled import name_of
+from tests.triton.int4_int8_cubins import cubin
 
 CONFIGS = [pytest.param(tiles, id=name_of(tiles)) for tiles in dict.fromkeys(entry.config for entry in TABLE)]
 
