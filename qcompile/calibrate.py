@@ -11,6 +11,7 @@ from torch import nn
 
 from qcompile.errors import CalibrationError
 from qcompile.methods import check_methods
+from qcompile.mixed import spend
 from qcompile.observers import Part
 from qcompile.plan import Plan, make_plan
 from qcompile.prepare import prepare
@@ -51,12 +52,14 @@ def calibrate(
         batches = list(batches)
     seen = watch(model, batches, parts_for(parsed), progress=progress)
     require_data(parsed, seen)
+    mix = spend(parsed, list(seen.sites.values()), seen.stats)
+    parsed = mix.recipe
     prepared = prepare(model, seen, parsed, failures=failures)
     plan = make_plan(list(seen.sites.values()), parsed, prepared.stats, seen.left, prepared=prepared.decided)
     if parsed.solves_in_turn:
         assert isinstance(batches, list)
         plan = solve_in_turn(model, batches, plan, seen, progress=progress)
-    return replace(plan, outliers=prepared.outliers).bind(model)
+    return replace(plan, outliers=prepared.outliers, notes=(*mix.notes, *plan.notes)).bind(model)
 
 
 def parts_for(recipe: Recipe) -> Part:

@@ -29,6 +29,7 @@ from qcompile.errors import CalibrationError, CoverageError, OptionsError, PlanE
 from qcompile.expected import expected_report
 from qcompile.graph import Op
 from qcompile.methods import check_methods
+from qcompile.mixed import spend
 from qcompile.observers import Part, Stats, merge
 from qcompile.outliers import outlier_notes
 from qcompile.passes.fold_batch_norm import fold_batch_norm
@@ -237,7 +238,8 @@ def _planned(
         sites={site.name: site for site in sites}, stats=stats, left=left, batches=batches.count, example=batches.first
     )
     if not recipe.prepares:
-        return make_plan(sites, recipe, stats, left, results=results)
+        mix = spend(recipe, sites, stats)
+        return replace(make_plan(sites, mix.recipe, stats, left, results=results), notes=mix.notes)
     example = {name: torch.as_tensor(x) for name, x in batches.first.items()}
     if not any(isinstance(value.shape[0], int) for value in graph.model.graph.inputs if value.shape):
         example = first_rows(example)

@@ -38,6 +38,7 @@ def check_methods(recipe: Recipe) -> None:
             "shifts exponents or tries floats": _shift_problem(rule),
             f"gives inputs the spec {rule.input}": _input_problem(rule),
             "leaves the format open": _choice_problem(rule),
+            f"has the budget {rule.budget}": _budget_problem(rule),
             f"gives results the spec {rule.output}": _output_problem(rule),
         }
         for what, problem in problems.items():
@@ -97,6 +98,19 @@ def _choice_problem(rule: Rule) -> str:
     fixed = (rule.smooth, rule.split, rule.threshold, rule.rescue, rule.output)
     if any(value is not None for value in fixed):
         return "smooth, split, threshold, rescue and output are chosen for one format: remove them, or name the format"
+    return ""
+
+
+def _budget_problem(rule: Rule) -> str:
+    """What speaks against the budget of a rule, and what to do; empty if nothing does."""
+    if rule.budget is None:
+        return ""
+    if rule.weight is None or rule.weight.granularity.rows != 1:
+        return "no spec by channel or group says how scales are kept: write one, as weight = 'int4/g128/asym/bf16'"
+    if rule.ops != (Op.LINEAR,):
+        return "what weights cost the outputs is measured of linears only: write a rule of its own for other ops"
+    if rule.prepares or rule.format is not None or rule.threshold is not None:
+        return "smooth, split, shift, format and threshold are chosen for one spec: remove them"
     return ""
 
 

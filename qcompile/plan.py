@@ -203,9 +203,9 @@ def make_plan(
     Raises RecipeError, SpecError, WeightError or CalibrationError, each with the site and the remedy.
     """
     check_methods(recipe)
-    if recipe.prepares and prepared is None:
+    if (recipe.prepares and prepared is None) or recipe.budgets:
         raise CalibrationError(
-            f"recipe {recipe.name!r} smooths or splits, which takes data: make a plan with "
+            f"recipe {recipe.name!r} smooths, splits or has a budget, which takes data: make a plan with "
             "qcompile.calibrate(model, batches, recipe), and compile with options={'plan': plan}"
         )
     prepared = prepared or Preparation()

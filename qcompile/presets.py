@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qcompile.budget import Budget, parse_budget
 from qcompile.errors import RecipeError, nearest
 from qcompile.graph import Op
 from qcompile.recipe import FLOAT, MOST_SHIFTED, Recipe, Rule, read_recipe, recipe_from_table
@@ -89,6 +90,14 @@ PRESETS: dict[str, Recipe] = {
             "4-bit integer weights in groups of 128, codes chosen together on data (GPTQ)",
             "gptq",
         ),
+        _linears(
+            "mixed",
+            "int4/g64/asym/bf16",
+            None,
+            "4.25 bits a weight on average, of 2 to 8, where they matter most, and GPTQ (EXL2); mixed/3: 3 bits",
+            "gptq",
+            budget=Budget(amount=4.25),
+        ),
         _linears("fp8", "fp8_e4m3/channel", _FP8, "8-bit floats, inputs scaled token by token"),
         _linears("nf4", "nf4/g64", None, "4-bit NormalFloat weights in groups of 64 (QLoRA)", solver="mse"),
         _linears("int4-token", "int4/channel", "int4/token/asym", "4-bit integers, inputs too", "mse", head=_INT8),
@@ -152,7 +161,8 @@ _FP8_CAPABILITY = (8, 9)
 def parse_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
     """The recipe that a user means: a preset's name, the path of a TOML file, a table of its content, or a Recipe.
 
-    A preset's name may have "+" and the name of an addition behind it, as "int8+embeddings".
+    A preset's name may have "+" and the name of an addition behind it, as "int8+embeddings"; one with a budget "/" and
+    its bits a weight, as "mixed/3.5".
     Raises RecipeError, for an unknown name with the nearest ones.
     """
     if isinstance(source, Recipe):
@@ -162,8 +172,9 @@ def parse_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
     if not isinstance(source, str | Path):
         raise RecipeError(f"a recipe is a preset's name, the path of a TOML file or a Recipe, got {source!r}")
     preset, *additions = dict.fromkeys(str(source).split("+"))
+    preset, _, bits = preset.partition("/")
     if isinstance(source, str) and preset in PRESETS:
-        return _with_additions(PRESETS[preset], additions)
+        return _with_additions(_with_bits(PRESETS[preset], bits), additions)
     path = Path(source)
     if isinstance(source, Path) or path.suffix == ".toml" or path.is_file():
         return read_recipe(path)
@@ -172,6 +183,17 @@ def parse_recipe(source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
         f"the path of a TOML file (ending in .toml) or a Recipe works too; behind a preset may stand "
         f"{', '.join('+' + name for name in ADDITIONS)}"
     )
+
+
+def _with_bits(preset: Recipe, bits: str) -> Recipe:
+    """The preset with another number of bits a weight; as it is, if none is given."""
+    if not bits:
+        return preset
+    if not preset.budgets:
+        raise RecipeError(f"{bits!r} behind recipe {preset.name!r}, whose bits its specs fix: take 'mixed/{bits}'")
+    budget = parse_budget(f"{bits} bits")
+    rules = tuple(rule if rule.budget is None else replace(rule, budget=budget) for rule in preset.rules)
+    return replace(preset, name=f"{preset.name}/{bits}", rules=rules)
 
 
 def _with_additions(preset: Recipe, names: Sequence[str]) -> Recipe:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from qcompile.budget import Budget, parse_budget
 from qcompile.errors import RecipeError, SpecError, nearest
 from qcompile.graph import Op
 from qcompile.sites import SITE_OPS, Site
@@ -51,6 +52,8 @@ class Rule:
     # "auto": each site gets the best format with as many bits as those of the specs; "float": its weight and its input
     # get, each for itself, the best float, found with the shift
     format: str | None = None
+    # what the weights of the sites may cost or err together: each gets integers of a width of its own for it
+    budget: Budget | None = None
     # of a convolution's result, and of what is added to it: where one kernel reads the codes that another made
     output: Spec | None = None
 
@@ -91,8 +94,16 @@ class Recipe:
     def needs_data(self) -> bool:
         """Whether the recipe can be followed only after calibration."""
         return (
-            self.prepares or self.solves_in_turn or any(rule.static_input or rule.weighs_columns for rule in self.rules)
+            self.prepares
+            or self.solves_in_turn
+            or self.budgets
+            or any(rule.static_input or rule.weighs_columns for rule in self.rules)
         )
+
+    @property
+    def budgets(self) -> bool:
+        """Whether sites share a budget, which is spent as data shows is best."""
+        return any(rule.budget is not None for rule in self.rules)
 
     @property
     def solves_in_turn(self) -> bool:
@@ -158,6 +169,7 @@ def recipe_to_table(recipe: Recipe) -> dict[str, Any]:
             **({} if rule.threshold is None else {"threshold": rule.threshold}),
             **({} if rule.rescue is None else {"rescue": str(rule.rescue)}),
             **({} if rule.format is None else {"format": rule.format}),
+            **({} if rule.budget is None else {"budget": str(rule.budget)}),
             **({} if rule.output is None else {"output": str(rule.output)}),
         }
         for rule in recipe.rules
@@ -245,5 +257,6 @@ _RULE: dict[str, Callable[[Any], Any]] = {
     "threshold": _positive,
     "rescue": lambda value: parse_spec(_text(value)),
     "format": _open_format,
+    "budget": lambda value: parse_budget(_text(value)),
     "output": lambda value: parse_spec(_text(value)),
 }

@@ -1,0 +1,121 @@
+"""Mixed bits: each linear gets the width and the groups that a budget for all of them is best spent on.
+
+What a site's output loses to each spec is measured on rows that calibration kept; all sites count alike, whatever their
+size, as the noise of their outputs over the signal adds up on the way through a model.
+Source: EXL2 of ExLlamaV2, which measures so and anneals; here by Lagrange's method (`qcompile.budget`).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from glob import escape
+
+import torch
+
+from qcompile.budget import BITS, Budget, Option, least_cost, least_error
+from qcompile.choose import probe_part
+from qcompile.errors import CalibrationError, RecipeError
+from qcompile.formats import parse_format
+from qcompile.noise import Treatment
+from qcompile.observers import Stats
+from qcompile.packing import stored_bytes
+from qcompile.recipe import Recipe, Rule
+from qcompile.sites import Site
+from qcompile.solvers import IN_TURN
+from qcompile.spec import Spec, parse_granularity
+
+WIDTHS = (2, 3, 4, 5, 6, 8)
+GROUPS = (32, 64, 128)
+# what stands in for a solver that takes the running model
+STAND_IN = "mse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """A recipe without budgets, and a note for each that was spent."""
+
+    recipe: Recipe
+    notes: tuple[str, ...] = ()
+
+
+def spend(recipe: Recipe, sites: Sequence[Site], stats: Mapping[str, Stats]) -> Mix:
+    """The recipe with, for each rule that has a budget, rules that name the sites of each spec.
+
+    sites, stats: of the model; the stats by site name, of inputs.  Raises RecipeError for a budget that no choice
+    meets, and CalibrationError for a site that no data reached.
+    """
+    rules: list[Rule] = []
+    notes = []
+    for number, rule in enumerate(recipe.rules, start=1):
+        if rule.budget is None:
+            rules.append(rule)
+            continue
+        mine = {s.name: s for s in sites if next((r for r in recipe.rules if r.matches(s)), None) is rule}
+        where = f"rule {number} ({rule.match!r}) of recipe {recipe.name!r}"
+        chosen, note = _chosen(rule, rule.budget, list(mine.values()), stats, where)
+        plain = replace(rule, budget=None)
+        for spec in dict.fromkeys(chosen.values()):
+            names = "|".join(escape(name) for name, its in chosen.items() if its == spec)
+            rules.append(replace(plain, match=names, weight=spec))
+        # decides nothing, unless the plan is for a model with more sites
+        rules.append(replace(plain, optional=True))
+        notes.append(f"{where}: {note}")
+    return Mix(recipe=replace(recipe, rules=tuple(rules)), notes=tuple(notes))
+
+
+def _chosen(
+    rule: Rule, budget: Budget, sites: Sequence[Site], stats: Mapping[str, Stats], where: str
+) -> tuple[dict[str, Spec], str]:
+    """A spec for each site by name, and what that comes to."""
+    if not sites:
+        raise RecipeError(f"{where} matches no site of this model: correct the glob")
+    specs = [list(_specs(rule, site)) for site in sites]
+    slots = [_options(rule, site, each, stats, where) for site, each in zip(sites, specs, strict=True)]
+    count = sum(site.weight.numel() for site in sites)
+    if budget.unit == BITS:
+        taken = least_error(slots, budget.amount * count)
+    else:
+        taken = least_cost(slots, 10 ** (-budget.amount / 10) * len(sites))
+    if taken is None:
+        raise RecipeError(f"{where} has the budget {budget}, which no choice meets: {_limit(budget, slots, count)}")
+    found = {site.name: each[i] for site, each, i in zip(sites, specs, taken, strict=True)}
+    bits = sum(slot[i].cost for slot, i in zip(slots, taken, strict=True)) / count
+    widths = sorted({spec.format.bits for spec in found.values()})
+    return found, f"{bits:.3f} bits a weight, of {', '.join(map(str, widths))} bits and their scales"
+
+
+def _limit(budget: Budget, slots: Sequence[Sequence[Option]], count: int) -> str:
+    if budget.unit == BITS:
+        least = sum(min(option.cost for option in slot) for slot in slots) / count
+        return f"the smallest specs come to {least:.3f} bits a weight"
+    return "not even the largest specs err so little; ask for fewer dB"
+
+
+def _specs(rule: Rule, site: Site) -> Iterator[Spec]:
+    """The rule's own kind of scale with every width, in groups that divide K."""
+    assert rule.weight is not None
+    K = site.weight.shape[1]
+    groups = [f"g{size}" for size in GROUPS if K % size == 0] or ["channel"]
+    for width in WIDTHS:
+        for group in groups:
+            yield replace(rule.weight, format=parse_format(f"int{width}"), granularity=parse_granularity(group))
+
+
+def _options(
+    rule: Rule, site: Site, specs: Sequence[Spec], stats: Mapping[str, Stats], where: str
+) -> list[Option]:  # fmt: skip
+    """Bits of the whole weight, and noise over signal of the output, under each spec."""
+    seen = stats.get(site.name)
+    if seen is None or site.weight.is_meta:
+        raise CalibrationError(
+            f"{where} spends a budget on {site.name!r}, and no data was seen there: call "
+            "qcompile.calibrate(model, batches, recipe) with batches that reach it, or give it a rule of its own"
+        )
+    probe = probe_part(site.weight, seen, whole=False)
+    solver = STAND_IN if rule.solver in IN_TURN else rule.solver
+    importance = seen.importance.to(site.weight.device) if rule.weighs_columns else None
+    with torch.no_grad():
+        ratios = [probe.after(Treatment(weight=s, solver=solver, importance=importance)) for s in specs]
+    return [
+        Option(cost=8 * stored_bytes(spec, *site.weight.shape), error=10 ** (-ratio / 10))
+        for spec, ratio in zip(specs, ratios, strict=True)
+    ]

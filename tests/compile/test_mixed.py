@@ -1,0 +1,113 @@
+"""Recipes with a budget: each linear gets a width of its own, and all together what was asked for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import qcompile
+from qcompile.artifact import load, save
+from qcompile.errors import RecipeError
+from qcompile.numerics import snr_db
+from qcompile.packing import stored_bytes
+from qcompile.plan import Plan
+from qcompile.recipe import Recipe, recipe_from_table, recipe_to_table
+
+SPEC = "int4/g32/asym/bf16"
+
+
+class Net(nn.Module):
+    """The middle layer has a few large weights in each row, which make every step of it coarse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.wide = nn.Linear(128, 256), nn.Linear(256, 128), nn.Linear(128, 1024)
+        with torch.no_grad():
+            self.second.weight[:, ::64] *= 30
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wide(torch.tanh(self.second(torch.relu(self.first(x)))))
+
+
+def recipe(budget: str, **more: str) -> Recipe:
+    return recipe_from_table({"name": "mine", "rules": [{"weight": SPEC, "solver": "mse", "budget": budget, **more}]})
+
+
+def bits_of(plan: Plan) -> float:
+    sites = [d for d in plan.decisions.values() if d.weight is not None]
+    held = sum(8 * stored_bytes(d.weight, *d.shape) for d in sites if d.weight is not None)
+    return held / sum(d.shape[0] * d.shape[1] for d in sites)
+
+
+def batches() -> list[Tensor]:
+    return [torch.randn(64, 128) for _ in range(4)]
+
+
+@pytest.mark.parametrize("bits", [2.8, 3.6, 4.75, 6.0])
+def test_the_budget_is_kept_and_better_spent_than_evenly(bits: float) -> None:
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(200, 128)
+    plan = qcompile.calibrate(model, batches(), recipe(f"{bits} bits"), progress=False)
+    assert bits - 0.4 < bits_of(plan) <= bits
+    assert len({str(d.weight) for d in plan.decisions.values()}) > 1
+    assert f"{bits_of(plan):.3f} bits a weight" in plan.notes[0]
+    uniform = max(width for width in (2, 3, 4, 5, 6) if width + 0.75 <= bits)
+    even = recipe_from_table({"name": "even", "rules": [{"weight": f"int{uniform}/g32/asym/bf16", "solver": "mse"}]})
+    errors = []
+    for chosen in (plan, qcompile.calibrate(model, batches(), even, progress=False)):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            y = torch.compile(model, backend="qcompile", options={"plan": chosen})(x)
+            errors.append(snr_db(model(x), y))
+    assert errors[0] > errors[1]
+
+
+def test_a_target_in_decibels_is_met_by_the_sites_on_average_in_few_bits() -> None:
+    model = Net().eval()
+    found = {db: qcompile.calibrate(model, batches(), recipe(f"{db} dB"), progress=False) for db in (20, 30)}
+    assert bits_of(found[20]) < bits_of(found[30]) < 8.75
+
+
+def test_it_goes_with_gptq_and_the_plan_survives_the_disk(tmp_path: Path) -> None:
+    model = Net().eval()
+    plan = qcompile.calibrate(model, batches(), recipe("3.5 bits", solver="gptq"), progress=False)
+    assert all(d.solved is not None for d in plan.decisions.values())
+    save(plan, tmp_path / "plan")
+    again = load(tmp_path / "plan")
+    assert {n: str(d.weight) for n, d in again.decisions.items()} == {
+        n: str(d.weight) for n, d in plan.decisions.items()
+    }
+
+
+def test_it_is_written_as_a_table() -> None:
+    assert recipe_from_table(recipe_to_table(recipe("3.5 bits"))) == recipe("3.5 bits")
+
+
+def test_a_preset_takes_its_bits_from_its_name() -> None:
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128)).eval()
+    assert bits_of(qcompile.calibrate(model, batches(), "mixed/3", progress=False)) <= 3
+    with pytest.raises(RecipeError, match="whose bits its specs fix"):
+        qcompile.calibrate(model, batches(), "int8/3", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        ({"weight": SPEC, "budget": "1 bits"}, "the smallest specs come to"),
+        ({"weight": SPEC, "budget": "300 dB"}, "not even the largest"),
+        ({"input": "int8/token", "budget": "4 bits"}, "no spec by channel or group"),
+        ({"weight": SPEC, "budget": "4 bits", "smooth": "search"}, "chosen for one spec"),
+        ({"weight": SPEC, "budget": "4 bits", "ops": ["linear", "embedding"]}, "of linears only"),
+        ({"weight": SPEC, "budget": "4 bits", "match": "*nothing"}, "matches no site"),
+    ],
+)
+def test_what_cannot_be_met_says_why(table: dict[str, object], reason: str) -> None:
+    with pytest.raises(RecipeError, match=reason):
+        qcompile.calibrate(Net().eval(), batches(), recipe_from_table({"rules": [table]}), progress=False)
+
+
+def test_without_data_it_is_refused() -> None:
+    with pytest.raises(BackendCompilerFailed, match="has a budget, which takes data"):
+        torch.compile(Net().eval(), backend="qcompile", options={"recipe": recipe("4 bits")})(torch.randn(2, 128))
