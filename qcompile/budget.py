@@ -20,7 +20,7 @@ class Budget:
     """How much the weights of some sites may cost or err.  Written "4.25 bits" or "30 dB"; see `parse_budget`.
 
     unit: BITS, at most so many bits a weight on average, with scales and zero points; or DECIBELS, the noise of the
-        sites' outputs on average at least so far below the signal, in as few bits as do it.
+        model's outputs foreseen to be so far below the signal, in as few bits as do it.
     """
 
     amount: float

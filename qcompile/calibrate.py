@@ -18,6 +18,7 @@ from qcompile.prepare import prepare
 from qcompile.presets import parse_recipe
 from qcompile.ranges import needed_parts
 from qcompile.recipe import Recipe
+from qcompile.sensitivity import Sensitivity
 from qcompile.sequential import solve_in_turn
 from qcompile.watch import Seen, require_several, watch
 
@@ -52,14 +53,16 @@ def calibrate(
         batches = list(batches)
     seen = watch(model, batches, parts_for(parsed), progress=progress)
     require_data(parsed, seen)
-    mix = spend(parsed, list(seen.sites.values()), seen.stats)
-    parsed = mix.recipe
+    notes: tuple[str, ...] = ()
+    if parsed.budgets:
+        mix = spend(parsed, list(seen.sites.values()), seen.stats, Sensitivity(model, seen.example).moved)
+        parsed, notes = mix.recipe, mix.notes
     prepared = prepare(model, seen, parsed, failures=failures)
     plan = make_plan(list(seen.sites.values()), parsed, prepared.stats, seen.left, prepared=prepared.decided)
     if parsed.solves_in_turn:
         assert isinstance(batches, list)
         plan = solve_in_turn(model, batches, plan, seen, progress=progress)
-    return replace(plan, outliers=prepared.outliers, notes=(*mix.notes, *plan.notes)).bind(model)
+    return replace(plan, outliers=prepared.outliers, notes=(*notes, *plan.notes)).bind(model)
 
 
 def parts_for(recipe: Recipe) -> Part:

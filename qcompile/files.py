@@ -29,7 +29,6 @@ from qcompile.errors import CalibrationError, CoverageError, OptionsError, PlanE
 from qcompile.expected import expected_report
 from qcompile.graph import Op
 from qcompile.methods import check_methods
-from qcompile.mixed import spend
 from qcompile.observers import Part, Stats, merge
 from qcompile.outliers import outlier_notes
 from qcompile.passes.fold_batch_norm import fold_batch_norm
@@ -218,9 +217,9 @@ def _planned(
 ) -> Plan:
     """A plan for the graph, with what the batches show if there are any."""
     check_methods(recipe)
-    if recipe.solves_in_turn:
+    if recipe.solves_in_turn or recipe.budgets:
         raise CalibrationError(
-            f"recipe {recipe.name!r} chooses codes while the PyTorch model runs: make a plan with "
+            f"recipe {recipe.name!r} chooses codes or widths while the PyTorch model runs: make a plan with "
             "qcompile.calibrate(model, batches, recipe) on the model that the file was exported from, and give it in "
             "place of the recipe"
         )
@@ -238,8 +237,7 @@ def _planned(
         sites={site.name: site for site in sites}, stats=stats, left=left, batches=batches.count, example=batches.first
     )
     if not recipe.prepares:
-        mix = spend(recipe, sites, stats)
-        return replace(make_plan(sites, mix.recipe, stats, left, results=results), notes=mix.notes)
+        return make_plan(sites, recipe, stats, left, results=results)
     example = {name: torch.as_tensor(x) for name, x in batches.first.items()}
     if not any(isinstance(value.shape[0], int) for value in graph.model.graph.inputs if value.shape):
         example = first_rows(example)

@@ -1,21 +1,23 @@
 """Mixed bits: each linear gets the width and the groups that a budget for all of them is best spent on.
 
-What a site's output loses to each spec is measured on rows that calibration kept; all sites count alike, whatever their
-size, as the noise of their outputs over the signal adds up on the way through a model.
+What a site's output loses to each spec is measured on rows that calibration kept, and how much that moves the model's
+outputs once a site, with its weight alone quantized. Errors of sites add up, as if they were independent.
 Source: EXL2 of ExLlamaV2, which measures so and anneals; here by Lagrange's method (`qcompile.budget`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from glob import escape
 
 import torch
+from torch import Tensor
 
 from qcompile.budget import BITS, Budget, Option, least_cost, least_error
 from qcompile.choose import probe_part
 from qcompile.errors import CalibrationError, RecipeError
 from qcompile.formats import parse_format
 from qcompile.noise import Treatment
+from qcompile.numerics import fake_quantize
 from qcompile.observers import Stats
 from qcompile.packing import stored_bytes
 from qcompile.recipe import Recipe, Rule
@@ -37,7 +39,11 @@ class Mix:
     notes: tuple[str, ...] = ()
 
 
-def spend(recipe: Recipe, sites: Sequence[Site], stats: Mapping[str, Stats]) -> Mix:
+# how far the model's outputs move when the site of that name reads this weight
+Moved = Callable[[str, Tensor], float]
+
+
+def spend(recipe: Recipe, sites: Sequence[Site], stats: Mapping[str, Stats], moved: Moved) -> Mix:
     """The recipe with, for each rule that has a budget, rules that name the sites of each spec.
 
     sites, stats: of the model; the stats by site name, of inputs.  Raises RecipeError for a budget that no choice
@@ -51,7 +57,7 @@ def spend(recipe: Recipe, sites: Sequence[Site], stats: Mapping[str, Stats]) -> 
             continue
         mine = {s.name: s for s in sites if next((r for r in recipe.rules if r.matches(s)), None) is rule}
         where = f"rule {number} ({rule.match!r}) of recipe {recipe.name!r}"
-        chosen, note = _chosen(rule, rule.budget, list(mine.values()), stats, where)
+        chosen, note = _chosen(rule, rule.budget, list(mine.values()), stats, moved, where)
         plain = replace(rule, budget=None)
         for spec in dict.fromkeys(chosen.values()):
             names = "|".join(escape(name) for name, its in chosen.items() if its == spec)
@@ -63,18 +69,18 @@ def spend(recipe: Recipe, sites: Sequence[Site], stats: Mapping[str, Stats]) -> 
 
 
 def _chosen(
-    rule: Rule, budget: Budget, sites: Sequence[Site], stats: Mapping[str, Stats], where: str
+    rule: Rule, budget: Budget, sites: Sequence[Site], stats: Mapping[str, Stats], moved: Moved, where: str
 ) -> tuple[dict[str, Spec], str]:
     """A spec for each site by name, and what that comes to."""
     if not sites:
         raise RecipeError(f"{where} matches no site of this model: correct the glob")
     specs = [list(_specs(rule, site)) for site in sites]
-    slots = [_options(rule, site, each, stats, where) for site, each in zip(sites, specs, strict=True)]
+    slots = [_options(rule, site, each, stats, moved, where) for site, each in zip(sites, specs, strict=True)]
     count = sum(site.weight.numel() for site in sites)
     if budget.unit == BITS:
         taken = least_error(slots, budget.amount * count)
     else:
-        taken = least_cost(slots, 10 ** (-budget.amount / 10) * len(sites))
+        taken = least_cost(slots, 10 ** (-budget.amount / 10))
     if taken is None:
         raise RecipeError(f"{where} has the budget {budget}, which no choice meets: {_limit(budget, slots, count)}")
     found = {site.name: each[i] for site, each, i in zip(sites, specs, taken, strict=True)}
@@ -101,9 +107,10 @@ def _specs(rule: Rule, site: Site) -> Iterator[Spec]:
 
 
 def _options(
-    rule: Rule, site: Site, specs: Sequence[Spec], stats: Mapping[str, Stats], where: str
-) -> list[Option]:  # fmt: skip
-    """Bits of the whole weight, and noise over signal of the output, under each spec."""
+    rule: Rule, site: Site, specs: Sequence[Spec], stats: Mapping[str, Stats], moved: Moved, where: str
+) -> list[Option]:
+    """Bits of the whole weight, and noise over signal of the model's outputs, under each spec."""
+    assert rule.weight is not None
     seen = stats.get(site.name)
     if seen is None or site.weight.is_meta:
         raise CalibrationError(
@@ -113,9 +120,14 @@ def _options(
     probe = probe_part(site.weight, seen, whole=False)
     solver = STAND_IN if rule.solver in IN_TURN else rule.solver
     importance = seen.importance.to(site.weight.device) if rule.weighs_columns else None
+
+    def noise(spec: Spec, solver: str = solver) -> float:
+        """Over signal, of the site's output."""
+        ratio = probe.after(Treatment(weight=spec, solver=solver, importance=importance))
+        return float(10 ** (-ratio / 10))
+
     with torch.no_grad():
-        ratios = [probe.after(Treatment(weight=s, solver=solver, importance=importance)) for s in specs]
-    return [
-        Option(cost=8 * stored_bytes(spec, *site.weight.shape), error=10 ** (-ratio / 10))
-        for spec, ratio in zip(specs, ratios, strict=True)
-    ]
+        tried = next((spec for spec in specs if spec.format == rule.weight.format), specs[0])
+        lost = moved(site.name, fake_quantize(site.weight.detach().float(), tried))
+        matters = lost / noise(tried, "round") if lost > 0 else 0.0
+        return [Option(cost=8 * stored_bytes(spec, *site.weight.shape), error=matters * noise(spec)) for spec in specs]

@@ -55,6 +55,7 @@ CORE = (
     "plan",
     "analysis",
     "watch",
+    "sensitivity",
     "sequential",
     "verify",
     "report",

@@ -82,6 +82,6 @@ def test_codes_that_were_chosen_on_the_torch_model_run(source: Path, tmp_path: P
 
 
 def test_a_file_alone_has_no_model_that_runs(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"'gptq' chooses codes while the PyTorch model runs"):
+    with pytest.raises(CalibrationError, match=r"'gptq' chooses codes or widths while the PyTorch model runs"):
         qcompile.quantize_onnx(source, tmp_path / "none.onnx", IN_TURN, batches=[batch(1)])
     assert not (tmp_path / "none.onnx").exists()

@@ -1,0 +1,60 @@
+"""How far the outputs of a model move when one of its weights is replaced: runs of the model, one weight each."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from qcompile.binding import Binding
+from qcompile.errors import CalibrationError
+from qcompile.watch import evaluating, find_call, run_batch
+
+
+class Sensitivity:
+    """A model on one batch, and its outputs with one weight replaced beside those with its own."""
+
+    def __init__(self, model: nn.Module, batch: Any) -> None:
+        self._model, self._batch, self._binding = model, batch, Binding(model)
+        self._output = self._run(None)
+
+    def moved(self, name: str, weight: Tensor) -> float:
+        """Squared distance over the output's own variance along its last dimension: what shifts a row alone is nothing.
+
+        name: of a site.  weight: [N, K], which it reads in place of its own.
+        """
+        found = self._run(_Replacing(self._binding, name, weight))
+        return float((found - self._output).square().sum() / self._output.square().sum())
+
+    def _run(self, replacing: TorchFunctionMode | None) -> Tensor:
+        with evaluating(self._model), torch.no_grad():
+            if replacing is None:
+                made = run_batch(self._model, self._batch, 0)
+            else:
+                with replacing:
+                    made = run_batch(self._model, self._batch, 0)
+        outputs = [y for y in pytree.tree_leaves(made) if isinstance(y, Tensor) and y.is_floating_point()]
+        if not outputs:
+            raise CalibrationError(
+                f"{type(self._model).__name__} gave no tensor of floats, by which a budget is spent: calibrate a model "
+                "that returns its logits or embeddings"
+            )
+        return outputs[0].double() - outputs[0].double().mean(-1, keepdim=True)
+
+
+class _Replacing(TorchFunctionMode):
+    def __init__(self, binding: Binding, name: str, weight: Tensor) -> None:
+        super().__init__()
+        self._binding, self._name, self._weight = binding, name, weight
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        call = find_call(self._binding, func, args, kwargs)
+        if call is None or call.name != self._name:
+            return func(*args, **kwargs)
+        positional, named = call.arguments(args, kwargs, call.x, self._weight.to(call.weight.dtype))
+        return func(*positional, **named)
