@@ -10,14 +10,14 @@ from torch.utils import _pytree as pytree
 
 from qcompile.binding import Binding
 from qcompile.errors import CalibrationError
-from qcompile.watch import evaluating, find_call, run_batch
+from qcompile.watch import evaluating, find_call, first_rows, run_batch
 
 
 class Sensitivity:
-    """A model on one batch, and its outputs with one weight replaced beside those with its own."""
+    """A model on the first rows of a batch, and its outputs with one weight replaced beside those with its own."""
 
     def __init__(self, model: nn.Module, batch: Any) -> None:
-        self._model, self._batch, self._binding = model, batch, Binding(model)
+        self._model, self._batch, self._binding = model, first_rows(batch), Binding(model)
         self._output = self._run(None)
 
     def moved(self, name: str, weight: Tensor) -> float:
