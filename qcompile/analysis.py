@@ -208,6 +208,7 @@ def _treatment(decision: Decision, stats: Stats) -> Treatment:
         # only a weight that is quantized is split
         channels=channels if decision.weight is not None else (),
         importance=decision.importance,
+        raised=torch.tensor(decision.shift, device=stats.low.device).float().exp2() if decision.shift else None,
     )
 
 

@@ -19,7 +19,7 @@ from qcompile.numerics import QParams, qparams_of_range
 from qcompile.observers import Stats, importance_of
 from qcompile.ranges import parse_observer
 from qcompile.recipe import FLOAT, Rule
-from qcompile.shifts import COARSE, FINE, shift_of
+from qcompile.shifts import COARSE, FINE, lowers_columns, raised_columns, shift_of, within
 from qcompile.smooth import smooth_scale
 from qcompile.spec import ALL, Spec
 
@@ -89,8 +89,9 @@ class Case:
 class Choice:
     """What the sites of a case get.
 
-    input: spec; scale: float32 [K] that the activation is divided by, or None; strength: that it came from.
-    outliers: channels that stay in 16 bit, ascending.  shift: int64 [K], octaves that channels are raised by, or None.
+    input: spec; scale: float32 [K] that the activation is divided by, or None; strength: that it came from, None for
+    powers of two from a shift.  outliers: channels that stay in 16 bit, ascending.  shift: int64 [K], octaves by which
+    channels are raised, and exponents of the weight lowered after its numbers were chosen, or None.
     snr_db: of the outputs, over all sites.
     """
 
@@ -125,7 +126,7 @@ def joined(probes: Sequence[Probe]) -> Probe:
 
 def choose(case: Case) -> Choice:
     """The choice of least error; a static input that stays poor gets the rule's `rescue`."""
-    if case.rule.format == FLOAT:
+    if case.rule.format == FLOAT and case.rule.input is not None:
         return max((_best(case, spec) for spec in rivals(case.rule.input)), key=lambda choice: choice.snr_db)
     best = _best(case, case.rule.input)
     if not case.rule.static_input or case.rule.rescue is None or best.snr_db >= RESCUE_DB:
@@ -134,21 +135,37 @@ def choose(case: Case) -> Choice:
     return rescued if rescued.snr_db > best.snr_db + RESCUE_GAIN else best
 
 
-def best_weight_spec(weight: Tensor, stats: Stats, rule: Rule) -> Spec:
-    """Of the rule's weight spec and those of other floats of as many bits, what gives the output the least error.
+def choose_weight(weight: Tensor, stats: Stats, rule: Rule, shift: Tensor | None) -> tuple[Spec, Tensor | None]:
+    """What gives the output the least error: the rule's spec or that of another float, and how columns are lowered.
 
-    weight: float32 [N, K].
+    weight: float32 [N, K].  stats: of what it multiplies, before the shift: int64 [K], octaves by which channels are
+        raised, None if they are not.  The other floats are tried for `format = "float"`.
+    Returns with the spec int64 [K], by how many octaves exponents of columns are lowered after the weight's numbers
+    were chosen: by the shift, or for a rule with one, to where the weight fits its grid better; None if by none.
     """
     assert rule.weight is not None
     probe = probe_part(weight, stats, whole=shares_rows(rule.weight))
-    specs = [spec for spec in rivals(rule.weight) if spec is not None]
-    return max(specs, key=lambda spec: probe.after(Treatment(weight=spec, solver=rule.solver)))
+    importance = stats.importance.to(weight.device) if rule.weighs_columns else None
+    raised = torch.zeros(weight.shape[1], dtype=torch.int64) if shift is None else shift.cpu()
+    best, most = (rule.weight, shift), -inf
+    for spec in rivals(rule.weight) if rule.format == FLOAT else [rule.weight]:
+        treatment = Treatment(weight=spec, solver=rule.solver, importance=importance)
+        tried = {0.0: raised}
+        if rule.shift is not None and lowers_columns(spec):
+            octaves = raised_columns(probe.weight, spec, importance).cpu()
+            tried[LEAST_GAIN] = within(raised + octaves, rule.shift)
+        for handicap, lowered in tried.items():
+            factor = (lowered - raised).float().exp2().to(weight.device)
+            snr_db = probe.after(replace(treatment, raised=factor)) - handicap
+            if snr_db > most:
+                best, most = (spec, lowered if bool(lowered.any()) else None), snr_db
+    return best
 
 
-def rivals(spec: Spec | None) -> Iterator[Spec | None]:
+def rivals(spec: Spec) -> Iterator[Spec]:
     """The spec, and those of other floats of as many bits."""
     yield spec
-    if spec is not None and isinstance(spec.format, Float):
+    if isinstance(spec.format, Float):
         for fmt in FORMATS.values():
             if isinstance(fmt, Float) and fmt.bits == spec.format.bits and fmt != spec.format and not fmt.reserved:
                 yield replace(spec, format=fmt)
@@ -182,30 +199,38 @@ def _best(case: Case, spec: Spec | None) -> Choice:
 
 def _shifted(case: Case, spec: Spec, most: int) -> Choice:
     """The shift of least noise, or none."""
+    plain = _measured(case, Choice(input=spec))
+    after = lowers_columns(case.rule.weight)
+    if not after and case.channels is None:
+        return plain
 
     def measured(left_out: float) -> Choice:
         shift = shift_of(case.stats.amax, case.channels, most, left_out)
-        choice = Choice(input=spec, shift=shift if bool(shift.any()) else None)
-        return replace(choice, snr_db=_after_shift(case, choice, spec))
+        if not bool(shift.any()):
+            return plain
+        return _measured(
+            case, replace(plain, shift=shift) if after else replace(plain, scale=shift.neg().float().exp2())
+        )
 
     coarse = {left_out: measured(left_out) for left_out in COARSE}
     best = max(coarse, key=lambda left_out: coarse[left_out].snr_db)
-    plain = Choice(input=spec)
-    plain = replace(plain, snr_db=_after_shift(case, plain, spec))
     fine = [measured(best + step) for step in FINE]
     return max((plain, *coarse.values(), *fine), key=lambda choice: choice.snr_db)
 
 
-def _after_shift(case: Case, choice: Choice, spec: Spec) -> float:
-    """Signal-to-noise ratio of the outputs; a static range is found as it will be in the end."""
-    stats = prepared_stats(case.stats, choice)
+def _measured(case: Case, choice: Choice) -> Choice:
+    """The choice with the signal-to-noise ratio of the outputs; a static range is found as it will be in the end."""
+    stats, spec, probe = prepared_stats(case.stats, choice), choice.input, case.probe
     treatment = Treatment(
-        weight=case.rule.weight,
+        # what is lowered after its numbers were chosen has the same noise under every shift
+        weight=None if lowers_columns(case.rule.weight) else case.rule.weight,
         input=parse_observer(case.rule.observer)(stats, spec) if _is_static(spec) else spec,
         solver=case.rule.solver,
-        factor=None if choice.shift is None else choice.shift.float().exp2().to(case.probe.rows.device),
+        importance=stats.importance.to(probe.weight.device) if case.rule.weighs_columns else None,
+        factor=None if choice.shift is None else choice.shift.float().exp2().to(probe.rows.device),
     )
-    return case.probe.after(treatment)
+    probe = probe if choice.scale is None else probe.scaled(choice.scale.to(probe.weight.device))
+    return replace(choice, snr_db=probe.after(treatment))
 
 
 def _rough(case: Case, spec: Spec | None, strength: float) -> Choice:

@@ -5,11 +5,12 @@ from collections.abc import Hashable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from qcompile.folds import scale_before
+from qcompile.folds import fold_notes, scale_before
 from qcompile.numerics import dequantize, quantize, snr_db
 from qcompile.packing import stored_bytes
-from qcompile.plan import Decision, Plan, fold_notes
+from qcompile.plan import Decision, Plan
 from qcompile.report import Report, SiteReport
+from qcompile.shifts import lowered_importance
 from qcompile.sites import CHANNEL_AXIS, LeftOver, Site
 from qcompile.solvers import SOLVERS
 
@@ -45,7 +46,12 @@ def expected_report(
         )
         for d in plan.decisions.values()
     )
-    return Report(recipe=plan.recipe.name, device=device, sites=reports, notes=(*plan.notes, *fold_notes(plan)))
+    return Report(
+        recipe=plan.recipe.name,
+        device=device,
+        sites=reports,
+        notes=(*plan.notes, *fold_notes(plan.folds, plan.decisions)),
+    )
 
 
 def _memory(name: str, weight: Tensor) -> Hashable:
@@ -61,8 +67,11 @@ def _snr_db(decision: Decision, weight: Tensor, plan: Plan) -> float | None:
     coded = coded.index_fill(1, torch.tensor(decision.outliers, dtype=torch.int64, device=coded.device), 0.0)
     if decision.solved is not None:
         return decision.solved.snr_db
-    qparams = SOLVERS[decision.solver](coded, decision.weight, decision.importance)
-    return snr_db(coded, dequantize(quantize(coded, qparams), qparams))
+    factor = torch.tensor(decision.shift or 0, dtype=torch.float32, device=coded.device).exp2()
+    raised = coded * factor
+    importance = lowered_importance(decision.importance, decision.shift)
+    qparams = SOLVERS[decision.solver](raised, decision.weight, importance)
+    return snr_db(coded, dequantize(quantize(raised, qparams), qparams) / factor)
 
 
 def _site(decision: Decision, weight: Tensor, owner: Decision, snr: float | None, positions: int) -> SiteReport:

@@ -1,6 +1,6 @@
 """Folds: factors that move from an activation into the weights that read it, and out of what makes it."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -24,6 +24,17 @@ class Fold:
     scale: Tensor = field(hash=False, compare=False)
     into: str = ""
     method: str = ""
+
+
+def fold_notes(folds: Sequence[Fold], sites: Collection[str]) -> Iterator[str]:
+    """How many folds there are and where they go, for a report; nothing without folds.  sites: all of a plan."""
+    if not folds:
+        return
+    remain = sum(not fold.into for fold in folds)
+    linears = sum(fold.into in sites for fold in folds)
+    norms = len(folds) - remain - linears
+    kinds = ((norms, "into norms"), (linears, "into linears"), (remain, "by a multiplication that stays"))
+    yield f"{len(folds)} folds: {', '.join(f'{count} {kind}' for count, kind in kinds if count)}"
 
 
 def scale_before(site: str, folds: Iterable[Fold]) -> Tensor | None:

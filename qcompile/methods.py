@@ -69,7 +69,8 @@ def _shift_problem(rule: Rule) -> str:
         return ""
     if rule.smooth is not None or rule.split is not None:
         return "smooths or splits, too, which have scales of their own: take one of them"
-    if not all(spec is not None and isinstance(spec.format, Float) for spec in (rule.weight, rule.input)):
+    specs = [rule.weight] if rule.input is None else [rule.weight, rule.input]
+    if not all(spec is not None and isinstance(spec.format, Float) for spec in specs):
         return f"weight {rule.weight} and input {rule.input} are not both floats: take for example fp4_e2m1"
     return ""
 

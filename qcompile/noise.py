@@ -30,6 +30,7 @@ class Treatment:
 
     channels: those that bypass quantization, on both sides.  importance: float32 [K], of columns, for the solver.
     factor: float32 [K], powers of two that the input is multiplied by while it is quantized.
+    raised: float32 [K], powers of two that columns of the weight are multiplied by while it is quantized.
     """
 
     weight: Spec | None = None
@@ -38,6 +39,7 @@ class Treatment:
     channels: tuple[int, ...] = ()
     importance: Tensor | None = field(default=None, compare=False)
     factor: Tensor | None = field(default=None, compare=False)
+    raised: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +174,13 @@ def _without(x: Tensor, channels: list[int]) -> Tensor:
 def _weight(weight: Tensor, treatment: Treatment) -> Tensor:
     if treatment.weight is None:
         return weight
-    qparams = SOLVERS[treatment.solver](weight, treatment.weight, treatment.importance)
-    return dequantize(quantize(weight, qparams), qparams)
+    factor, importance = treatment.raised, treatment.importance
+    taken = weight if factor is None else weight * factor
+    # an error in a column that is lowered afterwards costs as much less
+    importance = importance if factor is None or importance is None else importance / factor.square()
+    qparams = SOLVERS[treatment.solver](taken, treatment.weight, importance)
+    quantized = dequantize(quantize(taken, qparams), qparams)
+    return quantized if factor is None else quantized / factor
 
 
 def _input(rows: Tensor, treatment: Treatment) -> Tensor:

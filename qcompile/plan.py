@@ -2,7 +2,7 @@
 
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ from qcompile.observers import Stats
 from qcompile.outliers import Outliers
 from qcompile.ranges import parse_observer
 from qcompile.recipe import Recipe, Rule
+from qcompile.shifts import lowered_importance
 from qcompile.sites import CHANNEL_AXIS, LeftOver, Site, digest
 from qcompile.solved import Solved, equal_qparams, equal_tensors
 from qcompile.solvers import IN_TURN, SOLVERS, WEIGHTED
@@ -52,7 +53,8 @@ class Decision:
     threshold: instead, the channels are found in each input: those in which any magnitude reaches it (LLM.int8).
     importance: float32 [K], what errors in each column of the weight cost, for solvers that ask for it.
     solved: codes of the weight from a solver that looks at data, too; None until it has run.
-    shift: octaves by which channels of the input were raised, and the exponents of the chosen weight's columns lowered.
+    shift: octaves by which columns of the weight are raised before its numbers are chosen, and their exponents lowered
+        then: as far as folds raise channels of the input, or to fit the weight's grid.
     Raises PlanError if outliers are not distinct channels of the input, or importance is missing or of other channels.
     """
 
@@ -103,7 +105,7 @@ class Decision:
         )
 
     def qparams_of(self, weight: Tensor) -> QParams:
-        """Those of the weight [N, K].  Raises PlanError if its codes should stand in the plan, and do not."""
+        """Those of the weight [N, K], raised by the shift.  Raises PlanError for codes that the plan should hold."""
         if self.solved is not None:
             return self.solved.of_weight(weight, self.name)
         if self.solver in IN_TURN:
@@ -112,7 +114,7 @@ class Decision:
                 "them while the model runs: make the plan with qcompile.calibrate(model, batches, recipe)"
             )
         assert self.weight is not None
-        return SOLVERS[self.solver](weight, self.weight, self.importance)
+        return SOLVERS[self.solver](weight, self.weight, lowered_importance(self.importance, self.shift))
 
     @cached_property
     def data_digest(self) -> str:
@@ -229,17 +231,6 @@ def make_plan(
     # sites first, as they stand in the graph
     decisions |= {name: d for name, d in unreached(left).items() if name not in decisions}
     return Plan(recipe=recipe, decisions=decisions, folds=prepared.folds, notes=prepared.notes)
-
-
-def fold_notes(plan: Plan) -> Iterator[str]:
-    """How many folds a plan has and where they go, for a report; nothing without folds."""
-    if not plan.folds:
-        return
-    remain = sum(not fold.into for fold in plan.folds)
-    linears = sum(fold.into in plan.decisions for fold in plan.folds)
-    norms = len(plan.folds) - remain - linears
-    kinds = ((norms, "into norms"), (linears, "into linears"), (remain, "by a multiplication that stays"))
-    yield f"{len(plan.folds)} folds: {', '.join(f'{count} {kind}' for count, kind in kinds if count)}"
 
 
 def unreached(left: Iterable[LeftOver]) -> dict[str, Decision]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qcompile.artifact import save_failure
 from qcompile.backends.fx.capture import capture
-from qcompile.choose import Case, Choice, best_weight_spec, choose, joined, prepared_stats, probe_part
+from qcompile.choose import Case, Choice, choose, choose_weight, joined, prepared_stats, probe_part
 from qcompile.edges import Edge, find_edges, same_channels
 from qcompile.folds import Fold
 from qcompile.graph import Graph, Op, V
@@ -169,7 +169,7 @@ class _Preparing(Generic[V]):
         found: dict[Rule, list[Found[V]]] = {}
         for member in edge.consumers:
             rule = next((rule for rule in self._recipe.rules if rule.matches(member.site)), None)
-            wanted = rule is not None and rule.input is not None and rule.prepares
+            wanted = rule is not None and rule.prepares and (rule.input is not None or rule.shift is not None)
             if rule is not None and wanted and member.site.name in self._seen.stats:
                 found.setdefault(rule, []).append(member)
         return found
@@ -194,13 +194,13 @@ class _Preparing(Generic[V]):
             )
         )
         names = tuple(member.site.name for member in members)
-        if rule.format == FLOAT:
-            chosen = (best_weight_spec(weight, stats, rule) for weight in weights)
-            self.weights |= {name: spec for name, spec in zip(names, chosen, strict=True) if spec != rule.weight}
         if choice.shift is not None:
             self._raise(edge, names, choice.shift, may_scale=may_scale)
+        if rule.format == FLOAT or rule.shift is not None:
+            for name, weight in zip(names, weights, strict=True):
+                self._choose_weight(name, weight, stats, rule, choice)
         if choice.scale is not None:
-            method = f"smooth alpha={choice.strength:.2f}"
+            method = "exponent shift" if choice.strength is None else f"smooth alpha={choice.strength:.2f}"
             readers = tuple(found.site.name for found in edge.consumers)
             fold = Fold(sites=readers, scale=choice.scale, into=edge.into, method=method)
             self.folds.append(fold)
@@ -217,9 +217,17 @@ class _Preparing(Generic[V]):
         scale = shift.neg().float().exp2()
         into = edge.into if whole else ""
         self.folds.append(Fold(sites=names, scale=scale, into=into, method="exponent shift"))
-        self.shifts |= dict.fromkeys(names, tuple(shift.tolist()))
         if whole and edge.producer is not None:
             self._taken.setdefault(edge.producer, []).append((edge.channels, scale))
+
+    def _choose_weight(self, name: str, weight: Tensor, stats: Stats, rule: Rule, choice: Choice) -> None:
+        if choice.scale is not None:
+            weight, stats = weight * choice.scale.to(weight.device), stats.divided(choice.scale)
+        spec, lowered = choose_weight(weight, stats, rule, choice.shift)
+        if spec != rule.weight:
+            self.weights[name] = spec
+        if lowered is not None:
+            self.shifts[name] = tuple(lowered.tolist())
 
     def _weight(self, member: Found[V]) -> Tensor:
         """A site's weight as the folds chosen so far leave it, float32 [N, K]."""

@@ -54,7 +54,10 @@ _NVFP4 = "fp4_e2m1/b16/fp8_e4m3"
 
 _FP4 = "fp4_e2m1/channel"
 # each site takes of the 4-bit floats what fits it, and channels are raised so that one scale serves them
-_LLM_FP4: dict[str, Any] = {"solver": "mse", "head": _INT8, "format": FLOAT, "shift": MOST_SHIFTED}
+_LLM_FP4: dict[str, Any] = {"solver": "imatrix", "head": _INT8, "format": FLOAT, "shift": MOST_SHIFTED}
+
+# in blocks a weight's column has no exponent of its own: it is multiplied before it is quantized
+_BLOCKS: dict[str, Any] = {"solver": "imatrix", "head": _INT8, "shift": MOST_SHIFTED}
 
 _SMOOTH: dict[str, Any] = {"smooth": Smooth()}
 # one channel in a hundred: the thin float matmul then costs little beside the integer one
@@ -104,6 +107,8 @@ PRESETS: dict[str, Recipe] = {
         _linears("w4a8", "int4/g128/asym/bf16", _INT8, "4-bit weights in groups of 128, 8-bit inputs", head=_INT8),
         _linears("mxfp4", _MXFP4, _MXFP4, "4-bit floats in blocks of 32 under powers of two (OCP MX)", head=_INT8),
         _linears("nvfp4", _NVFP4, _NVFP4, "4-bit floats in blocks of 16 under 8-bit scales (NVIDIA)", head=_INT8),
+        _linears("mxfp4-shift", _MXFP4, _MXFP4, "mxfp4, outliers moved into weights by powers of two", **_BLOCKS),
+        _linears("nvfp4-shift", _NVFP4, _NVFP4, "nvfp4, outliers moved into weights by powers of two", **_BLOCKS),
         _linears("fp4", _FP4, "fp4_e2m1/tensor", "4-bit floats (LLM-FP4), one calibrated scale an input", **_LLM_FP4),
         _linears(
             "fp4-token", _FP4, "fp4_e2m1/token", "4-bit floats (LLM-FP4), inputs scaled token by token", **_LLM_FP4

@@ -20,11 +20,12 @@ from qcompile.backends.fx.packs import Key, Pack, PackMissingError, PackStore, S
 from qcompile.backends.fx.sources import weight_source, without_parameter
 from qcompile.binding import require_values
 from qcompile.errors import OptionsError, PlanError
+from qcompile.folds import fold_notes
 from qcompile.graph import Op
 from qcompile.numerics import dequantize, snr_db
 from qcompile.options import Options
 from qcompile.outliers import outlier_notes
-from qcompile.plan import Decision, Plan, fold_notes
+from qcompile.plan import Decision, Plan
 from qcompile.presets import default_recipe, parse_recipe
 from qcompile.recipe import Recipe
 from qcompile.report import Report, SiteReport
@@ -58,7 +59,11 @@ class Quantized:
         self._reuse = reuse
         self._notes = [*without_parameter(graph)]
         if isinstance(decide, Plan):
-            self._notes += [*decide.notes, *fold_notes(decide), *pipeline.multiplications(graph, decide)]
+            self._notes += [
+                *decide.notes,
+                *fold_notes(decide.folds, decide.decisions),
+                *pipeline.multiplications(graph, decide),
+            ]
             self._notes += outlier_notes(decide.outliers) if decide.outliers is not None else ()
         self._packs: dict[str, dict[Key, Pack]] = {}
         self._runs: list[Lowered] = []

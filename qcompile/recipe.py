@@ -43,7 +43,7 @@ class Rule:
     smooth: Smooth | None = None
     # the largest share of the input's channels that stays in 16 bit
     split: float | None = None
-    # by how many octaves a channel of the input may be moved into the exponents of weights of few bits, at most
+    # by how many octaves, at most, a channel of the input may be raised, and the exponents of a weight's column lowered
     shift: int | None = None
     # from which magnitude on a column of the input stays in float, found while running (LLM.int8)
     threshold: float | None = None

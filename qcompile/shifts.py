@@ -4,17 +4,31 @@
 
 so that all channels reach about as far into a grid that one scale serves. Multiplying by powers of two is exact, so the
 factor moves into what makes the activation, and its inverse into the exponents of the weight's numbers, after these
-were chosen: nothing is left to do while the model runs.
-Source: LLM-FP4 (Liu 2023), section 3.3, pre-shifted exponent bias; the paper's limit is 2**e - 1 octaves.
+were chosen: nothing is left to do while the model runs. What lowers exponents then serves the weight, too: each of its
+columns is raised, before its numbers are chosen, to where the grid of its rows fits it best.
+A block of numbers under a scale of few bits has no room for an exponent of each column: there the weight is divided
+before it is quantized, which is SmoothQuant by powers of two.
+Source: LLM-FP4 (Liu 2023), section 3.3, pre-shifted exponent bias; the paper's limit is 2**e - 1 octaves, and its
+weights keep their columns as they are.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from qcompile.channels import tied
+from qcompile.numerics import dequantize, quantize
+from qcompile.solvers.mse import solve_mse
+from qcompile.spec import Spec
 
 # octaves by which the largest channels are left out of account: how hard they may be clipped, and around the best
 COARSE = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
 FINE = (-0.5, -0.25, 0.25, 0.5)
+# rows of a weight that tell where its columns lie, evenly spread
+ROWS = 256
+# octaves by which a column may be raised, the likely ones first: of several as good, the first is taken
+RAISED = (0, 1, -1, 2, -2, 3, -3, 4, -4, *range(5, 15))
 
 
 def shift_of(amax: Tensor, channels: Tensor | None, most: int, left_out: float) -> Tensor:
@@ -26,3 +40,39 @@ def shift_of(amax: Tensor, channels: Tensor | None, most: int, left_out: float) 
     reach = amax if channels is None else tied(amax, channels)
     below = (reach.amax() / reach).double().log2()
     return below.nan_to_num(nan=0.0, posinf=0.0).sub(left_out).clamp(0, most).round().long()
+
+
+def within(octaves: Tensor, most: int) -> Tensor:
+    """The octaves as numbers from 0 to `most`; what all columns share is a matter of scales.  octaves: int64 [K]."""
+    low = octaves.amin()
+    return octaves - low if int(octaves.amax() - low) <= most else octaves.clamp(0, most)
+
+
+def lowers_columns(spec: Spec | None) -> bool:
+    """Whether columns of a weight of this spec can be lowered by octaves after their numbers were chosen."""
+    return spec is not None and spec.scale == "fp32" and spec.granularity.rows == 1
+
+
+def raised_columns(weight: Tensor, spec: Spec, importance: Tensor | None = None) -> Tensor:
+    """Octaves by which each column of a weight is raised for the least error of its numbers; int64 [K], 0 for most.
+
+    weight: float32 [N, K].  spec: see `lowers_columns`.  importance: float32 [K], what errors in each column cost.
+    Found under the best scales for the columns as they are; more turns of scales and columns hardly change them.
+    """
+    rows = weight[:: -(-len(weight) // ROWS)]
+    qparams = solve_mse(rows, spec, importance)
+    best = torch.zeros(rows.shape[1], dtype=torch.int64, device=rows.device)
+    least = rows.new_full((rows.shape[1],), torch.inf)
+    for octave in RAISED:
+        raised = rows * 2.0**octave
+        error = (dequantize(quantize(raised, qparams), qparams) - raised).square().sum(0) * 0.25**octave
+        best = torch.where(error < least, octave, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def lowered_importance(importance: Tensor | None, shift: Sequence[int]) -> Tensor | None:
+    """What errors in each column cost before the columns are lowered by that many octaves.  importance: float32 [K]."""
+    if importance is None or not shift:
+        return importance
+    return importance / torch.tensor(shift, device=importance.device).float().exp2().square()

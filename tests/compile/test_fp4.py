@@ -1,5 +1,6 @@
 """LLM-FP4 from calibration to the compiled model: every site shifted, folded and run."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,37 @@ def test_a_model_runs_as_planned(recipe: str, family: str, tmp_path: Path) -> No
     assert again == plan
 
 
+def loud(model: nn.Module, seed: int) -> nn.Module:
+    """The same function, in which channels of every norm are 20 to 60 times as large, and their weights as small."""
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, readers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            factor = torch.ones(norm.weight.numel())
+            factor[torch.randperm(len(factor), generator=generator)[:3]] = 20 + 40 * torch.rand(3, generator=generator)
+            norm.weight.data *= factor
+            for linear in readers:
+                linear.weight.data /= factor
+    return model
+
+
+@pytest.mark.parametrize("recipe", ["fp4", "fp4-token", "mxfp4-shift", "nvfp4-shift"])
+def test_loud_channels_of_small_weights_cost_next_to_nothing(recipe: str) -> None:
+    plain, ids, data = build("llama"), tokens(8, 16), [{"input_ids": tokens(16, 16)}]
+    errors = []
+    for model in (plain, loud(plain, len(recipe))):
+        plan = qcompile.calibrate(model, data, recipe=recipe, progress=False)
+        assert not plan.notes
+        torch._dynamo.reset()
+        y = torch.compile(model, backend="qcompile", options={"plan": plan, "lower": False})(ids)[0]
+        errors.append(float((y - plain(ids)[0]).norm()))
+    assert any("norm" in fold.into for fold in plan.folds)
+    assert errors[1] < 1.15 * errors[0]
+
+
 def test_a_linear_that_runs_twice_is_not_raised_twice() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -64,7 +96,7 @@ def test_float16_is_shifted_as_far_as_it_is_exact() -> None:
 
 
 def test_presets_survive_as_tables() -> None:
-    for name in ("fp4", "fp4-token", "fp4-a8", "fp4-weight"):
+    for name in ("fp4", "fp4-token", "fp4-a8", "fp4-weight", "mxfp4-shift", "nvfp4-shift"):
         assert recipe_from_table(recipe_to_table(PRESETS[name])) == PRESETS[name]
 
 
@@ -87,7 +119,7 @@ def test_folded_weights_run_on_fp8_tensor_cores(given: str) -> None:
     [
         ({"weight": "int4/channel", "input": "int4/token", "shift": 3}, "not both floats"),
         ({"weight": "fp4_e2m1/channel", "input": "fp4_e2m1/token", "shift": 3, "smooth": 0.5}, "smooths or splits"),
-        ({"weight": "fp4_e2m1/channel", "shift": 3}, "not both floats"),
+        ({"input": "fp4_e2m1/token", "shift": 3}, "not both floats"),
         ({"weight": "fp4_e2m1/channel", "input": "fp4_e2m1/token", "shift": 15}, "from 1 to 14"),
         ({"weight": "fp4_e2m1/channel", "input": "fp4_e2m1/token", "shift": True}, "from 1 to 14"),
     ],

@@ -14,19 +14,20 @@ from qcompile.choose import (
     RESCUE_GAIN,
     Case,
     choose,
+    choose_weight,
     joined,
     prepared_stats,
     probe_part,
 )
 from qcompile.numerics import QParams, dequantize, qparams_of_range, quantize
 from qcompile.observers import observe
-from qcompile.recipe import Rule
+from qcompile.recipe import FLOAT, Rule
 from qcompile.smooth import Smooth, parse_smooth
 from qcompile.solvers import SOLVERS
 from qcompile.spec import Spec, parse_spec
 
 INT8, TOKEN, STATIC = parse_spec("int8/channel"), parse_spec("int8/token/asym"), parse_spec("int8/tensor/asym")
-K, LOUD = 64, 13
+K, LOUD, QUIET = 64, 13, 20
 PLAIN = Rule(weight=INT8, input=TOKEN)
 
 
@@ -239,3 +240,60 @@ def test_what_few_rows_promise_of_a_static_input_holds_for_others(strength: floa
     # found from some 500 events of clipping, and less the noise of the weight
     assert choice.snr_db == pytest.approx(unseen, abs=1.5)
     assert own > unseen + (6 if strength == 1.0 else 0)
+
+
+E2M1, MXFP4, NVFP4 = map(parse_spec, ("fp4_e2m1/channel", "fp4_e2m1/b32/e8m0", "fp4_e2m1/b16/fp8_e4m3"))
+
+
+@pytest.mark.parametrize("spec", [MXFP4, NVFP4])
+def test_weights_in_blocks_are_divided_before_they_are_quantized(spec: Spec) -> None:
+    x, weight = rows(50.0), torch.randn(48, K, generator=torch.Generator().manual_seed(1))
+    weight[:, LOUD] /= 50
+    rule = Rule(weight=spec, input=spec, shift=14)
+    plain, shifted = (choose(case(x, r, weight)) for r in (replace(rule, shift=None), rule))
+    assert shifted.snr_db > plain.snr_db + 3
+    assert (shifted.shift, shifted.strength) == (None, None)
+    assert shifted.scale is not None
+    assert torch.equal(shifted.scale.log2(), shifted.scale.log2().round())
+    assert shifted.scale[LOUD] == shifted.scale.max()
+    # what is loud is as loud as all, and so are its weights
+    level = rows(1.0)
+    assert (
+        shifted.snr_db
+        > choose(case(level, rule, weight * torch.ones(K).index_fill(0, torch.tensor(LOUD), 50))).snr_db - 0.5
+    )
+    assert choose(case(x, rule, weight, free=False)).scale is None
+
+
+def test_columns_are_lowered_as_the_input_is_raised_and_as_the_weight_fits() -> None:
+    x, weight = rows(50.0), torch.randn(48, K, generator=torch.Generator().manual_seed(1))
+    weight[:, LOUD] /= 50
+    x[:, QUIET] /= 16
+    rule = Rule(weight=E2M1, input=parse_spec("fp4_e2m1/token"), solver="imatrix", shift=14)
+    choice = choose(case(x, rule, weight))
+    assert choice.shift is not None
+    assert int(choice.shift[LOUD]) < int(choice.shift.sum() / K) - 3
+    spec, lowered = choose_weight(weight, observe(x), rule, choice.shift)
+    assert spec == E2M1
+    assert lowered is not None
+    # the activations of one are as large as its weights are small; those of the other are raised alone
+    assert abs(float(lowered[LOUD] - lowered.float().mean())) <= 1.5
+    assert abs(float(lowered[QUIET] - lowered.float().mean()) - 4) <= 1.5
+    assert 0 <= int(lowered.min()) <= int(lowered.max()) <= 14
+    _, bounded = choose_weight(weight, observe(x), replace(rule, shift=3), choice.shift.clamp(max=3))
+    assert bounded is not None
+    assert int(bounded.max()) <= 3
+
+
+def test_columns_stay_where_nothing_is_gained() -> None:
+    weight = torch.randn(48, K, generator=torch.Generator().manual_seed(1))
+    rule = Rule(weight=E2M1, solver="imatrix", shift=14)
+    assert choose_weight(weight, observe(rows(1.0)), rule, None) == (E2M1, None)
+    spec, lowered = choose_weight(weight, observe(rows(1.0)), replace(rule, weight=NVFP4), None)
+    assert (spec, lowered) == (NVFP4, None)
+
+
+def test_weights_take_the_float_that_fits_them() -> None:
+    powers = torch.randint(-3, 4, (48, K), generator=torch.Generator().manual_seed(1)).float().exp2()
+    rule = Rule(weight=E2M1, input=parse_spec("fp4_e2m1/token"), format=FLOAT)
+    assert choose_weight(powers, observe(rows(1.0)), rule, None)[0] == parse_spec("fp4_e3m0/channel")

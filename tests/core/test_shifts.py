@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from torch import Tensor
 
-from qcompile.shifts import shift_of
+from qcompile.numerics import dequantize, quantize
+from qcompile.shifts import lowered_importance, lowers_columns, raised_columns, shift_of, within
+from qcompile.solvers.imatrix import solve_imatrix
+from qcompile.spec import parse_spec
 
 AMAX = torch.tensor([8.0, 4.0, 3.9, 1.0, 0.01, 0.0])
 
@@ -33,3 +37,49 @@ def test_channels_of_one_row_share_the_least() -> None:
 
 def test_without_signal_nothing_is_raised() -> None:
     assert shift_of(torch.zeros(4), None, 14, 0.0).tolist() == [0, 0, 0, 0]
+
+
+def weighted_error(weight: Tensor, text: str, importance: Tensor, octaves: Tensor) -> float:
+    """Of the weight's numbers, chosen for columns raised by octaves and lowered after."""
+    factor = octaves.float().exp2()
+    qparams = solve_imatrix(weight * factor, parse_spec(text), importance / factor.square())
+    found = dequantize(quantize(weight * factor, qparams), qparams) / factor
+    return float(((found - weight).square() * importance).sum())
+
+
+@pytest.mark.parametrize("text", ["fp4_e2m1/channel", "fp4_e1m2/channel", "fp4_e3m0/channel", "fp6_e3m2/g32"])
+def test_columns_that_were_divided_are_raised_again(text: str) -> None:
+    generator = torch.Generator().manual_seed(len(text))
+    weight, none = torch.randn(77, 96, generator=generator), torch.zeros(96, dtype=torch.int64)
+    importance = torch.rand(96, generator=generator) + 0.1
+    divisor = torch.where(torch.rand(96, generator=generator) < 0.1, 41.0, 1.0)
+    divided, cost = weight / divisor, importance * divisor.square()
+    octaves = raised_columns(divided, parse_spec(text), cost)
+    assert octaves[divisor > 1].float().mean() > octaves[divisor == 1].float().mean() + 3
+    errors = [weighted_error(divided, text, cost, shift) for shift in (octaves, none)]
+    assert errors[0] < 1.1 * weighted_error(weight, text, importance, none) < errors[1]
+
+
+def test_columns_on_the_grid_stay() -> None:
+    weight = torch.tensor([[6.0, 1.0, -0.5, 0.0], [3.0, 0.5, 1.5, 0.0]])
+    assert raised_columns(weight, parse_spec("fp4_e2m1/channel")).tolist() == [0, 0, 0, 0]
+
+
+def test_columns_are_lowered_only_where_something_holds_their_exponents() -> None:
+    held = ("fp4_e2m1/channel", "fp4_e2m1/g32")
+    others = ("fp4_e2m1/b32/e8m0", "fp4_e2m1/b16/fp8_e4m3", "fp4_e2m1/tensor")
+    assert [lowers_columns(parse_spec(text)) for text in (*held, *others)] == [True, True, False, False, False]
+    assert not lowers_columns(None)
+
+
+def test_octaves_lie_within_what_can_be_held() -> None:
+    octaves = torch.tensor([-2, 0, 3, 5])
+    assert within(octaves, 14).tolist() == [0, 2, 5, 7]
+    assert within(octaves, 4).tolist() == [0, 0, 3, 4]
+
+
+def test_a_column_that_will_be_lowered_costs_less() -> None:
+    importance = torch.tensor([3.0, 3.0, 8.0])
+    assert lowered_importance(importance, (0, 1, 2)).tolist() == [3.0, 0.75, 0.5]
+    assert lowered_importance(importance, ()) is importance
+    assert lowered_importance(None, (1,)) is None

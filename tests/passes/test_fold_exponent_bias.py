@@ -12,9 +12,10 @@ from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.passes.fold_exponent_bias import fold_exponent_bias
 from qcompile.passes.fold_smooth import fold_smooth
 from qcompile.passes.insert_qdq import insert_qdq
-from qcompile.plan import Plan, make_plan
+from qcompile.plan import Decision, Plan, make_plan
 from qcompile.recipe import Recipe, Rule
 from qcompile.sites import find_sites
+from qcompile.solvers import SOLVERS
 from qcompile.spec import parse_spec
 from tests.hosts import FX, Host, result
 
@@ -116,3 +117,13 @@ def test_what_does_not_fit_stays(net: Net) -> None:
     before = result(graph, torch.ones(2, K))
     assert fold_exponent_bias(graph) == 0
     assert torch.equal(result(graph, torch.ones(2, K)), before)
+
+
+def test_the_importance_of_columns_follows_their_octaves() -> None:
+    importance, weight = torch.rand(32) + 0.1, torch.randn(8, 32)
+    spec, shift = parse_spec("fp4_e2m1/channel"), tuple(range(8)) * 4
+    factor = torch.tensor(shift).float().exp2()
+    decision = Decision(name="fc", op=Op.LINEAR, shape=(8, 32), weight=spec, solver="imatrix", importance=importance)
+    found = replace(decision, shift=shift).qparams_of(weight * factor)
+    assert torch.equal(found.scale, SOLVERS["imatrix"](weight * factor, spec, importance / factor.square()).scale)
+    assert not torch.equal(found.scale, decision.qparams_of(weight * factor).scale)
