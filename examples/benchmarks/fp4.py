@@ -3,8 +3,9 @@
     python examples/benchmarks/fp4.py --model DIR --tokens FILE [--device cuda] [--windows 128]
 
 All linears but the logits' with 4-bit weights and 4-bit inputs, without and with outliers injected as `outliers.py`
-does. Calibrated on windows of 512 tokens of the first half of the file, measured on windows of the second half, with
-the quantized graph as the passes leave it; KL in nats a token, to the float model.
+does; and the levels of LLM-FP4's tables: embeddings, weights and inputs of so many bits each, logits included.
+Calibrated on windows of 512 tokens of the first half of the file, measured on windows of the second half, with the
+quantized graph as the passes leave it; KL in nats a token, to the float model.
 Writes examples/benchmarks/results/fp4_<device>.json.
 """
 
@@ -21,6 +22,7 @@ from result_files import RESULTS, device, write_result
 import qcompile
 from qcompile.cli.language import read_tokens
 from qcompile.cli.models import load_model
+from qcompile.graph import Op
 from qcompile.presets import PRESETS
 from qcompile.recipe import FLOAT, MOST_SHIFTED, Recipe, Rule
 from qcompile.report.quality import token_windows
@@ -29,36 +31,62 @@ from qcompile.spec import parse_spec
 
 # the most octaves of the paper for E2M1: 2**e - 1
 PAPER = 3
+E2M1, MXFP4, NVFP4 = "fp4_e2m1/channel", "fp4_e2m1/b32/e8m0", "fp4_e2m1/b16/fp8_e4m3"
+_FREE: dict[str, Any] = {"format": FLOAT}
+_SHIFT: dict[str, Any] = {"shift": MOST_SHIFTED}
 # weight, input, solver, and what else the rule says
 RECIPES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "int4, static, smallest to largest": ("int4/channel", "int4/tensor", "round", {"observer": "minmax"}),
     "int4, per token": ("int4/channel", "int4/token", "round", {}),
     "int4, per token, smoothed": ("int4/channel", "int4/token", "round", {"smooth": parse_smooth("search")}),
-    "e2m1, static, smallest to largest": ("fp4_e2m1/channel", "fp4_e2m1/tensor", "round", {"observer": "minmax"}),
-    "e2m1, per token": ("fp4_e2m1/channel", "fp4_e2m1/token", "mse", {}),
-    "e2m1, static": ("fp4_e2m1/channel", "fp4_e2m1/tensor", "mse", {}),
-    "e2m1, static, shifted as in the paper": ("fp4_e2m1/channel", "fp4_e2m1/tensor", "mse", {"shift": PAPER}),
-    "any float, static (FPQ without shift)": ("fp4_e2m1/channel", "fp4_e2m1/tensor", "mse", {"format": FLOAT}),
-    "any float, static, shifted as in the paper": (
-        "fp4_e2m1/channel",
+    "e2m1, static, smallest to largest": (E2M1, "fp4_e2m1/tensor", "round", {"observer": "minmax"}),
+    "e2m1, per token": (E2M1, "fp4_e2m1/token", "mse", {}),
+    "e2m1, static": (E2M1, "fp4_e2m1/tensor", "mse", {}),
+    "e2m1, static, shifted as far as in the paper": (E2M1, "fp4_e2m1/tensor", "imatrix", {"shift": PAPER}),
+    "any float, static (FPQ without shift)": (E2M1, "fp4_e2m1/tensor", "imatrix", _FREE),
+    "any float, static, shifted as far as in the paper": (
+        E2M1,
         "fp4_e2m1/tensor",
-        "mse",
-        {"format": FLOAT, "shift": PAPER},
+        "imatrix",
+        {**_FREE, "shift": PAPER},
     ),
-    "fp4: any float, static, shifted": (
-        "fp4_e2m1/channel",
-        "fp4_e2m1/tensor",
-        "mse",
-        {"format": FLOAT, "shift": MOST_SHIFTED},
+    "fp4: any float, static, shifted": (E2M1, "fp4_e2m1/tensor", "imatrix", _FREE | _SHIFT),
+    "fp4-token: any float, per token, shifted": (E2M1, "fp4_e2m1/token", "imatrix", _FREE | _SHIFT),
+    "mxfp4": (MXFP4, MXFP4, "round", {}),
+    "mxfp4-shift": (MXFP4, MXFP4, "imatrix", _SHIFT),
+    "nvfp4": (NVFP4, NVFP4, "round", {}),
+    "nvfp4-shift": (NVFP4, NVFP4, "imatrix", _SHIFT),
+}
+# bits of embeddings, weights and inputs: embedding, weight, input, solver, and what else the rule of linears says
+LEVELS: dict[str, tuple[str, str, str | None, str, dict[str, Any]]] = {
+    "8/8/8: int8, smallest to largest": (
+        "int8/channel",
+        "int8/channel",
+        "int8/tensor",
+        "round",
+        {"observer": "minmax"},
     ),
-    "fp4-token: any float, per token, shifted": (
-        "fp4_e2m1/channel",
-        "fp4_e2m1/token",
-        "mse",
-        {"format": FLOAT, "shift": MOST_SHIFTED},
+    "8/8/8: e4m3, smallest to largest": (
+        "fp8_e4m3/channel",
+        "fp8_e4m3/channel",
+        "fp8_e4m3/tensor",
+        "round",
+        {"observer": "minmax"},
     ),
-    "mxfp4": ("fp4_e2m1/b32/e8m0", "fp4_e2m1/b32/e8m0", "round", {}),
-    "nvfp4": ("fp4_e2m1/b16/fp8_e4m3", "fp4_e2m1/b16/fp8_e4m3", "round", {}),
+    "8/8/8: any float": ("fp8_e4m3/channel", "fp8_e4m3/channel", "fp8_e4m3/tensor", "imatrix", _FREE),
+    "4/4/16: int4": ("int4/channel", "int4/channel", None, "round", {}),
+    "4/4/16: e2m1": (E2M1, E2M1, None, "round", {}),
+    "4/4/16: any float, shifted": (E2M1, E2M1, None, "imatrix", _FREE | _SHIFT),
+    "4/4/8: int4 and int8, smallest to largest": (
+        "int4/channel",
+        "int4/channel",
+        "int8/tensor",
+        "round",
+        {"observer": "minmax"},
+    ),
+    "4/4/8: e2m1 and e4m3, smallest to largest": (E2M1, E2M1, "fp8_e4m3/tensor", "round", {"observer": "minmax"}),
+    "4/4/8: any float, shifted": (E2M1, E2M1, "fp8_e4m3/tensor", "imatrix", _FREE | _SHIFT),
+    "4/4/4: any float, shifted": (E2M1, E2M1, "fp4_e2m1/tensor", "imatrix", _FREE | _SHIFT),
 }
 
 
@@ -70,12 +98,21 @@ def recipe(name: str) -> Recipe:
     return Recipe(name=name, rules=(head, rule))
 
 
+def level(name: str) -> Recipe:
+    """The recipe of one level, of which nothing is left out."""
+    table, weight, given, solver, more = LEVELS[name]
+    rows = Rule(ops=(Op.EMBEDDING,), weight=parse_spec(table), solver="round" if solver == "round" else "mse")
+    given_spec = None if given is None else parse_spec(given)
+    return Recipe(name=name, rules=(rows, Rule(weight=parse_spec(weight), input=given_spec, solver=solver, **more)))
+
+
 def about_plan(name: str, plan: qcompile.Plan) -> dict[str, Any]:
-    """Which formats inputs got, how many sites are shifted, and where a multiplication remains."""
-    decided = [d for d in plan.decisions.values() if d.input is not None and d.input.format.bits == 4]
+    """Which formats linears got, how many have shifted columns, and where a multiplication remains."""
+    linears = [d for d in plan.decisions.values() if d.op is Op.LINEAR]
     return {
-        "inputs": Counter(d.input.format.name for d in decided if d.input is not None),
-        "shifted_sites": sum(bool(d.shift) for d in decided),
+        "weights": Counter(d.weight.format.name for d in linears if d.weight is not None),
+        "inputs": Counter(d.input.format.name for d in linears if d.input is not None),
+        "shifted_sites": sum(bool(d.shift) for d in linears),
         "multiplications_left": sum(not fold.into for fold in plan.folds),
     }
 
@@ -93,6 +130,7 @@ def main() -> None:
     batches = list(token_windows(tokens, WINDOW, given.windows).to(given.device).split(BATCH))
     calibration = list(tokens[: given.calibration * WINDOW].view(-1, WINDOW).to(given.device).split(BATCH))
     recipes = {name: recipe(name) for name in RECIPES}
+    levels = {name: level(name) for name in LEVELS}
     injected = copy.deepcopy(plain)
     channels = inject(injected)
     with torch.no_grad():
@@ -106,6 +144,7 @@ def main() -> None:
             "injected_channels": channels,
             "plain": rows(plain, calibration, batches, recipes, about_plan),
             "injected": rows(injected, calibration, batches, recipes, about_plan),
+            "levels": rows(plain, calibration, batches, levels, about_plan),
         }
     write_result(RESULTS / f"fp4_{given.device}.json", result)
 
