@@ -13,16 +13,18 @@ import torch
 
 from qcompile.formats import Float, parse_format
 from qcompile.graph import Graph, Op, V
-from qcompile.numerics import QParams, dequantize, quantize
+from qcompile.numerics import Lowered, QParams, dequantize, quantize
+from qcompile.plan import Plan
 from qcompile.sites import constant_name
 
 _CONTAINER = parse_format("fp8_e4m3")
 
 
-def fold_exponent_bias(graph: Graph[V]) -> int:
+def fold_exponent_bias(graph: Graph[V], plan: Plan) -> int:
     """Replace each quantized weight that is multiplied column by column by a weight of E4M3 with the same values.
 
-    Returns how many were replaced. What E4M3 does not hold to the last bit stays as it is.
+    Returns how many were replaced. What E4M3 does not hold to the last bit stays as it is. A weight whose columns the
+    plan lowered keeps beside it how it was before.
     """
     edits = 0
     for value in list(graph.values()):
@@ -30,12 +32,14 @@ def fold_exponent_bias(graph: Graph[V]) -> int:
         if product is None or graph.op(product) is not Op.MUL:
             continue
         dequantized, factor = graph.inputs(product)[:2]
-        if dequantized is not None and factor is not None and _fold(graph, value, dequantized, factor):
+        decision = plan.decisions.get(graph.name(value))
+        shift = () if decision is None else decision.shift
+        if dequantized is not None and factor is not None and _fold(graph, value, dequantized, factor, shift):
             edits += 1
     return edits
 
 
-def _fold(graph: Graph[V], linear: V, dequantized: V, factor: V) -> bool:
+def _fold(graph: Graph[V], linear: V, dequantized: V, factor: V, shift: tuple[int, ...]) -> bool:
     """Make a linear read its weight from E4M3; False if that would change it."""
     codes = graph.inputs(dequantized)[0] if graph.op(dequantized) is Op.DEQUANTIZE else None
     source = graph.inputs(codes)[0] if codes is not None and graph.op(codes) is Op.QUANTIZE else None
@@ -49,7 +53,8 @@ def _fold(graph: Graph[V], linear: V, dequantized: V, factor: V) -> bool:
     # as far up as the largest number goes
     room = math.floor(math.log2(_CONTAINER.max / fmt.max))
     spec = replace(qparams.spec, format=_CONTAINER)
-    folded = replace(qparams, spec=spec, scale=qparams.scale * 2.0**-room, codes=None)
+    lowered = Lowered(narrow=replace(qparams, codes=None), shift=shift) if shift else None
+    folded = replace(qparams, spec=spec, scale=qparams.scale * 2.0**-room, codes=None, lowered=lowered)
     values = dequantize(quantize(weight, qparams), qparams) * columns.float()
     if not weight.is_meta and not torch.equal(dequantize(quantize(values, folded), folded), values):
         return False

@@ -38,6 +38,7 @@ class QParams:
     levels: float32 [2**bits], for code books learned from the tensor.
     stored: what is stored in place of scale (see `qcompile.scales`).
     codes: as of `quantize`, chosen together for this one tensor, on any device; None for the nearest.
+    lowered: of which numbers of fewer bits these are made; None where of none.
     """
 
     spec: Spec
@@ -46,6 +47,18 @@ class QParams:
     levels: Tensor | None = None
     stored: dict[str, Tensor] = field(default_factory=dict)
     codes: Tensor | None = None
+    lowered: "Lowered | None" = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Lowered:
+    """Numbers of fewer bits under powers of two: x[n, k] = narrow number[n, k] * 2**-shift[k].
+
+    narrow: qparams of the numbers of fewer bits.  shift: octaves, one a column.
+    """
+
+    narrow: QParams
+    shift: tuple[int, ...]
 
 
 def tiles(x: Tensor, granularity: Granularity) -> tuple[Tensor, tuple[int, ...]]:

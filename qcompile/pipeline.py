@@ -41,7 +41,7 @@ def passes(plan: Plan, lower: Lowering[V] | None = None) -> dict[str, Pass[V]]:
         "fold_smooth": partial(fold_smooth, folds=plan.folds),
         "split_outliers": partial(split_outliers, plan=plan),
         "insert_qdq": partial(insert_qdq, plan=plan),
-        "fold_exponent_bias": fold_exponent_bias,
+        "fold_exponent_bias": partial(fold_exponent_bias, plan=plan),
         "merge_qdq": merge_qdq,
         **lowering,
         "freeze_weights": freeze_weights,

@@ -1,7 +1,7 @@
 """A frame's graph, quantized with one set of weights, and the packs that it reads in their place."""
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -147,7 +147,19 @@ class Quantized:
         sites = tuple(
             self._site_report(d, runs.get(d.name), owners[source[d.name]]) for d in self.plan.decisions.values()
         )
-        return Report(recipe=self.plan.recipe.name, device=self._device, sites=sites, notes=tuple(self._notes))
+        notes = (*self._notes, *self._storage())
+        return Report(recipe=self.plan.recipe.name, device=self._device, sites=sites, notes=notes)
+
+    def _storage(self) -> Iterator[str]:
+        """Notes on how weights with lowered columns are stored: as codes and octaves, or lowered, in more bits."""
+        kernels: dict[str, list[str]] = {}
+        for run in self._runs:
+            if self.plan.decisions[run.site].shift:
+                kernels.setdefault(run.kernel, []).append(run.site)
+        for kernel, sites in kernels.items():
+            nbytes = sum(pack.nbytes for site in sites for pack in self._packs.get(site, {}).values())
+            bits = 8 * nbytes / sum(self._canonical[site].numel() for site in sites)
+            yield f"{len(sites)} weights with lowered columns are stored in {bits:.1f} bits a number ({kernel})"
 
     def _site_report(self, decision: Decision, run: Lowered | None, owner: str) -> SiteReport:
         weight = self._canonical[decision.name]

@@ -1,5 +1,6 @@
 """FUSE: a quantization that finds its scales while running, and the norm or activation before it, become one op."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import getitem
 
@@ -9,6 +10,7 @@ from torch import fx
 from qcompile.backends.fx import ops
 from qcompile.backends.fx.graph import FxGraph
 from qcompile.backends.fx.kernels.int8 import OFFSET
+from qcompile.backends.fx.kernels.narrow_floats import is_narrow
 from qcompile.backends.fx.rows import QUANTIZE_ROWS, why_not
 from qcompile.backends.fx.targets import aten, is_call
 from qcompile.backends.fx.values import dtype, example, fake_mode, infer
@@ -20,6 +22,12 @@ from qcompile.spec import Spec
 _ACTIVATIONS = (Op.SILU,)
 # torch.nn.functional.layer_norm's own
 _LAYER_NORM_EPS = 1e-5
+# matmuls that take floats of fewer bits as E4M3, too: where their arguments name the format, and octaves of channels
+_TAKES_NARROW = {
+    torch.ops.qcompile.linear_fp8.default: (8, None),
+    torch.ops.qcompile.linear_fp8_triton.default: (5, None),
+    torch.ops.qcompile.linear_fp4.default: (7, 4),
+}
 # a matmul that takes integers with a zero as int8, less OFFSET
 _TAKES_OFFSET = (torch.ops.qcompile.linear_int8_triton.default,)
 
@@ -59,6 +67,8 @@ def _fuse(graph: FxGraph, quantize: fx.Node, capability: tuple[int, int]) -> boo
     kind, K = dtype(value), graph.shape(value)[-1]
     if kind is None or K is None or why_not(spec, kind, K, capability) is not None:
         return False
+    if is_narrow(spec.format) and not _take_narrow(graph, _readers(quantize)):
+        return False
     before = _norm(graph, value) or _activation(graph, value) or _attention(graph, value)
     if before is None or any(is_written(node) for node in (*before.gone, before.x, before.second) if node is not None):
         return False
@@ -69,7 +79,9 @@ def _fuse(graph: FxGraph, quantize: fx.Node, capability: tuple[int, int]) -> boo
 def _replace(graph: FxGraph, quantize: fx.Node, before: _Before, spec: Spec) -> None:
     offset = 0 if spec.symmetric or not _takes_offset(quantize) else OFFSET
     read = (before.x, before.second, before.weight, before.bias)
+    shift = _narrowed(_readers(quantize)) if is_narrow(spec.format) else None
     arguments = (*read, before.kind, before.eps, str(spec), offset, before.total is not None)
+    arguments += () if shift is None else (shift,)
     # who reads the sum must find it there
     with quantize.graph.inserting_before(quantize if before.total is None else min(before.total.users)):
         new = quantize.graph.call_function(QUANTIZE_ROWS, arguments)
@@ -85,9 +97,42 @@ def _replace(graph: FxGraph, quantize: fx.Node, before: _Before, spec: Spec) -> 
 
 def _takes_offset(quantize: fx.Node) -> bool:
     """Whether all that read the codes take them less OFFSET."""
+    return all(is_call(reader, *_TAKES_OFFSET) for reader in _readers(quantize))
+
+
+def _readers(quantize: fx.Node) -> list[fx.Node]:
+    """What reads the codes."""
     codes = [part for part in quantize.users if part.target is getitem and part.args[1] == 0]
-    readers = [reader for part in codes for reader in part.users]
-    return all(is_call(reader, *_TAKES_OFFSET) for reader in readers)
+    return [reader for part in codes for reader in part.users]
+
+
+def _take_narrow(graph: FxGraph, readers: Sequence[fx.Node]) -> bool:
+    """Whether all that read codes of fewer bits take them as E4M3, and channels lowered alike."""
+    if not all(is_call(reader, *_TAKES_NARROW) for reader in readers):
+        return False
+    shifts = [None if (node := _shift_of(reader)) is None else graph.constant(node) for reader in readers]
+    return all(_is_equal(shift, shifts[0]) for shift in shifts)
+
+
+def _is_equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a[:1], b[:1]))
+
+
+def _shift_of(reader: fx.Node) -> fx.Node | None:
+    _, position = _TAKES_NARROW[reader.target]
+    shift = None if position is None else reader.args[position]
+    return shift if isinstance(shift, fx.Node) else None
+
+
+def _narrowed(readers: Sequence[fx.Node]) -> fx.Node | None:
+    """Tell readers that codes will be E4M3, lowered where need be; returns octaves of channels."""
+    shift = _shift_of(readers[0])
+    for reader in readers:
+        name, position = _TAKES_NARROW[reader.target]
+        reader.update_arg(name, "")
+        if position is not None:
+            reader.update_arg(position, None)
+    return shift
 
 
 def _norm(graph: FxGraph, value: fx.Node) -> _Before | None:

@@ -123,8 +123,8 @@ class FxGraph:
         spec = parse_spec(str(value.args[4]))
         if scale is None:
             return spec
-        stored, chosen = value.meta.get("stored", {}), value.meta.get("codes")
-        return QParams(spec=spec, scale=scale, zero=zero, levels=levels, stored=stored, codes=chosen)
+        kept = {key: value.meta[key] for key in ("stored", "codes", "lowered") if key in value.meta}
+        return QParams(spec=spec, scale=scale, zero=zero, levels=levels, **kept)
 
     def moved(self, value: fx.Node, channels: Channels) -> Channels | None:
         return moved(value, channels)
@@ -179,7 +179,7 @@ class FxGraph:
         codes = self._call(ops.QUANTIZE, (value, *read, spec), after=value)
         dequantized = self._call(ops.DEQUANTIZE, (codes, *read, spec, target), after=codes)
         for node in (codes, dequantized):
-            node.meta |= {"stored": qparams.stored, "codes": qparams.codes}
+            node.meta |= {"stored": qparams.stored, "codes": qparams.codes, "lowered": qparams.lowered}
         return dequantized
 
     def set_input(self, value: fx.Node, index: int, new: fx.Node) -> None:

@@ -190,6 +190,7 @@ def _problem(graph: FxGraph, linear: Node, weight: _Weight, target: Target) -> P
         device=target.device,
         capability=target.capability,
         small=target.small,
+        lowered=weight.qparams.lowered,
     )
 
 
@@ -220,7 +221,8 @@ def _together(graph: FxGraph, runs: Sequence[_Run]) -> list[list[_Run]]:
     for run in runs:
         x, _, bias = graph.inputs(run.linear)
         module = run.site.rpartition(".")[0]
-        alike = (x, module, run.kernel.name, run.problem.weight, run.problem.input, run.problem.dtype)
+        shift = None if run.problem.lowered is None else run.problem.lowered.shift
+        alike = (x, module, run.kernel.name, run.problem.weight, run.problem.input, run.problem.dtype, shift)
         alone = run.kernel.joins is None or bias is not None or run.beside
         groups.setdefault(run if alone else alike, []).append(run)
     found: list[list[_Run]] = []

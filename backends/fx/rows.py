@@ -7,6 +7,7 @@ the codes.
 import torch
 from torch import Tensor
 
+from qcompile.backends.fx.kernels.narrow_floats import is_narrow, raised
 from qcompile.backends.fx.registry import REGISTRY
 from qcompile.backends.triton.ready import missing
 from qcompile.formats import Integer
@@ -14,7 +15,7 @@ from qcompile.spec import Spec, parse_spec
 
 REGISTRY.define(
     "quantize_rows(Tensor x, Tensor? second, Tensor? weight, Tensor? bias, str before, float eps, str spec,"
-    " int offset, bool keep_total) -> Tensor[]"
+    " int offset, bool keep_total, Tensor? shift=None) -> Tensor[]"
 )
 
 
@@ -28,19 +29,26 @@ def _quantize_rows(
     spec: str,
     offset: int,
     keep_total: bool,
+    shift: Tensor | None = None,
 ) -> list[Tensor]:
-    """Codes [..., K], scale [..., 1], zero [..., 1] of asymmetric specs, and the sum x + second if it is kept."""
+    """Codes [..., K], scale [..., 1], zero [..., 1] of asymmetric specs, and the sum x + second if it is kept.
+
+    Of floats of fewer bits the codes are E4M3, dtype and all, and channels lowered by `shift`, [1, K].
+    """
     from qcompile.backends.triton.quantize_rows import quantize_rows
 
+    parsed = parse_spec(spec)
     found = quantize_rows(
         x,
-        parse_spec(spec),
+        parsed,
         before=before,
         second=second,
         weight=weight,
         bias=bias,
+        shift=shift,
         eps=eps,
         offset=offset,
+        raised=raised(parsed.format) if is_narrow(parsed.format) else 0,
         keep_total=keep_total,
     )
     return [t for t in (found.codes, found.scale, found.zero, found.total) if t is not None]
@@ -56,10 +64,12 @@ def _quantize_rows_meta(
     spec: str,
     offset: int,
     keep_total: bool,
+    shift: Tensor | None = None,
 ) -> list[Tensor]:
     parsed = parse_spec(spec)
     signed = isinstance(parsed.format, Integer) and (parsed.symmetric or offset != 0)
-    made = [x.new_empty(x.shape, dtype=torch.int8 if signed else torch.uint8)]
+    dtype = torch.float8_e4m3fn if is_narrow(parsed.format) else torch.int8 if signed else torch.uint8
+    made = [x.new_empty(x.shape, dtype=dtype)]
     parameters = 1 if parsed.symmetric else 2
     made += [x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(parameters)]
     return [*made, x.new_empty(x.shape)] if keep_total else made
@@ -75,6 +85,8 @@ def why_not(spec: Spec, dtype: torch.dtype, K: int, capability: tuple[int, int])
     """None if the op is the fastest way known to quantize rows of K elements of `dtype`, else the reason."""
     if (reason := missing("quantize_rows")) is not None:
         return reason
+    if spec.format.bits < 8 and not isinstance(spec.format, Integer) and not is_narrow(spec.format):
+        return f"{spec} is no float that E4M3 holds"
     from qcompile.backends.triton import quantize_rows
 
     return quantize_rows.why_not(spec, dtype, K, capability)

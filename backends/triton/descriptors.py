@@ -7,6 +7,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 GLUON_TYPES = {
     torch.int8: gl.int8,
+    torch.float8_e4m3fn: gl.float8e4nv,
     torch.int32: gl.int32,
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,

@@ -3,6 +3,7 @@
     scale[m] = max |v[m, :]| / most, codes = round(v / scale)                      v = what `BEFORE` makes of x
     scale[m] = (max(v, 0) - min(v, 0)) / most, zero = round(-min(v, 0) / scale)    with a zero point
 
+Numbers of a float of fewer than 8 bits are those of E4M3, times 2**(raised - shift[k]), and scales times 2**-raised.
 A program holds a whole row in registers, so a row's result depends on nothing but that row. v and every step on the way
 to it that has a name in the model are rounded to the dtype of x, as eager torch rounds what it writes to memory: from
 the same v, codes are those of `qcompile.numerics` to the bit. v itself may differ from eager torch's in its last bit,
@@ -19,6 +20,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.backends.triton.add_parts import is_dependent
+from qcompile.backends.triton.float_grid import ROUNDER, on_grid, power_of_two
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import on_device
 from qcompile.formats import Float, Integer
@@ -33,8 +35,6 @@ MAX_K = 32768
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # compute capability of the devices on which it was measured, and the first that has the cast to e4m3
 MEASURED, FIRST_FP8 = (9, 0), (8, 9)
-# 1.5 * 2**23: a float32 of this size has integers as its last bits, so that adding it rounds, ties to even
-ROUNDER = tl.constexpr(12582912.0)
 SMALLEST = tl.constexpr(SMALLEST_SCALE)
 # below it the remainder of a division may be too small for float32; both sides times the inverse leave it as it is
 SMALL, LIFT = tl.constexpr(2.0**-64), tl.constexpr(2.0**64)
@@ -42,7 +42,7 @@ SMALL, LIFT = tl.constexpr(2.0**-64), tl.constexpr(2.0**64)
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """codes int8 or uint8 [..., K]; scale and zero float32 [..., 1]; total: x + second, [..., K] in x's dtype."""
+    """codes int8, uint8 or fp8_e4m3 [..., K]; scale and zero float32 [..., 1]; total: x + second, in x's dtype."""
 
     codes: Tensor
     scale: Tensor
@@ -123,6 +123,7 @@ def quantize_rows_kernel(
     second,
     weight,
     bias,
+    shift,
     codes,
     scales,
     zeros,
@@ -135,11 +136,17 @@ def quantize_rows_kernel(
     MOST: tl.constexpr,
     INTEGER: tl.constexpr,
     OFFSET: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    LOWEST: tl.constexpr,
+    RAISED: tl.constexpr,
     INLINE: tl.constexpr,
     DEPENDENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Row program_id(0). MOST: largest code, or number of the format.  OFFSET: is taken off codes with a zero."""
+    """Row program_id(0). MOST: largest code, or number of the format.  OFFSET: is taken off codes with a zero.
+
+    MANTISSA, LOWEST: of a float of fewer than 8 bits, those of its mantissa, and the exponent; else MANTISSA is -1.
+    """
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
@@ -166,7 +173,7 @@ def quantize_rows_kernel(
         extent = _larger(tl.reduce(v, 0, _larger), 0.0) - low
     scale = tl.div_rn(extent, MOST)
     scale = tl.where(scale == 0.0, 1.0, _larger(scale, SMALLEST))
-    tl.store(scales + row, scale)
+    tl.store(scales + row, scale * power_of_two(tl.full((), -RAISED, tl.int32)))
     if INLINE and dtype != tl.float32:
         if scale < SMALL:
             v *= LIFT
@@ -176,6 +183,11 @@ def quantize_rows_kernel(
         scaled = divide(v, divisor)
     else:
         scaled = tl.div_rn(v, scale)
+    if MANTISSA >= 0:
+        octaves = tl.full((BLOCK,), RAISED, tl.int32)
+        if shift is not None:
+            octaves -= tl.load(shift + columns, mask=inside, other=0).to(tl.int32)
+        scaled = on_grid(scaled, MOST, MANTISSA, LOWEST) * power_of_two(octaves)
     if not INTEGER:
         # saturates; beyond the range is only what rounding put there
         bits = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
@@ -196,8 +208,9 @@ def why_not(spec: Spec, dtype: torch.dtype, K: int, capability: tuple[int, int])
     """None if this is the fastest way known to quantize rows of K elements of `dtype`, else the reason."""
     if spec.granularity.rows != 1 or spec.granularity.columns != ALL or spec.scale != "fp32":
         return f"{spec} is not one float32 scale a row"
-    if not isinstance(spec.format, Integer) and spec.format.name != "fp8_e4m3":
-        return f"{spec} is neither integers nor fp8_e4m3"
+    whole = isinstance(spec.format, Integer) or spec.format.name == "fp8_e4m3"
+    if not whole and not (isinstance(spec.format, Float) and spec.format.bits < 8):
+        return f"{spec} is neither integers nor floats that E4M3 holds"
     if dtype not in DTYPES:
         return f"rows of {dtype} are not supported"
     if K > MAX_K:
@@ -227,20 +240,23 @@ def quantize_rows(
     second: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    shift: Tensor | None = None,
     eps: float = 0.0,
     offset: int = 0,
+    raised: int = 0,
     keep_total: bool = False,
 ) -> Rows:
     """x [..., K], and second of its shape: added before a norm, or multiplied with after an activation.
 
     weight, bias: of a norm, [K].  offset: 0, or 128 for codes with a zero as int8, less 128.
-    keep_total: return the sum, too.
+    shift, raised: octaves of numbers of fewer bits in E4M3, int8 [K], and of all.  keep_total: return the sum, too.
     """
     *batch, K = x.shape
     rows, other = _rows(x), None if second is None else _rows(second)
     M = rows.shape[0]
     integer = isinstance(spec.format, Integer)
-    dtype = torch.int8 if integer and (spec.symmetric or offset) else torch.uint8
+    narrow = spec.format if isinstance(spec.format, Float) and spec.format.bits < 8 else None
+    dtype = torch.int8 if integer and (spec.symmetric or offset) else torch.float8_e4m3fn if narrow else torch.uint8
     codes = torch.empty((*batch, K), dtype=dtype, device=x.device)
     scale = torch.empty((*batch, 1), dtype=torch.float32, device=x.device)
     zero = None if spec.symmetric else torch.empty_like(scale)
@@ -255,12 +271,15 @@ def quantize_rows(
         launch(
             quantize_rows_kernel,
             (M, 1, 1),
-            (*given, codes, scale, zero, total, K, *strides, eps),
+            (*given, shift, codes.view(torch.uint8) if narrow else codes, scale, zero, total, K, *strides, eps),
             {
                 "BEFORE": BEFORE.index(before),
                 "MOST": float(spec.code_range[1] if integer else spec.format.max),
                 "INTEGER": integer,
                 "OFFSET": float(offset),
+                "MANTISSA": narrow.mantissa if narrow else -1,
+                "LOWEST": 1 - narrow.bias if narrow else 0,
+                "RAISED": raised,
                 # the interpreter knows no assembly, and its fused multiply-add is not fused
                 "INLINE": x.is_cuda,
                 "DEPENDENT": dependent,

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from qcompile.backends.fx.kernels import KERNELS, Kernel, Problem, choose, tail
+from qcompile.backends.fx.kernels.narrow_floats import raised
 from qcompile.backends.fx.ops import QUANTIZE_DYNAMIC
-from qcompile.numerics import QParams, dequantize, fake_quantize, find_qparams, quantize
+from qcompile.numerics import Lowered, QParams, dequantize, fake_quantize, find_qparams, quantize
 from qcompile.spec import Spec, parse_spec
 
 DTYPE = torch.bfloat16
@@ -34,12 +35,14 @@ class Format:
     """Specs of weight and input, and the share of input channels that stay in 16 bits.
 
     rate: operations a microsecond that the device makes at most; None: as many as of bfloat16.
+    shift: octaves by which every other column of a 4-bit float is lowered, as the other channels of x are raised.
     """
 
     weight: str
     input: str | None = None
     outliers: float = 0.0
     rate: float | None = None
+    shift: int = 0
 
 
 FORMATS: Mapping[str, Format] = {
@@ -47,6 +50,10 @@ FORMATS: Mapping[str, Format] = {
     "int8": Format(weight="int8/channel", input="int8/token/asym", rate=EIGHT_BIT_RATE),
     "int8 split": Format(weight="int8/channel", input="int8/token/asym", outliers=0.01, rate=EIGHT_BIT_RATE),
     "fp8": Format(weight="fp8_e4m3/channel", input="fp8_e4m3/token", rate=EIGHT_BIT_RATE),
+    "fp4": Format(weight="fp4_e2m1/channel"),
+    "fp4 a8": Format(weight="fp4_e2m1/channel", input="fp8_e4m3/token", rate=EIGHT_BIT_RATE),
+    "fp4 a4": Format(weight="fp4_e2m1/channel", input="fp4_e2m1/token", rate=EIGHT_BIT_RATE),
+    "fp4 a4 shifted": Format(weight="fp4_e2m1/channel", input="fp4_e2m1/token", rate=EIGHT_BIT_RATE, shift=3),
 }
 
 
@@ -90,7 +97,19 @@ def random_weight(name: str, N: int, K: int) -> Weight:
     outliers = torch.arange(count, device="cuda") * K // max(count, 1)
     rest = floats.index_fill(1, outliers, 0)
     qparams = find_qparams(rest, spec)
-    return Weight(format=name, floats=floats, codes=quantize(rest, qparams), qparams=qparams, outliers=outliers)
+    codes = quantize(rest, qparams)
+    if FORMATS[name].shift:
+        codes, qparams = _lowered(codes, qparams, FORMATS[name].shift)
+    return Weight(format=name, floats=floats, codes=codes, qparams=qparams, outliers=outliers)
+
+
+def _lowered(codes: Tensor, qparams: QParams, octaves: int) -> tuple[Tensor, QParams]:
+    """The weight with every other column lowered, in E4M3, as `fold_exponent_bias` leaves it."""
+    shift = torch.arange(codes.shape[1], device="cuda") % 2 * octaves
+    spec = parse_spec(str(qparams.spec).replace(qparams.spec.format.name, "fp8_e4m3"))
+    scale = qparams.scale * 2.0 ** -raised(qparams.spec.format)
+    made = QParams(spec=spec, scale=scale, lowered=Lowered(narrow=qparams, shift=tuple(shift.tolist())))
+    return quantize(dequantize(codes, qparams) * 2.0**-shift, made), made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +188,16 @@ def _problem(weight: Weight) -> Problem:
     N, K = weight.floats.shape
     capability = torch.cuda.get_device_capability()
     spec = weight.qparams.spec
-    return Problem(N=N, K=K, weight=spec, input=weight.input, dtype=DTYPE, device="cuda", capability=capability)
+    return Problem(
+        N=N,
+        K=K,
+        weight=spec,
+        input=weight.input,
+        dtype=DTYPE,
+        device="cuda",
+        capability=capability,
+        lowered=weight.qparams.lowered,
+    )
 
 
 def _quantized(

@@ -32,7 +32,9 @@ def test_a_model_runs_as_planned(recipe: str, family: str, tmp_path: Path) -> No
     slow = torch.compile(model, backend="qcompile", options={"plan": plan, "lower": False})(ids)[0]
     torch.testing.assert_close(y, slow, rtol=0, atol=float(slow.abs().max()) * 1e-4)
     assert float((y - float_model).norm() / float_model.norm()) < 1
-    kernels = {site.name: site.kernel for site in qcompile.report(fast).sites}
+    report = qcompile.report(fast)
+    kernels = {site.name: site.kernel for site in report.sites}
+    assert any("weights with lowered columns are stored in" in note for note in report.notes)
     assert {kernels[d.name] for d in shifted} <= {"dense", "packed"}
     qcompile.save(plan, tmp_path / "plan")
     again = qcompile.load(tmp_path / "plan", model)

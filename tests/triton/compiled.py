@@ -17,7 +17,14 @@ NAMES = {
     torch.int8: "i8",
     torch.float8_e4m3fn: "fp8e4nv",
 }
-GLUON_TYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32, "i8": gl.int8, "i32": gl.int32}
+GLUON_TYPES = {
+    "bf16": gl.bfloat16,
+    "fp16": gl.float16,
+    "fp32": gl.float32,
+    "i8": gl.int8,
+    "i32": gl.int32,
+    "fp8e4nv": gl.float8e4nv,
+}
 # what a launch finds out by itself: pointers are multiples of 16, and so are most lengths
 LENGTHS = ("N", "K", "stride_x", "stride_residual")
 

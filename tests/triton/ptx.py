@@ -65,6 +65,7 @@ _OPS = {
     "shr": lambda _, a, n: a >> n,
     "shl": lambda _, a, n: a << n,
     "add": lambda _, a, b: a + b,
+    "and": lambda _, a, b: a & b,
     "lop3": _lop3,
     "ld": lambda _, a: a,
     "sub": _float,

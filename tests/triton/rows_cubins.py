@@ -4,6 +4,7 @@ import torch
 from triton.compiler import ASTSource
 
 from qcompile.backends.triton import quantize_rows as rows
+from qcompile.formats import Float
 from tests.triton.compiled import NAMES, compiled
 
 
@@ -16,8 +17,12 @@ def cubin(
     integer: bool,
     zeros: bool = False,
     second: bool = False,
+    narrow: Float | None = None,
 ) -> bytes:
-    """The binary for rows of K elements, as the launcher would have it compiled; second: and what is made with it."""
+    """The binary for rows of K elements, as the launcher would have it compiled.
+
+    second: and what is made with it.  narrow: a format of fewer than 8 bits, with channels lowered.
+    """
     name = NAMES[dtype]
     norm = "norm" in before
     given = {"x": name, "codes": "u8" if zeros or not integer else "i8", "scales": "fp32"}
@@ -26,16 +31,20 @@ def cubin(
     given |= {"zeros": "fp32"} if zeros else {}
     given |= {"weight": name} if norm else {}
     given |= {"bias": name} if before == "layer_norm" else {}
+    given |= {"shift": "i8"} if narrow else {}
     constants = {
         "BEFORE": rows.BEFORE.index(before),
-        "MOST": (255.0 if zeros else 127.0) if integer else 448.0,
+        "MOST": (255.0 if zeros else 127.0) if integer else narrow.max if narrow else 448.0,
         "INTEGER": integer,
         "OFFSET": 0.0,
+        "MANTISSA": narrow.mantissa if narrow else -1,
+        "LOWEST": 1 - narrow.bias if narrow else 0,
+        "RAISED": 6 if narrow else 0,
         "INLINE": True,
         "DEPENDENT": capability >= 90,
         "BLOCK": rows.block_for(K),
     }
-    optional = ("second", "weight", "bias", "zeros", "total")
+    optional = ("second", "weight", "bias", "shift", "zeros", "total")
     constants |= dict.fromkeys((n for n in optional if n not in given), None)
     kinds = {n: f"*{kind}" for n, kind in given.items()} | {"eps": "fp32"}
     options = {"num_warps": rows.warps_for(K), "enable_fp_fusion": False}

@@ -1,6 +1,7 @@
 """Which quantizations FUSE takes, and that the graph computes what it did, with the op in plain torch on the CPU."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, library, nn
 
 pytest.importorskip("triton")
 
+from qcompile.backends.fx import fuse as fuse_module
 from qcompile.backends.fx.fuse import fuse
 from qcompile.backends.fx.lower import Target, lower
 from qcompile.backends.fx.rows import QUANTIZE_ROWS
@@ -19,6 +21,8 @@ from qcompile.pipeline import quantize as quantize_graph
 from qcompile.presets import parse_recipe
 from qcompile.spec import parse_spec
 from tests.hosts import FX, result
+from tests.passes.test_fold_exponent_bias import Net as Raised
+from tests.passes.test_fold_exponent_bias import planned, shifts
 from tests.passes.test_permute_outliers import PlainPacks
 
 HOPPER = (9, 0)
@@ -235,3 +239,38 @@ def test_a_graph_for_another_device_is_not_fused() -> None:
     quantize_graph(graph, parse_recipe("int8"))
     lower(graph, Target(device="cpu"), JoinedPacks())
     assert "quantize_rows" not in graph_text(graph)
+
+
+@pytest.mark.parametrize("shift", [shifts(6), ()])
+def test_floats_of_few_bits_are_quantized_to_e4m3_and_lowered_there(shift: tuple[int, ...]) -> None:
+    graph = FX.open(Raised().bfloat16(), torch.randn(5, 48).bfloat16())
+    plan = planned(graph, "fp4_e2m1", shift or (0,) * 48, "fp4_e2m1/token")
+    plan = replace(plan, decisions={name: replace(d, shift=shift) for name, d in plan.decisions.items()})
+    quantize_graph(graph, plan)
+    lower(graph, Target(device="cuda", capability=HOPPER), PlainPacks())
+    (rows,) = (n for n in graph.module.graph.nodes if n.target is QUANTIZE_ROWS)
+    (linear,) = (n for n in graph.module.graph.nodes if n.target is torch.ops.qcompile.linear_fp4.default)
+    assert rows.args[4:7] == ("rms_norm", 1e-6, "fp4_e2m1/token")
+    octaves = [graph.constant(node) for node in rows.args[9:]]
+    assert [list(t[0].tolist()) for t in octaves if t is not None] == ([list(shift)] if shift else [])
+    # as it comes: neither to be lowered nor to be widened
+    assert linear.args[4] is None
+    assert linear.args[7] == ""
+    assert rows.meta["example_value"][0].dtype is torch.float8_e4m3fn
+
+
+def test_octaves_that_differ_are_left_to_who_reads_them() -> None:
+    readers = torch.fx.Graph()
+    x, a, b = (readers.placeholder(name) for name in "xab")
+    op = torch.ops.qcompile.linear_fp4.default
+    same, other = (
+        [readers.call_function(op, (x, x, x, x, shift, None, "fp4_e2m1", "fp4_e2m1", torch.bfloat16)) for shift in pair]
+        for pair in ((a, a), (a, b))
+    )
+    tensors = {a: torch.zeros(1, 8, dtype=torch.int8), b: torch.ones(1, 8, dtype=torch.int8)}
+
+    class Constants:
+        constant = staticmethod(tensors.get)
+
+    assert fuse_module._take_narrow(Constants(), same)  # type: ignore[arg-type]
+    assert not fuse_module._take_narrow(Constants(), other)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from qcompile.backends.triton.quantize_rows import BEFORE, MAX_K, warps_for, why_not
+from qcompile.formats import Float, parse_format
 from qcompile.spec import parse_spec
 from tests.triton.needs import run_interpreted
 from tests.triton.rows_cubins import cubin
@@ -31,6 +32,14 @@ def test_fp8_compiles(before: str, capability: int) -> None:
     assert cubin(14336, capability, BFLOAT16, before, integer=False, second=True)[:4] == b"\x7fELF"
 
 
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("fmt", ["fp4_e2m1", "fp4_e3m0", "fp6_e3m2"])
+def test_floats_of_few_bits_compile(fmt: str, capability: int) -> None:
+    narrow = parse_format(fmt)
+    assert isinstance(narrow, Float)
+    assert cubin(4096, capability, BFLOAT16, "rms_norm", integer=False, narrow=narrow)[:4] == b"\x7fELF"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("K", [1, 100, 4096, 14336, MAX_K])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -50,6 +59,8 @@ def test_every_variant_compiles(
         ("int8/token/asym", torch.float32, 1, (9, 0), None),
         ("int4/token", torch.float16, MAX_K, (9, 0), None),
         ("fp8_e4m3/token", BFLOAT16, 4096, (9, 0), None),
+        ("fp4_e2m1/token", BFLOAT16, 4096, (9, 0), None),
+        ("fp8_e3m4/token", BFLOAT16, 4096, (9, 0), "neither"),
         ("fp8_e4m3/token", BFLOAT16, 4096, (8, 0), "begin with sm_89"),
         ("int8/token", BFLOAT16, 4096, (8, 0), "measured on sm_90"),
         ("int8/token", BFLOAT16, 4096, (10, 0), "this is sm_100"),

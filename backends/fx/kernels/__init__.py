@@ -2,6 +2,7 @@
 
 from qcompile.backends.fx.kernels import (
     dense,
+    fp4,
     fp8,
     fp8_triton,
     int4_int8,
@@ -18,6 +19,7 @@ __all__ = ["KERNELS", "Kernel", "Problem", "choose"]
 KERNELS: tuple[Kernel, ...] = (
     int8_triton.KERNEL,
     int8.KERNEL,
+    fp4.KERNEL,
     fp8_triton.KERNEL,
     fp8.KERNEL,
     int4_int8.KERNEL,

@@ -1,12 +1,17 @@
 """Floats of fewer bits as bits of E4M3, whose tensor cores then multiply them exactly.
 
 A float of e <= 4 exponent and m <= 3 mantissa bits that reserves no code becomes E4M3 by moving its magnitude's bits up
-to the top of E4M3's mantissa: normal and subnormal numbers alike stand for 2**(bias - 7) of what they were.
+to the top of E4M3's mantissa: normal and subnormal numbers alike stand for 2**(bias - 7) of what they were. That is
+the lower end of E4M3; channels that are to be lowered by octaves start from its upper end.
 """
 
+import math
+
+import torch
 from torch import Tensor
 
 from qcompile.formats import Float, Format, parse_format
+from qcompile.numerics import FLOAT32_BIAS
 
 _E4M3 = parse_format("fp8_e4m3")
 assert isinstance(_E4M3, Float)
@@ -31,3 +36,27 @@ def widened(codes: Tensor, fmt: Format) -> Tensor:
     assert isinstance(fmt, Float)
     magnitude = (codes & (2 ** (fmt.bits - 1) - 1)) << (_MANTISSA - fmt.mantissa)
     return magnitude | ((codes << (8 - fmt.bits)) & 128)
+
+
+def raised(fmt: Format) -> int:
+    """Octaves by which numbers of the format can be raised until the largest reaches the top of E4M3."""
+    return math.floor(math.log2(_E4M3.max / fmt.max))
+
+
+def room(fmt: Format) -> int:
+    """Octaves by which E4M3 holds numbers of the format, raised, when they are lowered."""
+    assert isinstance(fmt, Float)
+    # both formats' smallest numbers are subnormal
+    return raised(fmt) + (1 - fmt.bias - fmt.mantissa) - (1 - _BIAS - _MANTISSA)
+
+
+def lowered(codes: Tensor, fmt: Format, shift: Tensor) -> Tensor:
+    """Codes [..., K] of a narrow float as bits of E4M3, uint8, of 2**(raised - shift[k]) times their numbers.
+
+    shift: int8 [K], from 0 to `room`.
+    """
+    assert isinstance(fmt, Float)
+    octaves = _BIAS - fmt.bias + raised(fmt) - shift.to(torch.int32)
+    # a power of two by its bits: exact on every device
+    powers = ((octaves + FLOAT32_BIAS) << 23).view(torch.float32)
+    return (widened(codes, fmt).view(torch.float8_e4m3fn).float() * powers).to(torch.float8_e4m3fn).view(torch.uint8)

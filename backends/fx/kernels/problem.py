@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.numerics import QParams
+from qcompile.numerics import Lowered, QParams
 from qcompile.spec import Spec
 
 
@@ -16,7 +16,7 @@ class Problem:
     """y[..., N] = x[..., K] @ weight[N, K].T + bias, y in `dtype`.
 
     capability: of a CUDA device, (9, 0) for H100 and H200; None elsewhere.
-    small: small weights matter more than speed.
+    small: small weights matter more than speed.  lowered: of which numbers of fewer bits the weight's are made.
     """
 
     N: int
@@ -27,6 +27,7 @@ class Problem:
     device: str
     capability: tuple[int, int] | None = None
     small: bool = False
+    lowered: Lowered | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,206 @@
+"""4-bit floats times 8-bit ones on Hopper's wgmma: y[M, N] = scale_x[m] * scale_w[n] * (x[M, K] @ w[N, K].T).
+
+Operands are swapped: the weight is the first operand, out of registers, and x the second, out of shared memory. One
+warp copies x and words of codes into a ring in shared memory (TMA); two groups of four warps move the bits of codes to
+where E4M3 has them, each for 64 rows of the weight, and multiply. The next words are unpacked while a product runs, and
+scales wait until the end. Programs walk over items: a tile of y on a slice of K, of which there are several where tiles
+are few; `add_parts` adds those in a fixed order.
+"""
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from qcompile.backends.triton.int4_int8_tiles import operands
+
+
+@triton.constexpr_function
+def unpack_ptx(mantissa):
+    """PTX that makes the low and the high four codes of a word $2 bytes of E4M3, of 2**(bias - 7) times their numbers.
+
+    mantissa: bits of it, 0 to 2, of 4. A magnitude moves to the top of E4M3's mantissa, a sign to the top of the byte.
+    """
+    left = 3 - mantissa
+    mask = f"{(7 << left) * 0x01010101:#x}"
+    return (
+        "{ .reg .b32 t, u;"
+        f"shl.b32 t, $2, {left}; and.b32 t, t, {mask}; shl.b32 u, $2, 4; lop3.b32 $0, u, 0x80808080, t, 0xEA;"
+        f"shr.b32 t, $2, {4 - left}; and.b32 t, t, {mask}; lop3.b32 $1, $2, 0x80808080, t, 0xEA; }}"
+    )
+
+
+@gluon.jit
+def _place(item, shape, ROWS: gl.constexpr):
+    """Row and column of an item's tile, and its blocks of K, first and behind the last."""
+    tiles_m, tiles_n, parts, blocks, B = shape
+    tile = item // parts
+    band = ROWS * tiles_n
+    top = tile // band * ROWS
+    height = gl.minimum(tiles_m - top, ROWS)
+    first = item % parts * blocks
+    return top + tile % band % height, tile % band // height, first, gl.minimum(first + blocks, B)
+
+
+@gluon.jit
+def _next(index, phase, STAGES: gl.constexpr):
+    wraps = index + 1 == STAGES
+    return gl.where(wraps, 0, index + 1), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def _copy_words(w, ring, index, unit, block, B, wanted, UNITS: gl.constexpr):
+    """Ask for words of a stage, and let its barrier wait for them and for x."""
+    xs, ws, full, _free = ring
+    bar = full.index(index)
+    mbarrier.expect(bar, UNITS * w.block_type.nbytes + xs.shape[1] * xs.shape[2], pred=wanted)
+    for u in gl.static_range(UNITS):
+        row = ((unit + u) * B + block) * w.block_type.shape[0]
+        tma.async_copy_global_to_shared(w, [row, 0], bar, ws.index(index * UNITS + u), pred=wanted)
+
+
+@gluon.jit
+def _copy_all(x, w, ring, shape, UNITS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr):
+    xs, _ws, full, free = ring
+    tiles_m, tiles_n, parts, _blocks, B = shape
+    row, column, first, end = _place(gl.program_id(0), shape, ROWS)
+    # weights never change, so that they need not wait for the kernel before
+    early = gl.minimum(end - first, STAGES)
+    for i in range(0, early):
+        _copy_words(w, ring, i, column * UNITS, first + i, B, True, UNITS)
+    gdc_wait()
+    gdc_launch_dependents()
+    index, phase = gl.to_tensor(0), gl.to_tensor(1)
+    done = gl.to_tensor(0)
+    for item in range(gl.program_id(0), tiles_m * tiles_n * parts, gl.num_programs(0)):
+        row, column, first, end = _place(item, shape, ROWS)
+        for block in range(first, end):
+            mbarrier.wait(free.index(index), phase)
+            _copy_words(w, ring, index, column * UNITS, block, B, done >= early, UNITS)
+            at = [row * x.block_type.shape[0], block * x.block_type.shape[1]]
+            tma.async_copy_global_to_shared(x, at, full.index(index), xs.index(index))
+            done += 1
+            index, phase = _next(index, phase, STAGES)
+
+
+@gluon.jit
+def _unpacked(words, MANTISSA: gl.constexpr):
+    """A block [64, 128] of the weight out of shared memory: bytes of E4M3 by fours, two int32 [4, 2, 8, 4, 4]."""
+    by_words: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [4, 0]], [[0, 4], [0, 8], [0, 16], [1, 0], [2, 0]], [[8, 0], [16, 0]], [], [32, 32]
+    )
+    loaded = gl.reshape(words.load(by_words), [4, 2, 8, 4, 4])
+    return gl.inline_asm_elementwise(
+        unpack_ptx(MANTISSA), "=&r,=&r,r", [loaded], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _operand(low, high, mma: gl.constexpr):
+    """The first operand, of what `_unpacked` gives: registers get other names."""
+    (codes,) = operands(low, high, 1, gl.DotOperandLayout(0, mma, 4))
+    return codes.to(gl.float8e4nv, bitcast=True)
+
+
+@gluon.jit
+def _scaled(sums, vectors, n, m, M, N):
+    """The sums [64, rows of x] of an item, scaled."""
+    scale_x, step_scale, scale_w = vectors
+    mma: gl.constexpr = sums.type.layout
+    across: gl.constexpr = gl.SliceLayout(0, mma)
+    # one load a lane, and then through shared memory
+    tokens = m + gl.arange(0, sums.shape[1], layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    scale = gl.convert_layout(gl.load(scale_x + tokens * step_scale, mask=tokens < M, other=0.0), across)
+    return sums * (gl.expand_dims(scale, 0) * gl.expand_dims(gl.load(scale_w + n, mask=n < N, other=0.0), 1))
+
+
+@gluon.jit
+def _multiply_all(
+    UNIT: gl.constexpr, ring, ys, y, parts_ptr, vectors, sizes, shape, UNITS: gl.constexpr, STAGES: gl.constexpr,
+    ROWS: gl.constexpr, MANTISSA: gl.constexpr, WHOLE: gl.constexpr,
+):  # fmt: skip
+    xs, ws, full, free = ring
+    M, N = sizes
+    tiles_m, tiles_n, parts, _blocks, _B = shape
+    TOKENS: gl.constexpr = xs.shape[1]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
+    gdc_wait()
+    index, phase = gl.to_tensor(0), gl.to_tensor(0)
+    for item in range(gl.program_id(0), tiles_m * tiles_n * parts, gl.num_programs(0)):
+        row, column, first, end = _place(item, shape, ROWS)
+        acc = gl.zeros([64, TOKENS], gl.float32, layout=mma)
+        mbarrier.wait(full.index(index), phase)
+        low, high = _unpacked(ws.index(index * UNITS + UNIT), MANTISSA)
+        for block in range(first, end):
+            x = xs.index(index).permute((1, 0))
+            acc = warpgroup_mma(_operand(low, high, mma), x, acc, use_acc=block > first, is_async=True)
+            next_index, next_phase = _next(index, phase, STAGES)
+            mbarrier.wait(full.index(next_index), next_phase, pred=block + 1 < end)
+            next_low, next_high = _unpacked(ws.index(next_index * UNITS + UNIT), MANTISSA)
+            # all that the product reads, and what is unpacked while it runs
+            acc, low, high, next_low, next_high = warpgroup_mma_wait(0, deps=[acc, low, high, next_low, next_high])
+            mbarrier.arrive(free.index(index), count=1)
+            low, high = next_low, next_high
+            index, phase = next_index, next_phase
+        n = (column * UNITS + UNIT) * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+        m = row * TOKENS
+        result = _scaled(acc, vectors, n, m, M, N)
+        if WHOLE:
+            stage = ys.index(UNIT)
+            tma.store_wait(pendings=0)
+            stage.permute((1, 0)).store(result.to(y.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(y, [m, (column * UNITS + UNIT) * 64], stage)
+        else:
+            tokens = m + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, mma))
+            to = gl.expand_dims((item % parts * M + tokens).to(gl.int64) * N, 0) + gl.expand_dims(n, 1)
+            gl.store(parts_ptr + to, result, mask=gl.expand_dims(n < N, 1) & gl.expand_dims(tokens < M, 0))
+    tma.store_wait(pendings=0)
+
+
+@gluon.jit(do_not_specialize=["M", "tiles_m", "parts", "blocks"])
+def fp4_kernel(
+    x, w, y, parts_ptr, scale_x, scale_w, M, N, B, step_scale, tiles_m, tiles_n, parts, blocks,
+    UNITS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, MANTISSA: gl.constexpr, WHOLE: gl.constexpr,
+    REGISTERS: gl.constexpr, COPYING: gl.constexpr,
+):  # fmt: skip
+    """Items pid, pid + programs, ...: each a tile on a slice of `blocks` blocks of K.
+
+    They go to y if WHOLE, else to their part of it.
+    """
+    # Triton's compiler knows no starred values
+    xs = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_type.shape, x.layout)
+    ws = gl.allocate_shared_memory(w.dtype, [STAGES * UNITS] + w.block_type.shape, w.layout)
+    ys = gl.allocate_shared_memory(y.dtype, [UNITS] + y.block_type.shape, y.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=UNITS)
+    fence_async_shared()
+    ring = (xs, ws, full, free)
+    vectors = (scale_x, step_scale, scale_w)
+    sizes = (M, N)
+    shape = (tiles_m, tiles_n, parts, blocks, B)
+    # tuples of constants must not be named, which would make them values of the kernel
+    gl.warp_specialize(
+        [
+            (_multiply_all, (
+                0, ring, ys, y, parts_ptr, vectors, sizes, shape, UNITS, STAGES, ROWS, MANTISSA, WHOLE,
+            )),
+            (_multiply_all, (
+                1, ring, ys, y, parts_ptr, vectors, sizes, shape, UNITS, STAGES, ROWS, MANTISSA, WHOLE,
+            )),
+            (_copy_all, (x, w, ring, shape, UNITS, STAGES, ROWS)),
+        ],
+        [4, 1],
+        # registers a thread; the first group gets what is left
+        [REGISTERS, COPYING],
+    )  # fmt: skip

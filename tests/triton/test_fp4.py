@@ -1,0 +1,215 @@
+"""4-bit floats under 4- and 8-bit ones on a GPU, against the oracle's numbers in float64."""
+
+import pytest
+import torch
+from torch import Tensor, library, nn
+
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+
+import qcompile
+from qcompile.backends.fx.kernels import fp4
+from qcompile.backends.fx.kernels.narrow_floats import is_narrow, lowered, raised, room
+from qcompile.backends.triton.fp4_linear import Operands, fp4_linear
+from qcompile.backends.triton.fp4_table import TABLE, Config, Tiles, Unpack
+from qcompile.backends.triton.fp4_unpack import unpack
+from qcompile.backends.triton.quantize_rows import quantize_rows
+from qcompile.backends.triton.table import configs_of
+from qcompile.formats import parse_format
+from qcompile.numerics import QParams, dequantize, find_qparams, quantize
+from qcompile.spec import Spec, parse_spec
+from tests.triton.compiled import name_of
+from tests.triton.test_fp4_cpu import FORMATS, container
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="the kernel is for sm_90"
+    ),
+]
+
+BFLOAT16 = torch.bfloat16
+# tensor cores keep about 14 bits of sums of fp8 products, and results are rounded to 16-bit floats
+LIMIT = 5e-3
+
+
+def packed(fmt: str, N: int, K: int) -> tuple[dict[str, Tensor], Tensor]:
+    """A random weight without shift, and the oracle's floats."""
+    weight = torch.randn(N, K, device="cuda")
+    qparams = find_qparams(weight, parse_spec(f"{fmt}/channel"))
+    codes = quantize(weight, qparams)
+    return fp4.pack(codes, qparams, BFLOAT16), dequantize(codes, qparams).double()
+
+
+def inputs(M: int, K: int, text: str) -> tuple[Tensor, QParams]:
+    x = torch.randn(M, K, device="cuda")
+    qparams = find_qparams(x, parse_spec(text))
+    return quantize(x, qparams), qparams
+
+
+def run(codes: Tensor, qparams: QParams, pack: dict[str, Tensor], fmt: str, bias: Tensor | None = None) -> Tensor:
+    # what the allocator hands out next holds NaN
+    torch.full((8 * codes.shape[0] * pack["scale"].shape[0],), torch.nan, device="cuda")
+    form = qparams.spec.format
+    narrow = form.name if is_narrow(form) else ""
+    return torch.ops.qcompile.linear_fp4(
+        codes, qparams.scale, pack["words"], pack["scale"], pack.get("shift"), bias, fmt, narrow, BFLOAT16
+    )
+
+
+def check(y: Tensor, codes: Tensor, qparams: QParams, weight: Tensor, bias: Tensor | None = None) -> None:
+    expected = dequantize(codes, qparams).double() @ weight.T + (0.0 if bias is None else bias.double())
+    assert y.isfinite().all()
+    assert float(((y.double() - expected).norm(dim=1) / expected.norm(dim=1)).max()) < LIMIT
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("given", ["fp8_e4m3/token", "fp4_e2m1/token", "fp4_e1m2/tensor", "fp4_e3m0/token"])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 64, 128), (7, 200, 272), (16, 1024, 512), (40, 72, 4096)])
+def test_products(fmt: str, given: str, M: int, N: int, K: int) -> None:
+    pack, weight = packed(fmt, N, K)
+    codes, qparams = inputs(M, K, given)
+    check(run(codes, qparams, pack, fmt), codes, qparams, weight)
+
+
+@pytest.mark.parametrize("config", configs_of(TABLE, 90), ids=name_of)
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 4096, 512), (130, 208, 1040), (300, 8192, 256), (1000, 144, 4096)])
+def test_configurations(config: Config, M: int, N: int, K: int) -> None:
+    pack, weight = packed("fp4_e2m1", N, K)
+    codes, qparams = inputs(M, K, "fp8_e4m3/token")
+    torch.full((8 * M * N,), torch.nan, device="cuda")
+    operands = Operands(
+        x=codes.view(torch.float8_e4m3fn),
+        scale_x=qparams.scale,
+        words=pack["words"],
+        scale_w=pack["scale"],
+        mantissa=1,
+        dtype=BFLOAT16,
+    )
+    check(fp4_linear(operands, config), codes, qparams, weight)
+
+
+@pytest.mark.parametrize("M", [1, 33, 257, 1025, 2100])
+def test_small_numbers_are_summed_exactly(M: int) -> None:
+    """Few products of few bits: nothing is rounded before the end."""
+    pack, weight = packed("fp4_e2m1", 192, 256)
+    pack["scale"] = torch.full_like(pack["scale"], 2.0**6)
+    codes = torch.randint(0, 3, (M, 256), device="cuda", dtype=torch.uint8)
+    codes[:, 5:] = 0
+    one = QParams(spec=parse_spec("fp4_e2m1/token"), scale=torch.ones(M, 1, device="cuda"))
+    found = find_qparams(torch.ones(192, 256, device="cuda") * 6, parse_spec("fp4_e2m1/channel"))
+    words = torch.randint(0, 16, (192, 256), device="cuda", dtype=torch.uint8)
+    pack = fp4.pack(words, found, BFLOAT16)
+    expected = dequantize(codes, one).double() @ dequantize(words, found).double().T
+    assert torch.equal(run(codes, one, pack, "fp4_e2m1").double(), expected.to(BFLOAT16).double())
+    assert weight.shape == (192, 256)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("given", FORMATS)
+@pytest.mark.parametrize("M", [1, 20, 400, 1500])
+def test_lowered_columns(fmt: str, given: str, M: int) -> None:
+    K = 512
+    most = min(room(parse_format(fmt)), room(parse_format(given)))
+    shift = tuple(torch.randint(0, most + 1, (K,)).tolist())
+    made, found, _ = container(fmt, 96, shift)
+    pack = {name: t.cuda() for name, t in fp4.pack(made, found, BFLOAT16).items()}
+    codes, qparams = inputs(M, K, f"{given}/token")
+    check(run(codes, qparams, pack, fmt), codes, qparams, dequantize(made, found).double().cuda())
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(("N", "K"), [(64, 128), (200, 272), (16, 4096)])
+def test_unpacked_weights_are_exact(fmt: str, N: int, K: int) -> None:
+    pack, weight = packed(fmt, N, K)
+    torch.full((N, K), 0x7F, dtype=torch.uint8, device="cuda")
+    form = parse_format(fmt)
+    floats = unpack(pack["words"], N, K, form.mantissa, 4).double() * pack["scale"].double()
+    torch.testing.assert_close(floats, weight, rtol=1e-6, atol=0)
+
+
+def test_a_bias_and_strides() -> None:
+    pack, weight = packed("fp4_e2m1", 64, 256)
+    codes, qparams = inputs(6, 256, "fp4_e2m1/token")
+    bias = torch.randn(64, device="cuda", dtype=BFLOAT16)
+    check(run(codes, qparams, pack, "fp4_e2m1", bias), codes, qparams, weight, bias)
+    apart = codes.t().contiguous().t()
+    assert torch.equal(run(apart, qparams, pack, "fp4_e2m1"), run(codes, qparams, pack, "fp4_e2m1"))
+
+
+@pytest.mark.parametrize("M", [1, 20, 140, 1200])
+def test_results_repeat_and_graphs_replay(M: int) -> None:
+    pack, _ = packed("fp4_e2m1", 512, 1024)
+    codes, qparams = inputs(M, 1024, "fp4_e2m1/token")
+    first = run(codes, qparams, pack, "fp4_e2m1")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(codes, qparams, pack, "fp4_e2m1")
+    for _ in range(5):
+        graph.replay()
+        assert torch.equal(y, first)
+
+
+@pytest.mark.parametrize("M", [0, 3, 40, 1300])
+def test_the_op_is_clean(M: int) -> None:
+    pack, _ = packed("fp4_e2m1", 64, 256)
+    codes, qparams = inputs(max(M, 1), 256, "fp8_e4m3/token")
+    arguments = (codes[:M], qparams.scale[:M], pack["words"], pack["scale"], 1, BFLOAT16)
+    library.opcheck(torch.ops.qcompile.fp4_mm.default, arguments)
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS, "fp6_e3m2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("M", "K"), [(3, 1), (5, 300), (7, 4096), (2, 14336)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_rows_become_numbers_of_e4m3(fmt: str, dtype: torch.dtype, M: int, K: int, shifted: bool) -> None:
+    spec: Spec = parse_spec(f"{fmt}/token")
+    x = (torch.randn(M, K, device="cuda") * 2.0 ** torch.randint(-9, 9, (M, 1), device="cuda")).to(dtype)
+    x[0, ::2] = -0.0
+    octaves = torch.randint(0, room(spec.format) + 1, (1, K), device="cuda", dtype=torch.int8)
+    torch.full((4 * M * K,), 0x7F, dtype=torch.uint8, device="cuda")
+    found = quantize_rows(x, spec, shift=octaves if shifted else None, raised=raised(spec.format))
+    # eager torch on a GPU divides by multiplying with the inverse
+    expected = find_qparams(x.cpu(), spec)
+    codes = quantize(x.cpu(), expected)
+    bits = lowered(codes, spec.format, octaves[0].cpu() * int(shifted))
+    assert found.codes.dtype is torch.float8_e4m3fn
+    assert torch.equal(found.codes.view(torch.uint8).cpu(), bits)
+    assert torch.equal(found.scale.cpu(), expected.scale * 2.0 ** -raised(spec.format))
+
+
+class Block(nn.Module):
+    """A norm whose channels are far apart, and linears that read it."""
+
+    def __init__(self, K: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(K, eps=1e-6)
+        self.gate, self.up = nn.Linear(K, 256, bias=False), nn.Linear(K, 256, bias=False)
+        self.down = nn.Linear(256, K, bias=False)
+        self.norm.weight.data = torch.exp2(torch.linspace(-4, 4, K))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.down(torch.nn.functional.silu(self.gate(h)) * self.up(h))
+
+
+@pytest.mark.parametrize("recipe", ["fp4", "fp4-token", "fp4-a8"])
+def test_a_model_runs_as_planned(recipe: str) -> None:
+    torch.manual_seed(0)
+    model = Block(512).cuda().bfloat16().eval()
+    x = torch.randn(2, 40, 512, device="cuda", dtype=BFLOAT16)
+    plan = qcompile.calibrate(model, [x], recipe=recipe, progress=False)
+    fast = torch.compile(model, backend="qcompile", options={"plan": plan})
+    with torch.no_grad():
+        y = fast(x)
+        slow = torch.compile(model, backend="qcompile", options={"plan": plan, "lower": False})(x)
+    sites = qcompile.report(fast).sites
+    assert {site.kernel for site in sites} == {"fp4"}
+    # what differs by a bit before it is quantized to 4 bits may get another code, a third larger or smaller
+    assert float((y - slow).norm() / slow.norm()) < 0.1
+    assert recipe == "fp4-a8" or any(decision.shift for decision in plan.decisions.values())
+    # 4 bits a weight, and scales and octaves
+    assert sum(site.bytes_after for site in sites) < 0.55 * sum(site.bytes_before for site in sites) / 2 + 4096
+
+
+def test_every_config_is_known() -> None:
+    assert {type(config) for config in configs_of(TABLE, 90)} == {Tiles, Unpack}

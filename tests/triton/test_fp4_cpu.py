@@ -1,0 +1,289 @@
+"""4-bit floats under 8-bit ones without a GPU: their weight and input, their table, binaries, and what is refused."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, library, nn
+
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+
+import qcompile
+from qcompile.backends.fx.kernels import choose as choose_kernel
+from qcompile.backends.fx.kernels import fp4, fp8
+from qcompile.backends.fx.kernels.narrow_floats import factor, is_narrow, lowered, raised, room, widened
+from qcompile.backends.fx.kernels.problem import Problem
+from qcompile.backends.fx.lower import Target, lower
+from qcompile.backends.triton.fp4_table import TABLE, Config, Tiles, Unpack, choose
+from qcompile.backends.triton.int4_int8_words import unpack_words
+from qcompile.backends.triton.table import configs_of
+from qcompile.formats import code_values, parse_format
+from qcompile.graph import graph_text
+from qcompile.numerics import Lowered, QParams, dequantize, find_qparams, quantize
+from qcompile.pipeline import quantize as quantize_graph
+from qcompile.spec import parse_spec
+from tests.hosts import FX, result
+from tests.passes.test_permute_outliers import PlainPacks
+from tests.triton.compiled import name_of
+from tests.triton.fp4_cubins import kernel
+from tests.triton.ptx import run
+
+FORMATS = ("fp4_e2m1", "fp4_e1m2", "fp4_e3m0")
+HOPPER = Target(device="cuda", capability=(9, 0))
+# sm_80 has no fp8, and Hopper's kernel is for Hopper
+CASES = [
+    pytest.param(config, capability, id=f"sm_{capability}-{name_of(config)}")
+    for capability in (90, 100)
+    for config in configs_of(TABLE, capability)
+]
+
+
+def container(fmt: str, N: int, shift: tuple[int, ...], given: str = "channel") -> tuple[Tensor, QParams, Tensor]:
+    """Codes and qparams of a lowered weight in E4M3, as `fold_exponent_bias` makes them, and its 4-bit codes."""
+    narrow = find_qparams(torch.randn(N, len(shift)), parse_spec(f"{fmt}/{given}"))
+    codes = torch.randint(0, 16, (N, len(shift)), dtype=torch.uint8)
+    values = dequantize(codes, narrow) * (2.0 ** -torch.tensor(shift).float())
+    up = raised(narrow.spec.format)
+    e4m3 = QParams(
+        spec=parse_spec(f"fp8_e4m3/{given}"),
+        scale=narrow.scale * 2.0**-up,
+        lowered=Lowered(narrow=narrow, shift=shift),
+    )
+    made = quantize(values, e4m3)
+    assert torch.equal(dequantize(made, e4m3), values)
+    return made, e4m3, codes
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("given", ["channel", "tensor"])
+def test_packs_of_lowered_weights_hold_the_codes_before(fmt: str, given: str) -> None:
+    shift = tuple(torch.randint(0, room(parse_format(fmt)) + 1, (96,)).tolist())
+    codes, qparams, before = container(fmt, 80, shift, given)
+    packed = fp4.pack(codes, qparams, torch.bfloat16)
+    values = code_values(parse_format(fmt))
+    # the two codes of 0 are one number
+    assert torch.equal(values[unpack_words(packed["words"], 80, 96).long()], values[before.long()])
+    assert packed["shift"].tolist() == [list(shift)]
+    assert packed["scale"].shape == (80, 1)
+    # E4M3 that `widened` makes, under the pack's scale and shift, is the weight
+    bits = widened(unpack_words(packed["words"], 80, 96), parse_format(fmt)).view(torch.float8_e4m3fn).float()
+    restored = bits * packed["scale"] * 2.0 ** -packed["shift"].float()
+    assert torch.equal(restored, dequantize(codes, qparams))
+    assert sum(t.nbytes for t in packed.values()) <= 96 * 128 / 2 + 80 * 4 + 96 + 32 * 128
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_packs_of_plain_weights_hold_their_codes(fmt: str) -> None:
+    qparams = find_qparams(torch.randn(70, 160), parse_spec(f"{fmt}/channel"))
+    codes = torch.randint(0, 16, (70, 160), dtype=torch.uint8)
+    packed = fp4.pack(codes, qparams, torch.bfloat16)
+    assert set(packed) == {"words", "scale"}
+    assert torch.equal(unpack_words(packed["words"], 70, 160), codes)
+    assert torch.equal(packed["scale"], qparams.scale * factor(parse_format(fmt)))
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS, "fp6_e3m2", "fp6_e2m3", "e2m2"])
+def test_every_code_is_lowered_exactly(fmt: str) -> None:
+    form = parse_format(fmt)
+    codes = torch.arange(2**form.bits, dtype=torch.uint8)
+    for shift in range(room(form) + 1):
+        made = lowered(codes[:, None], form, torch.tensor([shift], dtype=torch.int8)).view(torch.float8_e4m3fn)
+        assert torch.equal(made.float()[:, 0], code_values(form) * 2.0 ** (raised(form) - shift))
+    beyond = lowered(codes[:, None], form, torch.tensor([room(form) + 1], dtype=torch.int8))
+    exact = code_values(form) * 2.0 ** (raised(form) - room(form) - 1)
+    assert not torch.equal(beyond.view(torch.float8_e4m3fn).float()[:, 0], exact)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_lowering_the_input_is_lowering_the_weight(fmt: str) -> None:
+    """Both products are the same numbers, code by code."""
+    shift = tuple(torch.randint(0, room(parse_format(fmt)) + 1, (64,)).tolist())
+    codes, qparams, _ = container(fmt, 16, shift)
+    packed = fp4.pack(codes, qparams, torch.bfloat16)
+    x = torch.randint(0, 16, (5, 64), dtype=torch.uint8)
+    scale = torch.rand(5, 1) + 0.5
+    bits, row_scale = fp4._as_e4m3(x, scale, packed["shift"], fmt)
+    given = bits.view(torch.float8_e4m3fn).double() * row_scale.double()
+    words = widened(unpack_words(packed["words"], 16, 64), parse_format(fmt)).view(torch.float8_e4m3fn).double()
+    products = given[:, None] * (words * packed["scale"].double())[None]
+    weight = dequantize(codes, qparams).double()
+    expected = (code_values(parse_format(fmt))[x.long()].double() * scale.double())[:, None] * weight[None]
+    torch.testing.assert_close(products, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_pieces_move_bits(fmt: str) -> None:
+    ptx = pytest.importorskip("qcompile.backends.triton.fp4_gemm")
+    words = torch.randint(-(2**31), 2**31, (500,), dtype=torch.int64) & 0xFFFFFFFF
+    operands: list[Tensor | None] = [None, None, words]
+    run(ptx.unpack_ptx(parse_format(fmt).mantissa), operands)
+    for made, start in zip(operands[:2], (0, 4), strict=True):
+        for b in range(4):
+            codes = ((words >> (8 * b + start)) & 15).to(torch.uint8)
+            assert torch.equal((made >> (8 * b)) & 255, widened(codes, parse_format(fmt)).long())
+
+
+@pytest.mark.parametrize(("config", "capability"), CASES)
+@pytest.mark.parametrize("mantissa", [0, 1, 2])
+def test_configuration_compiles(config: Config, capability: int, mantissa: int) -> None:
+    made = kernel(config, capability, torch.bfloat16, mantissa)
+    assert made.asm["cubin"][:4] == b"\x7fELF"
+    # of a multiprocessor of Hopper, the most that one program may have
+    assert made.metadata.shared <= 232448
+
+
+@pytest.mark.parametrize("tiles", [c for c in configs_of(TABLE, 90) if isinstance(c, Tiles)], ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_slices_compile(tiles: Tiles, dtype: torch.dtype) -> None:
+    assert kernel(tiles, 90, dtype, 1, whole=False).asm["cubin"][:4] == b"\x7fELF"
+
+
+def test_the_table_takes_every_problem() -> None:
+    for M in (1, 8, 9, 16, 17, 64, 65, 257, 2048, 1 << 20):
+        for N in (8, 4096, 28672, 12345):
+            # what the library does not take, tiles do
+            assert any(isinstance(config, Tiles) for config in choose(M, N, 4096, 90))
+            assert all(isinstance(config, Unpack) for config in choose(M, N, 4096, 100))
+
+
+def problem(**more: object) -> Problem:
+    fields = {"N": 64, "K": 256, "dtype": torch.bfloat16, "device": "cuda", "capability": (9, 0)}
+    fields |= {"weight": parse_spec("fp4_e2m1/channel"), "input": parse_spec("fp4_e2m1/token")}
+    return Problem(**(fields | more))  # type: ignore[arg-type]
+
+
+def lowered_by(octaves: int, fmt: str = "fp4_e2m1") -> dict[str, object]:
+    narrow = find_qparams(torch.randn(4, 256), parse_spec(f"{fmt}/channel"))
+    shift = (octaves, *[0] * 255)
+    return {"weight": parse_spec("fp8_e4m3/channel"), "lowered": Lowered(narrow=narrow, shift=shift)}
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({}, None),
+        ({"weight": parse_spec("fp4_e3m0/tensor")}, None),
+        ({"input": parse_spec("fp8_e4m3/tensor"), "dtype": torch.float16}, None),
+        ({"input": parse_spec("fp6_e3m2/token")}, None),
+        (lowered_by(14), None),
+        (lowered_by(14, "fp4_e3m0"), None),
+        (lowered_by(14) | {"input": parse_spec("fp4_e3m0/token")}, "room for 11"),
+        (lowered_by(11) | {"input": parse_spec("fp4_e3m0/token")}, None),
+        (lowered_by(1) | {"input": parse_spec("fp8_e4m3/token")}, "room for 0 below fp8_e4m3"),
+        (lowered_by(3, "fp6_e3m2"), "not 4-bit floats"),
+        ({"input": None}, "not quantized"),
+        ({"input": parse_spec("int8/token")}, "not floats that E4M3 holds"),
+        ({"input": parse_spec("fp8_e5m2/token")}, "not floats that E4M3 holds"),
+        ({"input": parse_spec("fp4_e2m1/b32/e8m0")}, "one scale a token or tensor"),
+        ({"weight": parse_spec("fp4_e2m1/b32/e8m0")}, "one scale a channel"),
+        ({"weight": parse_spec("int4/channel")}, "not 4-bit floats"),
+        ({"weight": parse_spec("fp8_e4m3/channel")}, "not 4-bit floats"),
+        ({"dtype": torch.float32}, "y is float32"),
+        ({"device": "cpu", "capability": None}, "CUDA"),
+        ({"capability": (8, 0)}, "begin with sm_89, this is sm_80"),
+        ({"capability": (10, 0)}, "is for sm_90, this is sm_100"),
+        ({"capability": (10, 0), "small": True}, None),
+        ({"capability": (8, 9), "small": True, "N": 72}, "N a multiple of 16, got N=72"),
+        ({"K": 120}, "K=120"),
+    ],
+)
+def test_refusals_say_why(more: dict[str, object], reason: str | None) -> None:
+    found = fp4.why_not(problem(**more))
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_what_has_no_room_runs_in_the_container() -> None:
+    p = problem(**lowered_by(3) | {"input": parse_spec("fp8_e4m3/token")})
+    chosen, refused = choose_kernel(p)
+    assert chosen.name in ("fp8-triton", fp8.KERNEL.name)
+    assert "holds the lowered weight" in refused["fp4"]
+    assert choose_kernel(problem(**lowered_by(3)))[0] is fp4.KERNEL
+
+
+def test_only_weights_that_were_lowered_alike_are_joined() -> None:
+    assert fp4.KERNEL.joins is not None
+    assert fp4.KERNEL.joins([problem(), problem(N=128)])
+    assert not fp4.KERNEL.joins([problem(), problem(N=72)])
+
+
+def multiplied(
+    codes: Tensor, scale: Tensor, words: Tensor, weight_scale: Tensor, mantissa: int, dtype: torch.dtype
+) -> Tensor:
+    """What the op computes, in plain torch."""
+    fmt = {form.mantissa: form for form in map(parse_format, FORMATS)}[mantissa]
+    weight = widened(unpack_words(words, weight_scale.shape[0], codes.shape[1]), fmt).view(torch.float8_e4m3fn)
+    x = codes.view(torch.float8_e4m3fn).double() * scale.double()
+    return (x @ (weight.double() * weight_scale.double()).T).to(dtype)
+
+
+def as_rows(x: Tensor, *given: Any) -> list[Tensor]:
+    """Of `quantize_rows` behind a norm, what it computes of floats of fewer bits."""
+    second, weight, bias, before, eps, spec, _, _, *shift = given
+    assert (second, bias, before) == (None, None, "rms_norm")
+    fmt = parse_spec(spec).format
+    value = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+    qparams = find_qparams(value, parse_spec(spec))
+    codes = quantize(value, qparams)
+    if not is_narrow(fmt):
+        return [codes, qparams.scale]
+    octaves = shift[0][0] if shift else torch.zeros(x.shape[-1], dtype=torch.int8)
+    return [lowered(codes, fmt, octaves).view(torch.float8_e4m3fn), qparams.scale * 2.0 ** -raised(fmt)]
+
+
+@pytest.fixture
+def ops_on_cpu() -> Iterator[None]:
+    added = library.Library("qcompile", "IMPL")
+    added.impl("fp4_mm", multiplied, "CPU")
+    added.impl("quantize_rows", as_rows, "CPU")
+    yield
+    added._destroy()
+
+
+class Heads(nn.Module):
+    """A norm whose channels are far apart, and linears that read it."""
+
+    def __init__(self, K: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(K, eps=1e-6)
+        self.q, self.k = nn.Linear(K, 128, bias=False), nn.Linear(K, 64, bias=False)
+        self.v = nn.Linear(K, 48)
+        self.norm.weight.data = torch.exp2(torch.linspace(-4, 4, K))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return torch.cat([self.q(h), self.k(h), self.v(h)], -1)
+
+
+@pytest.mark.parametrize("recipe", ["fp4", "fp4-token", "fp4-a8"])
+@pytest.mark.usefixtures("ops_on_cpu")
+def test_a_graph_lowered_for_hopper_computes_what_was_planned(recipe: str) -> None:
+    torch.manual_seed(0)
+    model = Heads(160).bfloat16().eval()
+    x = torch.randn(2, 30, 160).bfloat16()
+    plan = qcompile.calibrate(model, [x], recipe=recipe, progress=False)
+    graph = FX.open(model, x)
+    quantize_graph(graph, plan)
+    expected = result(graph, x)
+    graph = FX.open(model, x)
+    quantize_graph(graph, plan, lower=lambda graph, plan: len(lower(graph, HOPPER, Packs())))
+    assert graph_text(graph).count("linear_fp4") == 2
+    assert recipe == "fp4-a8" or all(decision.shift for decision in plan.decisions.values())
+    # numbers that the planned graph rounds to bfloat16, and results
+    y = result(graph, x).float()
+    assert float((y - expected.float()).norm() / expected.float().norm()) < 5e-3
+
+
+class Packs(PlainPacks):
+    """The packs of a graph, joined as the store joins them."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, dict[str, Tensor]] = {}
+
+    def quantized(self, site: str, constant: str, kernel: Any, problem: Problem, weight: Any) -> dict[str, Tensor]:
+        self._made[site] = kernel.pack(weight.make(), weight.qparams, problem.dtype)
+        return self._made[site]
+
+    def joined(self, members: Any, kernel: Any, problem: Problem) -> dict[str, Tensor]:
+        packs = [self._made[site] for site, _ in members]
+        return {name: torch.cat([pack[name] for pack in packs]) for name in packs[0]}
