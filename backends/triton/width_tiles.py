@@ -128,7 +128,9 @@ def _scale_pairs(scales, WIDE: gl.constexpr, dtype: gl.constexpr):
 @gluon.jit
 def operand(planes, first: gl.constexpr, count: gl.constexpr, parts: gl.constexpr, mma: gl.constexpr):
     """Planes first.., [parts, 256] each, as the first operand [16 * parts, 16 * count]: registers get other names."""
-    if count == 2:
+    if count == 1:
+        a = gl.permute(gl.reshape(planes[first], [parts, 2, 8, 4, 2, 2]), (0, 1, 2, 4, 3, 5))
+    elif count == 2:
         a = gl.join(planes[first], planes[first + 1])
         a = gl.permute(gl.reshape(a, [parts, 2, 8, 4, 2, 2, 2]), (0, 1, 2, 6, 4, 3, 5))
     elif count == 4:

@@ -31,6 +31,8 @@ ROWS, COLUMNS, PARTS = 64, 128, 4
 WORDS = 256
 # groups of fewer columns than a block; others are whole blocks
 SMALL_GROUPS = (32, 64)
+# and of code books the groups that are as deep as one product of 16-bit tensor cores
+SMALLEST_GROUP = 16
 LEVELS = 16
 # kinds of scales that bfloat16 holds
 BFLOAT16_SCALES = ("bf16", "e8m0")
@@ -117,9 +119,10 @@ def width_of(fmt: Format) -> str | None:
 def no_groups(spec: Spec) -> str | None:
     """None if scales of a weight stand by rows and in groups that blocks have, else the reason."""
     rows, columns = spec.granularity.rows, spec.granularity.columns
-    if rows == 1 and (columns in (ALL, *SMALL_GROUPS) or columns % COLUMNS == 0):
+    small = (SMALLEST_GROUP, *SMALL_GROUPS) if width_of(spec.format) == "book" else SMALL_GROUPS
+    if rows == 1 and (columns in (ALL, *small) or columns % COLUMNS == 0):
         return None
-    sizes = ", ".join(map(str, SMALL_GROUPS))
+    sizes = ", ".join(map(str, small))
     return f"weight {spec} is not by channel or group of {sizes} or multiples of {COLUMNS} columns"
 
 
@@ -148,7 +151,7 @@ def pack_weight(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str
 
 def span_of(columns: int) -> int:
     """How many columns of a block have one scale, where `columns` are a group, or `ALL` of them."""
-    return columns if columns in SMALL_GROUPS else COLUMNS
+    return columns if columns in (SMALLEST_GROUP, *SMALL_GROUPS) else COLUMNS
 
 
 def group_of_spans(columns: int, K: int, groups: int) -> Tensor:

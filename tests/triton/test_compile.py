@@ -8,6 +8,7 @@ pytest.importorskip("triton.experimental.gluon")
 from qcompile.backends.triton.table import configs_of
 from qcompile.backends.triton.width_ptx import TABLE_BYTES
 from qcompile.backends.triton.width_table import TABLES, Config, ManyRows
+from qcompile.backends.triton.widths import COLUMNS, SMALLEST_GROUP
 from tests.triton.compiled import CAPABILITIES, name_of
 from tests.triton.width_cubins import Form, cubin, kernel, reduce_cubin
 
@@ -46,6 +47,13 @@ def test_configuration_compiles(config: Config, capability: int, width: str) -> 
 @pytest.mark.parametrize("config", configs_of(TABLES["int4"], 90), ids=name_of)
 def test_slices_compile(config: Config) -> None:
     assert cubin(config, 90, torch.bfloat16, FORMS["int8"], parts=4)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_books_in_the_smallest_groups_compile(capability: int) -> None:
+    form = Form(width="book", groups=COLUMNS // SMALLEST_GROUP, wide=True, zero=False)
+    for config in configs_of(TABLES["book"], capability):
+        assert cubin(config, capability, torch.bfloat16, form)[:4] == b"\x7fELF"
 
 
 @pytest.mark.parametrize("config", configs_of(TABLES["book"], 90), ids=name_of)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompile.backends.fx.kernels import weight_triton
+from qcompile.backends.fx.kernels import choose, weight_triton
 from qcompile.backends.fx.kernels.problem import Problem
 from qcompile.backends.triton.width_table import FewRows, ManyRows, Unpack
 from qcompile.backends.triton.widths import (
@@ -180,6 +180,7 @@ SPECS = [
     "int2/g32",
 ]
 BOOKS = ["nf4/g64", "nf4/channel", "nf4/g64/dq256", "bnb_fp4/g64/bf16", "fp4_e2m1/b32/e8m0", "lloyd4/g128"]
+BOOKS += ["fp4_e2m1/b16/fp8_e4m3", "fp4_e3m0/channel"]
 
 
 @pytest.mark.parametrize("text", SPECS + BOOKS)
@@ -243,7 +244,9 @@ def test_tables_hold_their_numbers(name: str) -> None:
         ("int4/g16", {}, "multiples of 128"),
         ("fp8_e4m3/channel", {}, "table of 16"),
         ("quantile3/g64", {}, "table of 16"),
-        ("fp4_e2m1/b16/fp8_e4m3", {}, "multiples of 128"),
+        ("fp4_e2m1/g8", {}, "16, 32, 64 or multiples of 128"),
+        ("int3/g16", {}, "group of 32, 64 or multiples of 128"),
+        ("fp4_e2m1/channel", {"input": parse_spec("fp4_e2m1/token")}, "input is quantized"),
         ("int8/b64x64", {}, "by channel or group"),
         ("nf4/g64", {"device": "cpu"}, "NVIDIA"),
         ("nf4/g64", {"dtype": torch.float32}, "float32"),
@@ -255,6 +258,13 @@ def test_tables_hold_their_numbers(name: str) -> None:
 def test_refusals_say_why(weight: str, more: dict[str, object], reason: str) -> None:
     fields = {"N": 64, "K": 256, "input": None, "dtype": torch.bfloat16, "device": "cuda", "capability": (9, 0)}
     assert reason in str(weight_triton.why_not(Problem(weight=parse_spec(weight), **(fields | more))))
+
+
+@pytest.mark.parametrize("text", ["fp4_e2m1/b32/e8m0", "fp4_e2m1/b16/fp8_e4m3"])
+def test_inputs_in_blocks_are_multiplied_as_numbers(text: str) -> None:
+    spec = parse_spec(text)
+    fields = {"N": 64, "K": 256, "dtype": torch.bfloat16, "device": "cuda", "capability": (9, 0)}
+    assert choose(Problem(weight=spec, input=spec, **fields))[0] is weight_triton.KERNEL  # type: ignore[arg-type]
 
 
 def test_learned_tables_are_not_joined() -> None:

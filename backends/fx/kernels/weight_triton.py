@@ -1,7 +1,8 @@
 """8-, 4-, 3- and 2-bit weights and code books of 16 numbers under 16-bit inputs, on NVIDIA GPUs: `width_linear`.
 
-x: [..., K] bfloat16 or float16; words, scales and levels as `qcompile.backends.triton.widths` packs them. One opaque op
-that chooses its kernel by the number of rows at each call, so that no number of rows compiles a graph anew.
+x: [..., K] bfloat16 or float16, as it is or of numbers with scales for blocks of a row (MXFP4, NVFP4), whose codes
+nothing multiplies; words, scales and levels as `qcompile.backends.triton.widths` packs them. One opaque op that chooses
+its kernel by the number of rows at each call, so that no number of rows compiles a graph anew.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from qcompile.backends.fx.registry import REGISTRY
 from qcompile.backends.triton.ready import missing
 from qcompile.backends.triton.widths import LEVELS, ROWS, Packed, no_groups, pack_weight, width_of
 from qcompile.formats import CodeBook
+from qcompile.spec import ALL
 
 FIRST_CAPABILITY = (8, 0)
 # elsewhere a float matmul of the dequantized weight may be faster, and takes more memory
@@ -50,8 +52,8 @@ REGISTRY.impl("linear_weight", _linear_weight, "CompositeImplicitAutograd")
 
 def why_not(p: Problem) -> str | None:
     """None if the kernels can run `p`, else the reason."""
-    if p.input is not None:
-        return "the input is quantized"
+    if p.input is not None and p.input.granularity.columns == ALL:
+        return "the input is quantized, with one scale a token or tensor"
     width = width_of(p.weight.format)
     if width is None:
         return f"weight {p.weight} is not 8-, 4-, 3- or 2-bit integers or a table of {LEVELS} numbers"
