@@ -221,8 +221,9 @@ def _together(graph: FxGraph, runs: Sequence[_Run]) -> list[list[_Run]]:
     for run in runs:
         x, _, bias = graph.inputs(run.linear)
         module = run.site.rpartition(".")[0]
-        shift = None if run.problem.lowered is None else run.problem.lowered.shift
-        alike = (x, module, run.kernel.name, run.problem.weight, run.problem.input, run.problem.dtype, shift)
+        problem = run.problem
+        before = None if problem.lowered is None else (problem.lowered.narrow.spec, problem.lowered.shift)
+        alike = (x, module, run.kernel.name, problem.weight, before, problem.input, problem.dtype)
         alone = run.kernel.joins is None or bias is not None or run.beside
         groups.setdefault(run if alone else alike, []).append(run)
     found: list[list[_Run]] = []

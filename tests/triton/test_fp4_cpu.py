@@ -1,6 +1,7 @@
 """4-bit floats under 8-bit ones without a GPU: their weight and input, their table, binaries, and what is refused."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -227,7 +228,7 @@ def as_rows(x: Tensor, *given: Any) -> list[Tensor]:
     codes = quantize(value, qparams)
     if not is_narrow(fmt):
         return [codes, qparams.scale]
-    octaves = shift[0][0] if shift else torch.zeros(x.shape[-1], dtype=torch.int8)
+    octaves = shift[0][0] if shift and shift[0] is not None else torch.zeros(x.shape[-1], dtype=torch.int8)
     return [lowered(codes, fmt, octaves).view(torch.float8_e4m3fn), qparams.scale * 2.0 ** -raised(fmt)]
 
 
@@ -272,6 +273,24 @@ def test_a_graph_lowered_for_hopper_computes_what_was_planned(recipe: str) -> No
     # numbers that the planned graph rounds to bfloat16, and results
     y = result(graph, x).float()
     assert float((y - expected.float()).norm() / expected.float().norm()) < 5e-3
+
+
+@pytest.mark.usefixtures("ops_on_cpu")
+def test_weights_of_different_formats_are_not_joined() -> None:
+    torch.manual_seed(0)
+    model = Heads(160).bfloat16().eval()
+    x = torch.randn(2, 30, 160).bfloat16()
+    plan = qcompile.calibrate(model, [x], recipe="fp4-token", progress=False)
+    formats = {"q": "fp4_e2m1", "k": "fp4_e3m0", "v": "fp4_e1m2"}
+    decisions = {n: replace(d, weight=parse_spec(f"{formats[n]}/channel")) for n, d in plan.decisions.items()}
+    plan = replace(plan, decisions=decisions)
+    graph = FX.open(model, x)
+    quantize_graph(graph, plan)
+    expected = result(graph, x).float()
+    graph = FX.open(model, x)
+    quantize_graph(graph, plan, lower=lambda graph, plan: len(lower(graph, HOPPER, Packs())))
+    assert graph_text(graph).count("linear_fp4") == 3
+    assert float((result(graph, x).float() - expected).norm() / expected.norm()) < 5e-3
 
 
 class Packs(PlainPacks):

@@ -39,8 +39,10 @@ def plain(
     spec: str,
     offset: int,
     keep_total: bool,
+    shift: Tensor | None = None,
 ) -> list[Tensor]:
     """What the op computes, in plain torch."""
+    assert shift is None
     total = x if second is None else x + second
     match before:
         case "nothing":
