@@ -202,13 +202,19 @@ def test_a_model_runs_as_planned(recipe: str) -> None:
     with torch.no_grad():
         y = fast(x)
         slow = torch.compile(model, backend="qcompile", options={"plan": plan, "lower": False})(x)
-    sites = qcompile.report(fast).sites
-    assert {site.kernel for site in sites} == {"fp4"}
     # what differs by a bit before it is quantized to 4 bits may get another code, a third larger or smaller
     assert float((y - slow).norm() / slow.norm()) < 0.1
+    sites = {site.name: site for site in qcompile.report(fast).sites}
+    for name, decision in plan.decisions.items():
+        assert decision.input is not None
+        most = room(decision.input.format) if decision.shift else 0
+        # where E4M3 has no room for an input's channels, it holds the weight
+        fits = max(decision.shift, default=0) <= most
+        assert sites[name].kernel == ("fp4" if fits else "fp8-triton")
+        # 4 bits a weight, scales and octaves, beside 16 bits
+        assert not fits or sites[name].bytes_after < 0.3 * sites[name].bytes_before
+    assert any(site.kernel == "fp4" for site in sites.values())
     assert recipe == "fp4-a8" or any(decision.shift for decision in plan.decisions.values())
-    # 4 bits a weight, and scales and octaves
-    assert sum(site.bytes_after for site in sites) < 0.55 * sum(site.bytes_before for site in sites) / 2 + 4096
 
 
 def test_every_config_is_known() -> None:
