@@ -23,7 +23,7 @@ _ACTIVATIONS = (Op.SILU,)
 # torch.nn.functional.layer_norm's own
 _LAYER_NORM_EPS = 1e-5
 # matmuls that take floats of fewer bits as E4M3, too: where their arguments name the format, and octaves of channels
-_TAKES_NARROW = {
+_TAKES_NARROW: dict[object, tuple[int, int | None]] = {
     torch.ops.qcompile.linear_fp8.default: (8, None),
     torch.ops.qcompile.linear_fp8_triton.default: (5, None),
     torch.ops.qcompile.linear_fp4.default: (7, 4),
@@ -80,8 +80,8 @@ def _replace(graph: FxGraph, quantize: fx.Node, before: _Before, spec: Spec) -> 
     offset = 0 if spec.symmetric or not _takes_offset(quantize) else OFFSET
     read = (before.x, before.second, before.weight, before.bias)
     shift = _narrowed(_readers(quantize)) if is_narrow(spec.format) else None
-    arguments = (*read, before.kind, before.eps, str(spec), offset, before.total is not None)
-    arguments += () if shift is None else (shift,)
+    octaves = () if shift is None else (shift,)
+    arguments = (*read, before.kind, before.eps, str(spec), offset, before.total is not None, *octaves)
     # who reads the sum must find it there
     with quantize.graph.inserting_before(quantize if before.total is None else min(before.total.users)):
         new = quantize.graph.call_function(QUANTIZE_ROWS, arguments)
