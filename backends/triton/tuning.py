@@ -32,14 +32,14 @@ NOISE = 0.02
 STARTS = 3
 # values next to each other are neighbours
 CHOICES: Mapping[type, Mapping[str, tuple[int, ...]]] = {
-    FewRows: {"units": (1, 2, 4), "depth": (2, 4), "blocks": (4, 8, 16), "resident": (1, 2, 3, 4, 5, 7)},
+    FewRows: {"units": (1, 2, 4), "depth": (1, 2, 4), "blocks": (2, 4, 8, 16), "resident": (1, 2, 3, 4, 5, 6, 7, 8)},
     ManyRows: {
-        "rows": (32, 64, 128, 256),
+        "rows": (16, 32, 64, 128, 256),
         "units": (1, 2, 4),
         "steps": (2, 4),
-        "stages": (4, 6, 8),
+        "stages": (3, 4, 6, 8),
         "slices": (1, 2, 4, 8),
-        "resident": (1, 2, 3),
+        "resident": (1, 2, 3, 4, 5),
     },
     Unpack: {"blocks": (1, 2, 4, 8)},
     Tiles: {

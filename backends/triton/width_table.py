@@ -182,9 +182,11 @@ def can_run(config: Config, M: int, N: int, *, exact: bool) -> bool:
     """Whether the configuration can multiply x of M rows and a weight of N: tiles hold whole units of the weight."""
     if isinstance(config, Unpack):
         return True
-    if -(-N // ROWS) % config.units or (isinstance(config, FewRows) and config.rows < M):
+    if -(-N // ROWS) % config.units:
         return False
-    return isinstance(config, FewRows) or (exact and N % TMA_MULTIPLE == 0)
+    if isinstance(config, FewRows):
+        return config.rows >= M and config.blocks % config.depth == 0
+    return exact and N % TMA_MULTIPLE == 0
 
 
 def rounds_twice(weight: Packed, dtype: torch.dtype) -> bool:

@@ -116,7 +116,7 @@ def test_candidates_are_few_and_begin_with_the_tables(fmt: str, M: int, capabili
     family = FAMILIES[fmt]
     tried = candidates(family, M, 4096, 4096, capability)
     assert tried[0] == next(c for c in fitting(family.table, M, 4096, 4096, capability) if family.can_run(c, M, 4096))
-    assert len(tried) == len(set(tried)) < 24
+    assert len(tried) == len(set(tried)) < 28
     assert capability == 90 or not any(isinstance(c, ManyRows | HopperTiles) for c in tried)
     # the library is always among them, where there is a way to it
     assert fmt in ("int8", "w4a8") or any(isinstance(c, Unpack | Library) for c in tried)
@@ -136,6 +136,14 @@ def test_an_outcome_says_what_changed() -> None:
     assert outcome(replace(FEW, units=1, resident=7)).changes == "units 2 -> 1, resident 3 -> 7"
     assert outcome(Unpack(blocks=4)).changes == "Unpack blocks=4"
     assert outcome(Library()).changes == "Library"
+
+
+def test_what_the_tables_choose_is_among_the_choices() -> None:
+    for family in FAMILIES.values():
+        for config in configs_of(family.table, 90):
+            assert all(getattr(config, name) in values for name, values in CHOICES.get(type(config), {}).items()), (
+                config
+            )
 
 
 def test_neighbours_differ_in_one_field_by_one_step() -> None:
