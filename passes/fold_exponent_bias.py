@@ -55,7 +55,7 @@ def _fold(graph: Graph[V], linear: V, dequantized: V, factor: V, shift: tuple[in
     spec = replace(qparams.spec, format=_CONTAINER)
     lowered = Lowered(narrow=replace(qparams, codes=None), shift=shift) if shift else None
     folded = replace(qparams, spec=spec, scale=qparams.scale * 2.0**-room, codes=None, lowered=lowered)
-    values = dequantize(quantize(weight, qparams), qparams) * columns.float()
+    values = dequantize(quantize(weight, qparams), qparams) * columns.float().to(weight.device)
     if not weight.is_meta and not torch.equal(dequantize(quantize(values, folded), folded), values):
         return False
     name = constant_name(graph, source).removesuffix(".raised")

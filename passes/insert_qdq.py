@@ -88,9 +88,10 @@ def _quantize_shifted(graph: Graph[V], found: Found[V], decision: Decision) -> N
     """Make the site read numbers of its weight that were chosen before its columns were lowered, and lowered then."""
     weight = graph.inputs(found.value)[1]
     assert weight is not None
-    factor = torch.tensor(decision.shift, dtype=torch.float32, device=found.site.weight.device).exp2()
+    # known even where of the weight only the shape is
+    factor = torch.tensor(decision.shift, dtype=torch.float32, device="cpu").exp2()
     name = constant_name(graph, weight)
-    raised = (found.site.weight.float() * factor).to(found.site.weight.dtype)
+    raised = (found.site.weight.float() * factor.to(found.site.weight.device)).to(found.site.weight.dtype)
     dequantized = graph.add_qdq(graph.add_constant(f"{name}.raised", raised), decision.qparams_of(raised))
     lowered = graph.add_op(Op.MUL, [dequantized, graph.add_constant(f"{name}.lowering", 1 / factor, like=weight)])
     graph.set_input(found.value, 1, lowered)

@@ -65,6 +65,11 @@ class Float:
         return self._value(self.finite - 1)
 
     @property
+    def step(self) -> float:
+        """The smallest positive value, of which all are whole multiples."""
+        return 2.0 ** (1 - self.bias - self.mantissa)
+
+    @property
     def magnitudes(self) -> tuple[float, ...]:
         """The finite non-negative values, by code."""
         return tuple(self._value(code) for code in range(self.finite))

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import version_converter
 
-from qcompile.backends.onnx import emit_conv, emit_cuda, emit_ort, emit_portable, emit_tensorrt, pairs
+from qcompile.backends.onnx import emit_conv, emit_cuda, emit_lifted, emit_ort, emit_portable, emit_tensorrt, pairs
 from qcompile.backends.onnx.planned import Emitted, Planned
 from qcompile.backends.onnx.writer import BASE_OPSET, DOMAIN, Writer, site_name
 from qcompile.errors import GraphError, UnsupportedError, nearest
@@ -48,7 +48,7 @@ TARGETS: dict[str, Target] = {
         Target(name="portable", linear=emit_portable.emit_linear, conv=emit_conv.emit_portable_conv, newest=25),
         Target(
             name="ort-cpu",
-            linear=emit_ort.emit_cpu_linear,
+            linear=emit_lifted.emit_linear,
             conv=emit_conv.emit_cpu_conv,
             newest=25,
             lacks=frozenset({_D.FLOAT4E2M1}),

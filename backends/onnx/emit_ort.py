@@ -44,9 +44,9 @@ from qcompile.numerics import SMALLEST_SCALE
 from qcompile.spec import ALL
 
 _D = ir.DataType
-_CONTRIB = "com.microsoft"
+CONTRIB = "com.microsoft"
 # the second is what onnxruntime makes of the first and of the DynamicQuantizeLinear before it
-_INTEGER, _DYNAMIC = "MatMulIntegerToFloat", "DynamicQuantizeMatMul"
+INTEGER, _DYNAMIC = "MatMulIntegerToFloat", "DynamicQuantizeMatMul"
 
 # MatMulNBits takes blocks of 16, 32, 64 ... along K, and on the CPU rounds inputs by them: where more columns share the
 # weight's scales, blocks of 32 keep inputs precise
@@ -161,10 +161,10 @@ def _serves_integers(node: ir.Node) -> bool:
 
 def _emit_beside(w: Writer, node: ir.Node, integers: Whole) -> Planned:
     """A float matmul of a weight that is stored for an integer one: the outliers of LLM.int8 are not rounded."""
-    matrix, zero = _integer_matrix(w, integers)
+    matrix, zero = integer_matrix(w, integers)
     values = w.cast(matrix, _D.FLOAT)
     values = values if zero is None else w.op("Sub", values, w.cast(zero, _D.FLOAT))
-    restored = w.op("Mul", values, _row_scale(w, integers))
+    restored = w.op("Mul", values, row_scale(w, integers))
     product = w.op("MatMul", w.cast(required(node, 0), _D.FLOAT), restored, makes=_D.FLOAT)
     reason = "the weight is stored for an integer matmul, and becomes float here when the file is loaded"
     return finish_linear(w, node, product, reason=reason)
@@ -190,16 +190,16 @@ def _emit_static(w: Writer, node: ir.Node, integers: Whole, given: Input) -> Pla
 
     codes = w.many(("static", given.x, str(spec), scale.tobytes(), center_of(zero)), make)
     product = _integer_product(w, integers, codes, optional(node, 2))
-    return finish_linear(w, node, product, kernel=_INTEGER, biased=True)
+    return finish_linear(w, node, product, kernel=INTEGER, biased=True)
 
 
 def _integer_product(w: Writer, integers: Whole, codes: Sequence[ir.Value], bias: ir.Value | None) -> ir.Value:
     """The product in float32.  codes: of the input, with their scale and zero point."""
     values, scale, zero = codes
-    matrix, weight_zero = _integer_matrix(w, integers)
+    matrix, weight_zero = integer_matrix(w, integers)
     addend = None if bias is None else w.cast(bias, _D.FLOAT)
-    inputs = [values, matrix, scale, _row_scale(w, integers), zero, weight_zero, addend]
-    return w.op(_INTEGER, *inputs, domain=_CONTRIB, makes=_D.FLOAT)
+    inputs = [values, matrix, scale, row_scale(w, integers), zero, weight_zero, addend]
+    return w.op(INTEGER, *inputs, domain=CONTRIB, makes=_D.FLOAT)
 
 
 def _emit_dynamic(w: Writer, node: ir.Node, integers: Whole, given: Input) -> Planned:
@@ -229,7 +229,7 @@ def _emit_dynamic(w: Writer, node: ir.Node, integers: Whole, given: Input) -> Pl
     return finish_linear(w, node, w.op("Mul", inner, peak, makes=_D.FLOAT), inner=inner, kernel=_DYNAMIC)
 
 
-def _row_scale(w: Writer, integers: Whole) -> ir.Value:
+def row_scale(w: Writer, integers: Whole) -> ir.Value:
     weight = integers.weight
     scale = weight.scale * np.float32(integers.factor)
     shaped = scale.reshape(()) if weight.spec.granularity.rows == ALL else scale.reshape(-1)
@@ -237,7 +237,7 @@ def _row_scale(w: Writer, integers: Whole) -> ir.Value:
     return w.once(key, lambda: scale_constant(w, f"{weight.name}_scale", shaped, weight.spec))
 
 
-def _integer_matrix(w: Writer, integers: Whole) -> tuple[ir.Value, ir.Value | None]:
+def integer_matrix(w: Writer, integers: Whole) -> tuple[ir.Value, ir.Value | None]:
     """The weight [K, N] as int8 or uint8, stored in as many bits as its codes have, and its zero points."""
     weight = integers.weight
     signed = integers.table is not None or weight.spec.symmetric
@@ -278,7 +278,7 @@ def emit_narrow(
     constants = w.many(key, lambda: _narrow_constants(w, integers, compute))
     x = w.cast(required(node, 0) if given is None else given.x, compute)
     attributes = {"K": k, "N": n, "bits": integers.bits, "block_size": integers.block, "accuracy_level": accuracy}
-    product = w.op("MatMulNBits", x, *constants, domain=_CONTRIB, makes=compute, **attributes)
+    product = w.op("MatMulNBits", x, *constants, domain=CONTRIB, makes=compute, **attributes)
     return finish_linear(w, node, product, kernel="MatMulNBits")
 
 

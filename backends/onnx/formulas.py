@@ -163,6 +163,19 @@ def encode(w: Writer, scaled: ir.Value, spec: Spec, zero: ir.Value | None, level
     return w.op("Gather", table, _bucketize(w, scaled, edges, fmt))
 
 
+def round_to_whole(w: Writer, scaled: ir.Value, fmt: Float) -> ir.Value:
+    """The number of the format nearest to x / scale, as `encode` rounds it, over the smallest: whole, float32."""
+    most = fmt.max / fmt.step
+    x = w.op("Clip", w.op("Mul", scaled, w.number(1 / fmt.step)), w.number(-most), w.number(most))
+    size, rounded = w.op("Abs", x), w.op("Round", x)
+    for octave in range(1, 2**fmt.exponent - 1):
+        coarse = w.op("Round", w.op("Mul", x, w.number(2.0**-octave)))
+        coarse = w.op("Mul", coarse, w.number(2.0**octave))
+        # from here on, numbers are twice as far apart
+        rounded = w.op("Where", w.op("Less", size, w.number(2.0 ** (fmt.mantissa + octave))), rounded, coarse)
+    return rounded
+
+
 def decode(w: Writer, codes: ir.Value, fmt: Format, levels: Array | None, has_type: bool) -> ir.Value:
     """The float32 number of each code.  has_type: the codes' own type says it, else a table does."""
     if has_type:

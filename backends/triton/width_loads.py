@@ -23,6 +23,11 @@ def is_book(width):
     return WIDTHS[width].book
 
 
+@triton.constexpr_function
+def is_bytes(width):
+    return WIDTHS[width].bits == 8
+
+
 @gluon.jit
 def _lane(words_ptr, start, B, UNITS: gl.constexpr, WIDTH: gl.constexpr, SKIP: gl.constexpr, EACH: gl.constexpr):
     """Words of a block behind SKIP others, EACH a lane and row: [4 * UNITS, 64 * EACH] by q, lane, word."""
@@ -46,7 +51,7 @@ def load_words(words_ptr, start, B, UNITS: gl.constexpr, WIDTH: gl.constexpr):
             _lane(words_ptr, start, B, UNITS, WIDTH, 0, 2),
             _lane(words_ptr, start, B, UNITS, WIDTH, 512, 1),
         )
-    elif WIDTH == "int8":
+    elif is_bytes(WIDTH):
         return (load_run(words_ptr, start, B, UNITS, WIDTH, 0), load_run(words_ptr, start, B, UNITS, WIDTH, 1))
     else:
         return (load_run(words_ptr, start, B, UNITS, WIDTH, 0),)

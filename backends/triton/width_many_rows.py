@@ -27,6 +27,7 @@ from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import processors_of
 from qcompile.backends.triton.width_loads import (
     by_rows,
+    is_bytes,
     load_run,
     load_table,
     load_words,
@@ -153,7 +154,7 @@ def many_rows_kernel(
         unit = (next_n * UNITS).to(gl.int64)
         words = by_rows(spread(loaded, WIDTH), UNITS)
         # of two runs of words, each takes the registers of the one before it as soon as that is unpacked
-        RUNS: gl.constexpr = WIDTH == "int8"
+        RUNS: gl.constexpr = is_bytes(WIDTH)
         if not RUNS:
             next_loaded = load_words(words_ptr, unit * B + next_at, B, UNITS, WIDTH)
             next_words = by_rows(spread(next_loaded, WIDTH), UNITS)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import triton
 
+from qcompile.backends.triton.widths import WIDTHS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -24,7 +26,7 @@ PIECES = {
     "book": Piece(),
     "int3": Piece(elements=4, words=8),
     "int2": Piece(),
-}
+} | {name: Piece(words=4) for name, width in WIDTHS.items() if width.mantissa is not None}
 # Pairs of numbers for every byte of two codes, 32 times, so that each lane of a warp has a bank of its own. Gluon
 # cannot read shared memory at places that a kernel finds out, so the table is declared here, once a kernel.
 PAIRS = 256
@@ -41,8 +43,8 @@ _MINUS_ONE = 0xBF80BF80
 
 @triton.constexpr_function
 def offset(width: str, half: bool) -> int:
-    """What is added to a code in its plane; books have none."""
-    return {"int8": -128, "book": 0}.get(width, _PLACE[half][1])
+    """What is added to a code in its plane; to numbers none is."""
+    return 0 if WIDTHS[width].numbers else -128 if width == "int8" else _PLACE[half][1]
 
 
 @triton.constexpr_function
@@ -115,6 +117,8 @@ def _planes(width: str, half: bool, first: int, count: int) -> list[str]:
         match width:
             case "int8":
                 lines += _byte(f"${at + plane // 2}", 8 * (plane % 2), half, i)
+            case _ if WIDTHS[width].mantissa is not None:
+                lines += _float_byte(f"${at + plane // 2}", 8 * (plane % 2), width, half, i)
             case "int4":
                 lines += _bits(f"${at + plane // 4}", 4 * (plane % 4), 15, half, i)
             case _:
@@ -170,6 +174,32 @@ def _byte(word: str, start: int, half: bool, to: int) -> list[str]:
         f"mov.b32 v, {_MINUS_ONE:#x};",
         f"fma.rn.bf16x2 ${to}, t, v, u;",
     ]
+
+
+@triton.constexpr_function
+def _float_byte(word: str, start: int, width: str, half: bool, to: int) -> list[str]:
+    """The numbers of bytes of sign, exponent and mantissa: moved to where theirs are, and times a power of two."""
+    mantissa = WIDTHS[width].mantissa
+    digits, bias = (10, 15) if half else (7, 127)
+    place = digits - mantissa
+    pair = (127 << place) * 0x10001
+    lines = [
+        _moved("u", word, start - 8),
+        "lop3.b32 u, u, 0x80008000, 0, 0xea;",
+        _moved("t", word, start - place),
+        f"lop3.b32 ${to}, t, {pair:#x}, u, 0xea;",
+    ]
+    power = 2 ** (bias - WIDTHS[width].bias)
+    if power == 1:
+        return lines
+    name = "f16x2" if half else "bf16x2"
+    # exact, subnormal numbers too; less 0, which keeps the sign of 0
+    lines += [
+        f"mov.b32 v, {_pair(power, half):#x};",
+        "mov.b32 u, 0x80008000;",
+        f"fma.rn.{name} ${to}, ${to}, v, u;",
+    ]
+    return lines
 
 
 @triton.constexpr_function

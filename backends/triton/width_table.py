@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from qcompile.backends.triton.table import HOPPER, Entry, fitting
-from qcompile.backends.triton.widths import COLUMNS, ROWS, Packed
+from qcompile.backends.triton.widths import COLUMNS, ROWS, WIDTHS, Packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +105,17 @@ _ELSEWHERE: tuple[Entry[Config], ...] = (
     Entry(config=Unpack(blocks=4)),
 )
 _NARROW: tuple[Entry[Config], ...] = (_many(32, 3, steps=2, stages=8), _many(64, 2, steps=2), *_WIDEST, *_ELSEWHERE)
+_INT8: tuple[Entry[Config], ...] = (
+    _few(8, 8, 8, depth=1, weights=_LARGE),
+    _few(8, 4, 7),
+    _many(16, 5, units=1, steps=2, stages=8, weights=_LARGE),
+    _few(16, 4, 6, depth=1),
+    _many(32, 5, units=1, steps=2, stages=8),
+    _many(64, 4, units=1, steps=2, weights=_VERY_LARGE),
+    _many(64, 4, units=1),
+    *_WIDEST,
+    *_ELSEWHERE,
+)
 TABLES: dict[str, tuple[Entry[Config], ...]] = {
     "int4": (
         _few(8, 8, 7, weights=_LARGE),
@@ -151,6 +162,8 @@ TABLES: dict[str, tuple[Entry[Config], ...]] = {
         _few(16, 4, 5),
         *_NARROW,
     ),
+    # at most an instruction a number more than bytes that are integers
+    **{width.name: _INT8 for width in WIDTHS.values() if width.mantissa is not None},
     "int2": (
         _few(8, 8, 8, weights=_LARGE),
         _few(8, 4, 8),
@@ -162,8 +175,8 @@ TABLES: dict[str, tuple[Entry[Config], ...]] = {
 
 
 def tuned_name(width: str) -> str:
-    """Under which `tuned` keeps configurations for a width."""
-    return f"{width}-weight"
+    """Under which `tuned` keeps configurations for a width: all whose codes are bytes under one."""
+    return f"{'int8' if WIDTHS[width].bits == 8 else width}-weight"
 
 
 def choose(

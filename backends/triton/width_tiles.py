@@ -8,7 +8,7 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qcompile.backends.triton.width_loads import is_book, spread
+from qcompile.backends.triton.width_loads import is_book, is_bytes, spread
 from qcompile.backends.triton.width_ptx import (
     PIECES,
     constraints,
@@ -172,7 +172,7 @@ def weight_operand(
     COUNT: gl.constexpr = 8 // steps
     SCALES: gl.constexpr = (2 if WIDE else 1) if SCALED else 0
     FIXED: gl.constexpr = None if ZERO else zero_of(WIDTH, dtype)
-    if WIDTH == "int8":
+    if is_bytes(WIDTH):
         # the run that has these planes alone: the other may be on its way
         operands = (words[step * COUNT // 4], words[step * COUNT // 4])
     else:

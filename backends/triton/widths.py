@@ -16,13 +16,13 @@ Of 4 bits a shift and a mask make a pair of 16-bit floats. Source of the trick w
 (Who Says Elephants Can't Run); of the order: Marlin.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qcompile.formats import Format, Integer, code_values
+from qcompile.formats import Float, Format, Integer, code_values
 from qcompile.numerics import QParams
 from qcompile.spec import ALL, Spec
 
@@ -52,7 +52,8 @@ class Field:
 class Width:
     """A kind of codes 0 .. 2**bits - 1.
 
-    center: the code of 0 where codes are signed.  book: codes are places in a table.
+    center: the code of 0 where codes are signed.  book: codes are places in a table.  mantissa: of floats in bytes, of
+    sign, 7 - mantissa bits of exponent, whose bias is half of them, and mantissa, subnormals as in IEEE 754; else None.
     flip: bits of a code that words hold inverted.  fields: none of codes that cross words, see `_THIRDS`.
     """
 
@@ -61,10 +62,22 @@ class Width:
     fields: tuple[Field, ...] = ()
     book: bool = False
     flip: int = 0
+    mantissa: int | None = None
+
+    @property
+    def numbers(self) -> bool:
+        """Whether codes stand for numbers whose 0 is 0: none is added to them, and no zero point is."""
+        return self.book or self.mantissa is not None
 
     @property
     def center(self) -> int:
-        return 0 if self.book else 1 << (self.bits - 1)
+        return 0 if self.numbers else 1 << (self.bits - 1)
+
+    @property
+    def bias(self) -> int:
+        """Of the exponent of floats."""
+        assert self.mantissa is not None
+        return (1 << (6 - self.mantissa)) - 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,17 +103,22 @@ class Packed:
     @property
     def zero(self) -> bool:
         """Whether zero points stand beside the scales."""
-        return self.levels is None and (not self.wide or self.scales.shape[2] == 2)
+        return not WIDTHS[self.width].numbers and (not self.wide or self.scales.shape[2] == 2)
 
 
 # Of 3 bits, the 16 pairs n = 8 * c + 4 * x + 2 * y + z of a lane's row fill three words: words 0 and 1 of its two rows
 # stand together, then all words 2. Either half of word w, e, has the codes of 5 * w + k from bit 3 * k on, and above
 # them bit w of the last code.
 _THIRDS = 3
+_BYTES = (Field(words="xqijcy", inside="ez", bits=8),)
 WIDTHS: dict[str, Width] = {
     width.name: width
     for width in (
-        Width(name="int8", bits=8, fields=(Field(words="xqijcy", inside="ez", bits=8),), flip=128),
+        Width(name="int8", bits=8, fields=_BYTES, flip=128),
+        *(
+            Width(name=f"e{7 - mantissa}m{mantissa}", bits=8, fields=_BYTES, mantissa=mantissa)
+            for mantissa in range(2, 6)
+        ),
         Width(name="int4", bits=4, fields=(Field(words="qijcx", inside="eyz", bits=4),)),
         Width(name="book", bits=4, fields=(Field(words="qijcx", inside="yze", bits=4),), book=True),
         Width(name="int3", bits=3),
@@ -110,10 +128,31 @@ WIDTHS: dict[str, Width] = {
 
 
 def width_of(fmt: Format) -> str | None:
-    """The name in `WIDTHS` of what holds a format's codes, None if nothing does."""
-    if not isinstance(fmt, Integer):
-        return "book" if 2**fmt.bits == LEVELS else None
-    return fmt.name if fmt.name in WIDTHS else None
+    """The name in `WIDTHS` of what holds a format's codes, None if nothing does.
+
+    Up to 16 numbers are a table. From 5 bits on, codes fill bytes, floats with no fewer bits of exponent and mantissa.
+    """
+    match fmt:
+        case Integer():
+            return fmt.name if fmt.name in WIDTHS else "int8"
+        case Float() if fmt.bits > WIDTHS["book"].bits:
+            fitting = (width for width in WIDTHS.values() if _holds(width, fmt))
+            return next((width.name for width in fitting), None)
+        case _:
+            return "book" if 2**fmt.bits <= LEVELS else None
+
+
+def _holds(width: Width, fmt: Float) -> bool:
+    """Whether bytes have the bits of exponent and mantissa of a float."""
+    mantissa = width.mantissa
+    return mantissa is not None and mantissa >= fmt.mantissa and width.bits - 1 - mantissa >= fmt.exponent
+
+
+def _in_bytes(codes: Tensor, fmt: Float, width: Width) -> Tensor:
+    """Codes with sign, exponent and mantissa where bytes have them: 2**(bias - bias of the width) of what they were."""
+    assert width.mantissa is not None
+    magnitude = codes & (2 ** (fmt.bits - 1) - 1)
+    return ((codes >> (fmt.bits - 1)) << 7) | (magnitude << (width.mantissa - fmt.mantissa))
 
 
 def no_groups(spec: Spec) -> str | None:
@@ -131,10 +170,14 @@ def pack_weight(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str
 
     codes [N, K], of a spec that `width_of` and `no_groups` let pass.  dtype: of x.
     """
-    fmt, scale, zero = qparams.spec.format, qparams.scale, qparams.zero
+    fmt = qparams.spec.format
     name = width_of(fmt)
     assert name is not None
-    width, narrow = WIDTHS[name], is_narrow(qparams, dtype)
+    width = WIDTHS[name]
+    if isinstance(fmt, Float) and width.mantissa is not None:
+        codes = _in_bytes(codes, fmt, width)
+        qparams = replace(qparams, scale=qparams.scale * 2.0 ** (width.bias - fmt.bias))
+    scale, zero, narrow = qparams.scale, qparams.zero, is_narrow(qparams, dtype)
     if isinstance(fmt, Integer) and zero is None:
         codes = codes.view(torch.uint8) + width.center
         zero = torch.full_like(scale, width.center) if narrow else None
@@ -146,7 +189,7 @@ def pack_weight(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str
     if not width.book:
         return packed
     levels = code_values(fmt).to(codes.device) if qparams.levels is None else qparams.levels
-    return packed | {"levels": pack_levels(levels, dtype)}
+    return packed | {"levels": pack_levels(pad(levels, (0, LEVELS - len(levels))), dtype)}
 
 
 def span_of(columns: int) -> int:

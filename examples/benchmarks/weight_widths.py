@@ -29,6 +29,8 @@ FORMATS = {
     "nf4": "nf4/g64",
     "int3": "int3/g128/asym/bf16",
     "int2": "int2/g64/asym/bf16",
+    "fp8": "fp8_e4m3/channel",
+    "fp6": "fp6_e3m2/g128",
 }
 # of Llama-3.1-8B: gate and up, down, q and o
 SHAPES = ((28672, 4096), (4096, 14336), (4096, 4096))

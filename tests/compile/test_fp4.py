@@ -35,7 +35,7 @@ def test_a_model_runs_as_planned(recipe: str, family: str, tmp_path: Path) -> No
     report = qcompile.report(fast)
     kernels = {site.name: site.kernel for site in report.sites}
     assert any("weights with lowered columns are stored in" in note for note in report.notes)
-    assert {kernels[d.name] for d in shifted} <= {"dense", "packed"}
+    assert {kernels[d.name] for d in shifted} == {"lifted"}
     qcompile.save(plan, tmp_path / "plan")
     again = qcompile.load(tmp_path / "plan", model)
     assert again == plan
@@ -70,6 +70,15 @@ def test_loud_channels_of_small_weights_cost_next_to_nothing(recipe: str) -> Non
         errors.append(float((y - plain(ids)[0]).norm()))
     assert any("norm" in fold.into for fold in plan.folds)
     assert errors[1] < 1.15 * errors[0]
+
+
+def test_weights_that_another_recipe_packed_are_shifted_too() -> None:
+    model, ids = build("llama"), tokens(2, 8)
+    torch.compile(model, backend="qcompile", options={"recipe": "int8"})(ids)
+    plan = qcompile.calibrate(model, [{"input_ids": tokens(4, 16)}], recipe="fp4-token", progress=False)
+    y = torch.compile(model, backend="qcompile", options={"plan": plan})(ids)[0]
+    slow = torch.compile(model, backend="qcompile", options={"plan": plan, "lower": False})(ids)[0]
+    torch.testing.assert_close(y, slow, rtol=0, atol=float(slow.abs().max()) * 1e-4)
 
 
 def test_a_linear_that_runs_twice_is_not_raised_twice() -> None:

@@ -8,13 +8,16 @@ pytest.importorskip("triton.experimental.gluon")
 from qcompile.backends.triton.table import configs_of
 from qcompile.backends.triton.width_ptx import TABLE_BYTES
 from qcompile.backends.triton.width_table import TABLES, Config, ManyRows
-from qcompile.backends.triton.widths import COLUMNS, SMALLEST_GROUP
+from qcompile.backends.triton.widths import COLUMNS, SMALLEST_GROUP, WIDTHS
 from tests.triton.compiled import CAPABILITIES, name_of
 from tests.triton.width_cubins import Form, cubin, kernel, reduce_cubin
 
+# floats in bytes differ by the bits that are moved, and by no configuration
+_FLOATS = [width.name for width in WIDTHS.values() if width.mantissa is not None]
 CASES = [
     pytest.param(config, capability, width, id=f"{width}-sm_{capability}-{name_of(config)}")
     for width in TABLES
+    if width not in _FLOATS[1:]
     for capability in CAPABILITIES
     for config in configs_of(TABLES[width], capability)
 ]
@@ -36,6 +39,7 @@ FORMS = {
     "book": Form(width="book", groups=2, wide=True, zero=False),
     "int3": Form(width="int3"),
     "int2": Form(width="int2"),
+    **{name: Form(width=name, groups=0, wide=True, zero=False) for name in _FLOATS},
 }
 
 
@@ -77,8 +81,7 @@ def test_reduction_compiles(capability: int) -> None:
 def test_every_variant_compiles(
     config: Config, capability: int, width: str, dtype: torch.dtype, groups: int, wide: bool, zero: bool
 ) -> None:
-    book = width == "book"
-    if (zero if book else not wide and not zero) or (
+    if (zero if WIDTHS[width].numbers else not wide and not zero) or (
         isinstance(config, ManyRows) and wide and groups and width == "int4"
     ):
         return

@@ -21,7 +21,16 @@ BFLOAT16 = torch.bfloat16
 PRESETS = ["int8/channel", "int4/g128/asym/bf16", "nf4/g64", "int3/g128/asym/bf16", "int2/g64/asym/bf16"]
 OTHERS = ["int8/g32/asym/bf16", "int8/channel/asym", "nf4/channel", "bnb_fp4/g32/bf16", "lloyd4/g128", "int3/channel"]
 OTHERS += ["int4/g32", "int4/g64/asym/bf16", "int4/g128", "int4/channel", "int4/channel/asym"]
-OTHERS += ["int2/g32", "int3/g64", "fp4_e2m1/b32/e8m0", "fp4_e2m1/b16/fp8_e4m3", "int8/g64"]
+OTHERS += [
+    "int2/g32",
+    "int3/g64",
+    "fp4_e2m1/b32/e8m0",
+    "fp4_e2m1/b16/fp8_e4m3",
+    "int8/g64",
+    "int5/channel",
+    "fp8_e4m3/channel",
+]
+OTHERS += ["fp8_e5m2/g64/bf16", "fp8_e3m4/g32", "fp8_e2m5/channel", "fp6_e3m2/g128", "e2m2/b32/e8m0", "e1m1/g64"]
 
 
 def packed(text: str, N: int, K: int, dtype: torch.dtype) -> tuple[Packed, Tensor]:

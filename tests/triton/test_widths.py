@@ -11,6 +11,7 @@ from qcompile.backends.triton.widths import (
     LEVELS,
     WIDTHS,
     Packed,
+    Width,
     pack_codes,
     pack_levels,
     pack_scales,
@@ -18,7 +19,7 @@ from qcompile.backends.triton.widths import (
     unpack_codes,
     width_of,
 )
-from qcompile.formats import code_values, parse_format
+from qcompile.formats import Float, code_values, parse_format
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 from tests.triton.ptx import halves, run
@@ -69,6 +70,13 @@ def fragments(words: Tensor, name: str) -> list[Tensor]:
     return [run.view(-1, 2)[:, d] for run in runs for d in range(2)]
 
 
+def floats(codes: Tensor, width: Width) -> Tensor:
+    """The numbers of bytes, float64."""
+    assert width.mantissa is not None
+    fmt = Float(name="", exponent=7 - width.mantissa, mantissa=width.mantissa, bias=width.bias)
+    return code_values(fmt).double()[codes.long()]
+
+
 @pytest.mark.parametrize("name", WIDTHS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(("first", "count"), [(0, 8), (0, 4), (4, 4), (2, 2), (6, 2)])
@@ -84,6 +92,8 @@ def test_pieces_make_planes(name: str, dtype: torch.dtype, first: int, count: in
         # four times the lane, of q i j c
         given += [torch.arange(128).view(2, 32, 2)[0, :, :1].expand(2, 32, 2).flatten() * 2] * 2
         values = levels.double()[codes.long()]
+    elif width.mantissa is not None:
+        values = floats(codes, width)
     else:
         values = codes.double() + ptx.offset(name, HALF[dtype])
     results: list[Tensor | None] = [None] * (2 * count if both else count)
@@ -104,7 +114,7 @@ def test_pieces_make_planes(name: str, dtype: torch.dtype, first: int, count: in
 def test_pieces_make_the_weight(name: str, dtype: torch.dtype, zero: str | None, scales: int) -> None:
     ptx = pytest.importorskip("qcompile.backends.triton.width_ptx")
     width, half = WIDTHS[name], HALF[dtype]
-    if width.book and zero is None:
+    if width.numbers and zero is None:
         return
     codes = torch.randint(0, 2**width.bits, (64, 128), dtype=torch.uint8)
     levels = torch.randn(LEVELS).to(dtype)
@@ -129,7 +139,9 @@ def test_pieces_make_the_weight(name: str, dtype: torch.dtype, zero: str | None,
     fixed = None if zero is None else offset + width.center
     run(ptx.weight_ptx(name, half, 4, 4, fixed, scales), operands, pack_levels(levels.float(), dtype))
     assert len(operands) == len(ptx.constraints(name, 4, (len(given) - ptx.PIECES[name].words) // elements).split(","))
-    values = levels.double()[codes.long()] if width.book else codes.double() - (point if zero is None else width.center)
+    values = codes.double() - (point if zero is None else width.center)
+    if width.numbers:
+        values = levels.double()[codes.long()] if width.book else floats(codes, width)
     expected = (values * (scale if scales else 1.0)).to(dtype).double()
     expected = expected[:16].view(2, 8, 8, 2, 4, 2).permute(2, 0, 1, 4, 3, 5)[4:]
     made = torch.stack([halves(o, dtype) for o in operands[: 2 * elements]])
@@ -159,6 +171,8 @@ def restored(packed: Packed, N: int, K: int, dtype: torch.dtype) -> Tensor:
     scale = spread(values.contiguous().view(torch.float32))
     if packed.levels is not None:
         return packed.levels.view(dtype).view(-1, 2)[:LEVELS, 0].float()[codes.long()] * scale
+    if width.mantissa is not None:
+        return floats(codes, width).float() * scale
     return (codes.float() - (spread(zeros) if isinstance(zeros, Tensor) else zeros)) * scale
 
 
@@ -178,8 +192,31 @@ SPECS = [
     "int3/g64",
     "int2/g256/asym/bf16",
     "int2/g32",
+    "int5/channel",
+    "int6/g64/asym",
+    "fp8_e4m3/channel",
+    "fp8_e5m2/g64/bf16",
+    "fp8_e3m4/g32",
+    "fp8_e2m5/channel",
+    "fp8_e4m3fnuz/channel",
+    "fp6_e3m2/g128",
+    "fp6_e2m3/b32/e8m0",
+    "e3m3/g64",
+    "e5m1/channel",
+    "e2m2/g64",
+    "e1m3/channel",
 ]
-BOOKS = ["nf4/g64", "nf4/channel", "nf4/g64/dq256", "bnb_fp4/g64/bf16", "fp4_e2m1/b32/e8m0", "lloyd4/g128"]
+BOOKS = [
+    "nf4/g64",
+    "nf4/channel",
+    "nf4/g64/dq256",
+    "bnb_fp4/g64/bf16",
+    "fp4_e2m1/b32/e8m0",
+    "lloyd4/g128",
+    "e1m1/g64",
+    "e2m0/channel",
+    "lloyd3/g64",
+]
 BOOKS += ["fp4_e2m1/b16/fp8_e4m3", "fp4_e3m0/channel"]
 
 
@@ -240,13 +277,13 @@ def test_tables_hold_their_numbers(name: str) -> None:
     ("weight", "more", "reason"),
     [
         ("int8/channel", {"input": parse_spec("int8/token")}, "input is quantized"),
-        ("int5/g128", {}, "not 8-, 4-, 3- or 2-bit"),
         ("int4/g16", {}, "multiples of 128"),
-        ("fp8_e4m3/channel", {}, "table of 16"),
-        ("quantile3/g64", {}, "table of 16"),
         ("fp4_e2m1/g8", {}, "16, 32, 64 or multiples of 128"),
         ("int3/g16", {}, "group of 32, 64 or multiples of 128"),
         ("fp4_e2m1/channel", {"input": parse_spec("fp4_e2m1/token")}, "input is quantized"),
+        ("e6m1/channel", {}, "of exponent and mantissa"),
+        ("e1m6/channel", {}, "of exponent and mantissa"),
+        ("quantile5/g64", {}, "table of 16"),
         ("int8/b64x64", {}, "by channel or group"),
         ("nf4/g64", {"device": "cpu"}, "NVIDIA"),
         ("nf4/g64", {"dtype": torch.float32}, "float32"),

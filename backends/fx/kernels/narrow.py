@@ -1,7 +1,8 @@
-"""Weight-only integers on the CPU for bfloat16 models: torch's packed kernels for a few tokens, a float matmul above.
+"""Narrow weights alone on the CPU for bfloat16 models: torch's packed kernels for a few tokens, a float matmul above.
 
 A decoder reads every weight for each token: with few tokens, 8 or 4 bits a weight are read faster than 16. With many,
 the float matmul is faster, so its weight is kept beside the codes, and M decides at each call. x: [..., K] bfloat16.
+Floats whose numbers are whole multiples of the smallest, up to 127, are integers to them.
 Source of the layouts: torch's `_weight_int8pack_mm` and `_weight_int4pack_mm_for_cpu`.
 """
 
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.backends.fx.kernels.lifted import INT8_MAX, largest, whole_weight
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
 from qcompile.formats import Integer
@@ -68,20 +70,26 @@ def why_not(p: Problem) -> str | None:
     if p.small:
         return "free_weights asks for small weights, and this keeps floats beside the codes"
     fmt, granularity = p.weight.format, p.weight.granularity
-    if not isinstance(fmt, Integer) or granularity.rows != 1:
-        return f"weight {p.weight} is not integers by channel or group"
-    if fmt.bits == 8 and granularity.columns == ALL and p.weight.symmetric:
+    top = largest(fmt)
+    if top is None or granularity.rows != 1:
+        return f"weight {p.weight} is not integers, or multiples of one number, by channel or group"
+    if top <= INT8_MAX and granularity.columns == ALL and p.weight.symmetric:
         return None
-    if fmt.bits == 4 and granularity.columns in GROUPS and not p.weight.symmetric and p.N % INT4_MULTIPLE == 0:
+    four = isinstance(fmt, Integer) and fmt.bits == 4 and not p.weight.symmetric
+    if four and granularity.columns in GROUPS and p.N % INT4_MULTIPLE == 0:
         return None
-    return f"torch packs int8/channel, and int4 asymmetric in groups with N a multiple of {INT4_MULTIPLE}"
+    return (
+        f"torch packs symmetric channels of up to 8 bits, and int4 asymmetric in groups with N a multiple of "
+        f"{INT4_MULTIPLE}"
+    )
 
 
 def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
     """Codes and scales in torch's layout, and the dequantized weight."""
     dense = dequantize(codes, qparams, dtype)
     if qparams.zero is None:
-        return {"codes": codes.contiguous(), "scale": qparams.scale.squeeze(-1).to(dtype).contiguous(), "dense": dense}
+        numbers, scale = whole_weight(codes, qparams)
+        return {"codes": numbers, "scale": scale.squeeze(-1).to(dtype), "dense": dense}
     # w = (code - 8) * scale + zero in torch's kernel, so its zero is a float: (8 - zero point) * scale
     scale_zero = torch.stack([qparams.scale, (8 - qparams.zero) * qparams.scale], dim=-1).transpose(0, 1)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32).contiguous(), 1)

@@ -1,4 +1,4 @@
-"""8-, 4-, 3- and 2-bit weights and code books of 16 numbers under 16-bit inputs, on NVIDIA GPUs: `width_linear`.
+"""Integers, floats and code books of 16 numbers under 16-bit inputs, on NVIDIA GPUs: `width_linear`.
 
 x: [..., K] bfloat16 or float16, as it is or of numbers with scales for blocks of a row (MXFP4, NVFP4), whose codes
 nothing multiplies; words, scales and levels as `qcompile.backends.triton.widths` packs them. One opaque op that chooses
@@ -56,7 +56,10 @@ def why_not(p: Problem) -> str | None:
         return "the input is quantized, with one scale a token or tensor"
     width = width_of(p.weight.format)
     if width is None:
-        return f"weight {p.weight} is not 8-, 4-, 3- or 2-bit integers or a table of {LEVELS} numbers"
+        return (
+            f"weight {p.weight} is not integers, floats of up to 5 bits of exponent and mantissa, or a table of "
+            f"{LEVELS} numbers"
+        )
     if (reason := unfit(p)) is not None:
         return reason
     if p.device != "cuda":

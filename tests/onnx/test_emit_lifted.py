@@ -1,0 +1,111 @@
+"""Floats of 4 bits on both sides, shifted and not, in files that compute what torch computes from its graph."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qcompile import pipeline
+from qcompile.backends.onnx.emit import emit
+from qcompile.backends.onnx.fusion import check_fusion
+from qcompile.folds import Fold
+from qcompile.graph import Graph
+from qcompile.numerics import QParams, dequantize, fake_quantize, find_qparams, quantize
+from qcompile.plan import Plan, make_plan
+from qcompile.recipe import Recipe, Rule
+from qcompile.sites import find_sites
+from qcompile.spec import parse_spec
+from tests.hosts import FX, ONNX, result
+from tests.onnx.canonical import linear_model, run_onnxruntime, run_reference
+
+FLOATS = ("fp4_e2m1", "fp4_e1m2", "fp4_e3m0")
+INPUTS = [f"{name}/{who}" for name in FLOATS for who in ("tensor", "token")]
+
+
+def assert_exact(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """y is x @ weight.T + bias, but for a few roundings of the sum of magnitudes."""
+    expected = x.double() @ weight.double().T + bias.double()
+    size = x.double().abs() @ weight.double().abs().T + bias.double().abs()
+    assert ((y.double() - expected).abs() <= size * 8 * torch.finfo(torch.float32).eps).all()
+
+
+@pytest.mark.parametrize("given", [*INPUTS, "fp6_e2m3/token", "static"])
+@pytest.mark.parametrize("weight", [*(f"{name}/channel" for name in FLOATS), "fp6_e2m3/tensor", "int4/channel"])
+def test_both_sides_fuse_and_are_exact(weight: str, given: str) -> None:
+    torch.manual_seed(3)
+    x = torch.randn(7, 96) * torch.exp2(torch.randn(7, 1) * 3)
+    # numbers midway between two of the format, either way
+    x[0, :24] = torch.arange(24) / 8 * x[0].abs().max()
+    spec = parse_spec("fp4_e2m1/tensor" if given == "static" else given)
+    qparams: QParams | str = find_qparams(x * 0.7, spec) if given == "static" else given
+    model, numbers = linear_model(weight=weight, given=qparams, shape=("M", 96), linears=2)
+    emitted = emit(model, "ort-cpu")
+    kernels = check_fusion(emitted).counts
+    assert kernels["MatMulIntegerToFloat"] == 2
+    assert not {"MatMul", "MatMulNBits", "FusedMatMul", "DequantizeLinear"} & kernels.keys()
+    assert emitted.notes == ()
+    seen = fake_quantize(x, spec)
+    if isinstance(qparams, QParams):
+        seen = dequantize(quantize(x, qparams), qparams)
+    for y, (w, b) in zip(run_onnxruntime(emitted.model, x), numbers, strict=True):
+        assert b is not None
+        assert_exact(y, seen, w, b)
+    for y, (w, b) in zip(run_reference(emit(model, "portable").model, x), numbers, strict=True):
+        assert b is not None
+        assert_exact(y, seen, w, b)
+
+
+def test_rows_that_are_not_finite_are_alone() -> None:
+    x = torch.randn(4, 96)
+    x[1, 3], x[2, 5] = torch.nan, torch.inf
+    model, _ = linear_model(weight="fp4_e2m1/channel", given="fp4_e2m1/token", shape=("M", 96))
+    (y,) = run_onnxruntime(emit(model, "ort-cpu").model, x)
+    assert y[[0, 3]].isfinite().all()
+    assert not y[[1, 2]].isfinite().any()
+
+
+class Net(nn.Module):
+    """A norm, and a linear that reads it; its channels are far apart."""
+
+    def __init__(self, K: int, N: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(K, eps=1e-6)
+        self.fc = nn.Linear(K, N)
+        self.norm.weight.data = torch.exp2(torch.linspace(-4, 4, K))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(x))
+
+
+def shifted(graph: Graph, fmt: str, given: str, shift: tuple[int, ...]) -> Plan:
+    rule = Rule(weight=parse_spec(f"{fmt}/channel"), input=parse_spec(given), solver="mse")
+    plan = make_plan([found.site for found in find_sites(graph)], Recipe(name="test", rules=(rule,)))
+    fold = Fold(sites=("fc",), scale=torch.tensor(shift).neg().float().exp2(), into="norm")
+    decisions = {name: replace(decision, shift=shift) for name, decision in plan.decisions.items()}
+    return replace(plan, decisions=decisions, folds=(fold,))
+
+
+@pytest.mark.parametrize("given", ["fp4_e2m1/token", "fp4_e3m0/token"])
+@pytest.mark.parametrize("fmt", FLOATS)
+@pytest.mark.parametrize(("few", "most"), [(0, 2), (3, 9), (30, 9)])
+def test_shifted_models_compute_what_torch_computes(fmt: str, given: str, few: int, most: int) -> None:
+    torch.manual_seed(0)
+    K, N = 66, 24
+    net, x = Net(K, N).eval(), torch.randn(5, K)
+    shift = tuple([0] * few + [most] * (K - few))
+    expected = FX.open(net, x)
+    pipeline.quantize(expected, shifted(expected, fmt, given, shift))
+    y = result(expected, x)
+    graph = ONNX.open(net, x)
+    pipeline.quantize(graph, shifted(graph, fmt, given, shift))
+    limit = {"rtol": 1e-5, "atol": 1e-5 * float(y.abs().max())}
+    (portable,) = run_reference(emit(graph.model, "portable").model, x)
+    torch.testing.assert_close(portable, y, **limit)
+    emitted = emit(graph.model, "ort-cpu")
+    kernels = check_fusion(emitted).counts
+    assert kernels["MatMulIntegerToFloat"] == 1
+    # onnxruntime makes one op of the thin matmul and the sum
+    assert kernels.get("Gemm", 0) == (few > 0)
+    (fast,) = run_onnxruntime(emitted.model, x)
+    torch.testing.assert_close(fast, y, **limit)
