@@ -15,7 +15,7 @@ from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
 from qcompile.backends.triton.ready import missing
 from qcompile.backends.triton.widths import LEVELS, ROWS, Packed, no_groups, pack_weight, width_of
-from qcompile.formats import CodeBook
+from qcompile.formats import CodeBook, Float
 from qcompile.spec import ALL
 
 FIRST_CAPABILITY = (8, 0)
@@ -60,7 +60,7 @@ def why_not(p: Problem) -> str | None:
             f"weight {p.weight} is not integers, floats of up to 5 bits of exponent and mantissa, or a table of "
             f"{LEVELS} numbers"
         )
-    if (reason := unfit(p)) is not None:
+    if (reason := unfit(p) or _beyond_float16(p)) is not None:
         return reason
     if p.device != "cuda":
         return "these kernels are for NVIDIA GPUs"
@@ -79,6 +79,15 @@ def unfit(p: Problem) -> str | None:
     if p.dtype not in (torch.bfloat16, torch.float16):
         return f"the input is {str(p.dtype).removeprefix('torch.')}, and tensor cores take bfloat16 and float16"
     return no_groups(p.weight)
+
+
+def _beyond_float16(p: Problem) -> str | None:
+    """Why float16 does not hold all numbers of a float of as many bits of exponent, None if it does."""
+    fmt = p.weight.format
+    # what is all ones in IEEE 754 stands for Inf and NaN
+    if p.dtype is torch.float16 and isinstance(fmt, Float) and (fmt.finite - 1) >> fmt.mantissa == 31:
+        return f"the largest numbers of {fmt.name} are no numbers in float16: use bfloat16"
+    return None
 
 
 def _is_worth(width: str, p: Problem) -> bool:
