@@ -180,6 +180,7 @@ def _byte(word: str, start: int, half: bool, to: int) -> list[str]:
 def _float_byte(word: str, start: int, width: str, half: bool, to: int) -> list[str]:
     """The numbers of bytes of sign, exponent and mantissa: moved to where theirs are, and times a power of two."""
     mantissa = WIDTHS[width].mantissa
+    assert mantissa is not None
     digits, bias = (10, 15) if half else (7, 127)
     place = digits - mantissa
     pair = (127 << place) * 0x10001

@@ -54,6 +54,7 @@ def _linear_lifted(
         y = torch.ops.qcompile.linear_int8(codes, scale, zero, weight, weight_scale, weight_sum, None, torch.float32)
         numbers = numbers if zero is None else numbers - zero.to(torch.int32)
     else:
+        assert isinstance(fmt, Float)
         numbers, step = whole(codes, fmt), scale * fmt.step
         y = _product(numbers, weight, _digits(fmt)) * (step * weight_scale.squeeze(-1))
     if channels is not None and columns is not None:
