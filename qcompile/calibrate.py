@@ -18,6 +18,7 @@ from qcompile.prepare import prepare
 from qcompile.presets import parse_recipe
 from qcompile.ranges import needed_parts
 from qcompile.recipe import Recipe
+from qcompile.resume import Unfinished
 from qcompile.sensitivity import Sensitivity
 from qcompile.sequential import solve_in_turn
 from qcompile.watch import Seen, require_several, watch
@@ -30,6 +31,7 @@ def calibrate(
     *,
     progress: bool = True,
     failures: str | Path | None = None,
+    resume: str | Path | None = None,
 ) -> Plan:
     """The plan of a recipe for a model, with ranges, folds and outliers found from data; it is bound to the model.
 
@@ -38,6 +40,8 @@ def calibrate(
     progress: show a bar, if standard error is a terminal.
     failures: a folder for the parts of the graph where a pass changed the model's outputs and was undone; by default
         one in the system's folder for temporary files. `Plan.notes` says what was undone.
+    resume: a folder where weights that are solved in turn are kept as they come, so that a call with the same model,
+        data and recipe goes on where one before it was interrupted; it may be removed when that is done.
     The model runs in eval mode without gradients; its training flags are as before afterwards. For GPTQ it runs twice,
     the second time on all batches side by side, one weight after the other quantized: what lies between two of its
     layers is then held for all of them.
@@ -61,7 +65,8 @@ def calibrate(
     plan = make_plan(list(seen.sites.values()), parsed, prepared.stats, seen.left, prepared=prepared.decided)
     if parsed.solves_in_turn:
         assert isinstance(batches, list)
-        plan = solve_in_turn(model, batches, plan, seen, progress=progress)
+        kept = None if resume is None else Unfinished(resume, model, plan, batches)
+        plan = solve_in_turn(model, batches, plan, seen, divided=prepared.divided, kept=kept, progress=progress)
     return replace(plan, outliers=prepared.outliers, notes=(*notes, *plan.notes)).bind(model)
 
 

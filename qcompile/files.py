@@ -35,11 +35,12 @@ from qcompile.passes.fold_batch_norm import fold_batch_norm
 from qcompile.plan import Plan, make_plan
 from qcompile.prepare import prepare_graphs
 from qcompile.presets import parse_recipe
+from qcompile.progress import shown
 from qcompile.recipe import Recipe
 from qcompile.report import Report
 from qcompile.report.comparison import Agreement
 from qcompile.sites import CHANNEL_AXIS, SITE_OPS, find_sites, left_over, result_of
-from qcompile.watch import Seen, first_rows, shown
+from qcompile.watch import Seen, first_rows
 
 Batch = Mapping[str, Any]
 # sites that a note names

@@ -55,10 +55,11 @@ def _in_turn_problem(rule: Rule, recipe: Recipe) -> str:
             "it chooses codes by what weights of linears multiply: write a rule of its own for "
             f"ops = {others}, with solver = 'mse'"
         )
-    if recipe.prepares or any(other.threshold is not None for other in recipe.rules):
+    others = recipe.rules
+    if any(r.split is not None or r.shift is not None or r.threshold is not None or r.format == FLOAT for r in others):
         return (
-            "smooth, split and threshold change weights and inputs after it chose codes for them: leave them out, or "
-            "take solver = 'imatrix'"
+            "split, shift, threshold and format change weights and inputs after it chose codes for them: leave them "
+            "out, or take solver = 'imatrix'"
         )
     return ""
 

@@ -57,12 +57,14 @@ class Prepared:
 
     groups: the activations with their stats before, in the order of the graphs.
     foldable: of sites before which a scale can be folded away, the channels that must share one (see `find_edges`).
+    divided: by site, what the folds divide the rows of its weight by, float64 [N].
     """
 
     decided: Preparation
     stats: Mapping[str, Stats]
     groups: Sequence[Group]
     foldable: Mapping[str, Tensor] = field(default_factory=dict)
+    divided: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def outliers(self) -> Outliers:
@@ -117,6 +119,7 @@ def prepare_graphs(
         stats=stats,
         groups=[group for one in found for group in one.groups],
         foldable={name: channels for one in found for name, channels in one.foldable.items()},
+        divided={name: rows for one in found for name, rows in one.divided()},
     )
 
 
@@ -143,8 +146,8 @@ class _Preparing(Generic[V]):
         self.runs = [found.site.name for edge in self._edges for found in edge.consumers]
         self._captured, self._seen, self._recipe = captured, seen, recipe
         self._model, self._failures = model, failures
-        # what folds divide the rows of linears by: channels and scales
-        self._taken: dict[V, list[tuple[Tensor, Tensor]]] = {}
+        # the folds that divide rows of linears, with the channels of their scales
+        self._taken: dict[V, list[tuple[Fold, Tensor]]] = {}
 
     def decide(self, repeated: Collection[str]) -> None:
         """Choose for each activation, last ones first: a fold behind changes rows of the weights before it.
@@ -200,25 +203,38 @@ class _Preparing(Generic[V]):
             for name, weight in zip(names, weights, strict=True):
                 self._choose_weight(name, weight, stats, rule, choice)
         if choice.scale is not None:
-            method = "exponent shift" if choice.strength is None else f"smooth alpha={choice.strength:.2f}"
             readers = tuple(found.site.name for found in edge.consumers)
-            fold = Fold(sites=readers, scale=choice.scale, into=edge.into, method=method)
-            self.folds.append(fold)
+            self._fold(edge, Fold(sites=readers, scale=choice.scale, into=edge.into, method=_method(choice)))
             # who reads the activation beside the members gets it divided, too
             others = (name for name in readers if name not in names and name in self._seen.stats)
             self.stats |= {name: self._seen.stats[name].divided(choice.scale) for name in others}
-            if edge.producer is not None:
-                self._taken.setdefault(edge.producer, []).append((edge.channels, choice.scale))
         self._take(names, stats, choice, rule)
 
     def _raise(self, edge: Edge[V], names: tuple[str, ...], shift: Tensor, *, may_scale: bool) -> None:
         """Raise channels of the activation by octaves, in what makes it if all that read it follow."""
         whole = may_scale and len(names) == len(edge.consumers)
-        scale = shift.neg().float().exp2()
         into = edge.into if whole else ""
-        self.folds.append(Fold(sites=names, scale=scale, into=into, method="exponent shift"))
-        if whole and edge.producer is not None:
-            self._taken.setdefault(edge.producer, []).append((edge.channels, scale))
+        self._fold(edge, Fold(sites=names, scale=shift.neg().float().exp2(), into=into, method="exponent shift"))
+
+    def _fold(self, edge: Edge[V], fold: Fold) -> None:
+        self.folds.append(fold)
+        if fold.into and edge.producer is not None:
+            self._taken.setdefault(edge.producer, []).append((fold, edge.channels))
+
+    def divided(self) -> Iterator[tuple[str, Tensor]]:
+        """The sites of linears whose rows folds divide, and by what, float64 [N]."""
+        for edge in self._edges:
+            for member in edge.consumers:
+                if member.value in self._taken:
+                    yield member.site.name, self._rows(member)
+
+    def _rows(self, member: Found[V]) -> Tensor:
+        """What the folds chosen so far divide the rows of a site's weight by, float64 [N]."""
+        rows = torch.ones(member.site.weight.shape[0], dtype=torch.float64)
+        for fold, channels in self._taken.get(member.value, ()):
+            if fold in self.folds:
+                rows *= torch.ones_like(rows).scatter(0, channels.cpu(), fold.scale.double().cpu())
+        return rows
 
     def _choose_weight(self, name: str, weight: Tensor, stats: Stats, rule: Rule, choice: Choice) -> None:
         if choice.scale is not None:
@@ -232,10 +248,7 @@ class _Preparing(Generic[V]):
     def _weight(self, member: Found[V]) -> Tensor:
         """A site's weight as the folds chosen so far leave it, float32 [N, K]."""
         weight = member.site.weight.detach().float()
-        for channels, scale in self._taken.get(member.value, ()):
-            rows = scale.new_ones(len(weight)).scatter(0, channels.to(scale.device), scale)
-            weight = weight / rows.to(weight.device)[:, None]
-        return weight
+        return weight / self._rows(member).to(weight)[:, None] if member.value in self._taken else weight
 
     def _take(self, names: Sequence[str], stats: Stats, choice: Choice, rule: Rule) -> None:
         self.stats |= dict.fromkeys(names, prepared_stats(stats, choice))
@@ -335,6 +348,10 @@ class _Preparing(Generic[V]):
         if self._failures is None:
             self._failures = tempfile.mkdtemp(prefix="qcompile-failures-")
         return Path(self._failures)
+
+
+def _method(choice: Choice) -> str:
+    return "exponent shift" if choice.strength is None else f"smooth alpha={choice.strength:.2f}"
 
 
 def _exact(rule: Rule, members: Sequence[Found[V]]) -> Rule:

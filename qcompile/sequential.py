@@ -7,11 +7,12 @@ with the quantized weight. So the model runs once, whatever it is made of; only 
 memory at a time, and of each batch what lies between two layers.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,30 +20,72 @@ from torch.overrides import TorchFunctionMode
 
 from qcompile.binding import Binding
 from qcompile.errors import CalibrationError
+from qcompile.folds import rescaled, scale_before
 from qcompile.graph import Op
-from qcompile.numerics import QParams, dequantize, find_qparams, quantize
+from qcompile.numerics import QParams, dequantize, find_qparams, on_device, quantize
 from qcompile.plan import Decision, Plan
+from qcompile.progress import most_memory, shown
 from qcompile.solved import Solved, solved
 from qcompile.solvers import IN_TURN, SOLVERS
-from qcompile.watch import Call, Seen, evaluating, find_call, mask_of, real_rows, run_batch, shown
+from qcompile.solvers.moments import Moments
+from qcompile.watch import Call, Seen, evaluating, find_call, mask_of, real_rows, run_batch
+
+_LOG = logging.getLogger(__name__)
 
 # sites that a note names
 NAMED = 3
 
 
-def solve_in_turn(model: nn.Module, batches: Sequence[Any], plan: Plan, seen: Seen, *, progress: bool = True) -> Plan:
+class Kept(Protocol):
+    """Where what was solved is kept, so that a run that was interrupted goes on."""
+
+    def known(self, names: Sequence[str]) -> Mapping[str, Solved]:
+        """What an earlier run found for these sites, which read the same; empty if it did not come so far."""
+
+    def keep(self, decisions: Sequence[Decision]) -> None:
+        """These are solved, together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Sites that were solved together, on so many rows.  output_db: signal-to-noise ratio of their outputs there."""
+
+    names: Sequence[str]
+    rows: int
+    output_db: Mapping[str, float]
+
+    def __str__(self) -> str:
+        if not self.output_db:
+            return f"{self.names[0]}: known"
+        return ", ".join(f"{name} {db:.1f} dB" for name, db in self.output_db.items())
+
+
+def solve_in_turn(
+    model: nn.Module,
+    batches: Sequence[Any],
+    plan: Plan,
+    seen: Seen,
+    *,
+    divided: Mapping[str, Tensor] | None = None,
+    kept: Kept | None = None,
+    progress: bool = True,
+) -> Plan:
     """The plan, with the codes of all weights whose solver is run in turn.
 
     batches: see `qcompile.calibrate`; one thread each.  plan: says which weights these are, and what else is quantized.
-    seen: what running the float model on the batches showed.
-    Whatever the plan quantizes is quantized on the way, inputs too. A site that is called several times is solved on
-    its first call. Sites with fewer rows of data than channels are noted: what they show of the channels is not all.
+    seen: what running the float model on the batches showed.  divided: by site, what the plan's folds divide the rows
+        of its weight by, float64 [N].  kept: what an earlier run solved is taken from there, and what this one solves
+        is put there.
+    Whatever the plan quantizes is quantized on the way, inputs too, behind its folds. A site that is called several
+    times is solved on its first call. Sites with fewer rows of data than channels are noted: what they show of the
+    channels is not all. The log has the error of each site.
     Raises CalibrationError if a site is not reached, or its moments are NaN or Inf; and what the model raises.
     """
-    run = _Run(model, plan, seen)
+    run = _Run(model, plan, seen, divided or {}, kept)
+    steps = run.steps(batches)
     with evaluating(model):
-        for _ in shown(run.steps(batches), progress=progress, what="solve"):
-            pass
+        for step in shown(steps, progress=progress, what="solve", total=run.groups, tell=str):
+            _LOG.info("%d rows: %s; %s held at most", step.rows, step, most_memory())
     if run.left:
         raise CalibrationError(
             f"with the weights before them quantized, no batch reached {', '.join(map(repr, list(run.left)[:NAMED]))}, "
@@ -67,38 +110,35 @@ class _StoppedError(BaseException):
     """Takes a batch out of the model; no error for the model to handle."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Weight:
-    """Codes with their qparams, on the device of the weight."""
-
-    codes: Tensor
-    qparams: QParams
-
-    def values(self, dtype: torch.dtype) -> Tensor:
-        return dequantize(self.codes, self.qparams, dtype)
-
-
 class _Run:
     """One run of all batches, and what it has solved so far.
 
-    left: sites that are to be solved, each with those that read the same.  rows: that each was solved on.
+    left: sites that are to be solved, each with those that read the same; groups: how many such groups there are.
+    rows: that each was solved on.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, seen: Seen) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, seen: Seen, divided: Mapping[str, Tensor], kept: Kept | None
+    ) -> None:
         wanted = [d.name for d in plan.decisions.values() if d.weight is not None and d.solver in IN_TURN]
         members: dict[int, list[str]] = {}
         for name in wanted:
             members.setdefault(id(seen.stats[name]), []).append(name)
         self.left = {name: members[id(seen.stats[name])] for name in wanted}
+        self.groups = len(members)
         self.solved: dict[str, Solved] = {}
         self.rows: dict[str, int] = {}
         self._order = {name: number for number, name in enumerate(wanted)}
         self._model, self._plan, self._binding = model, plan, Binding(model)
-        self._weights: dict[str, _Weight] = {}
-        self._sites = seen.sites
+        self._divided, self._kept, self._sites = divided, kept, seen.sites
+        scales = {name: scale_before(name, plan.folds) for name in plan.decisions}
+        self._scales = {name: scale for name, scale in scales.items() if scale is not None}
+        self._qparams: dict[str, QParams] = {}
+        # of sites between two that are solved: all batches pass them one after the other
+        self._values: dict[str, Tensor] = {}
 
-    def steps(self, batches: Sequence[Any]) -> Iterator[Sequence[str]]:
-        """Solve group after group; yields the names of each."""
+    def steps(self, batches: Sequence[Any]) -> Iterator[Step]:
+        """Solve group after group."""
         threads = [_BatchThread(self, number, batch) for number, batch in enumerate(batches)]
         try:
             for thread in threads:
@@ -107,8 +147,7 @@ class _Run:
                 first = min((t.call.name for t in waiting if t.call is not None), key=self._order.__getitem__)
                 names = self.left[first]
                 here = [t for t in waiting if t.call is not None and t.call.name in names]
-                self._solve(names, here)
-                yield names
+                yield self._solve(names, here)
                 if self.left:
                     for thread in here:
                         thread.go_on()
@@ -130,49 +169,80 @@ class _Run:
 
     def quantized_input(self, call: Call) -> Tensor:
         """What the site's weight multiplies."""
-        decision = self._plan.decisions[call.name]
+        decision, x = self._plan.decisions[call.name], call.x
+        if call.name in self._scales:
+            x = x / self._scales[call.name].to(x)
         if decision.input is None or call.op is not Op.LINEAR:
-            return call.x
-        qparams = decision.input_qparams or find_qparams(call.x, decision.input)
-        return dequantize(quantize(call.x, qparams), qparams, call.x.dtype)
+            return x
+        qparams = decision.input_qparams or find_qparams(x, decision.input)
+        return dequantize(quantize(x, qparams), qparams, x.dtype)
 
     def quantized_weight(self, call: Call) -> Tensor:
-        """The weight as the plan quantizes it."""
-        decision = self._plan.decisions[call.name]
-        if decision.weight is None:
-            return call.weight
-        if call.name not in self._weights:
-            qparams = SOLVERS[decision.solver](call.weight, decision.weight, decision.importance)
-            self._weights[call.name] = _Weight(codes=quantize(call.weight, qparams), qparams=qparams)
-        return self._weights[call.name].values(call.weight.dtype)
+        """The weight as the plan quantizes it; what folds divide its rows by is given back, as no others follow."""
+        name = call.name
+        if name not in self._values:
+            values, decision = self._folded(name, call.weight), self._plan.decisions[name]
+            if decision.weight is not None:
+                if name not in self._qparams:
+                    qparams = SOLVERS[decision.solver](values, decision.weight, decision.importance)
+                    self._qparams[name] = replace(qparams, codes=quantize(values, qparams))
+                values = dequantize(quantize(values, self._qparams[name]), self._qparams[name], call.weight.dtype)
+            rows = self._divided.get(name)
+            self._values[name] = values if rows is None else (values * rows.to(values.device)[:, None]).to(values.dtype)
+        return self._values[name]
 
-    def _solve(self, names: Sequence[str], waiting: Sequence["_BatchThread"]) -> None:
-        k = self._sites[names[0]].weight.shape[1]
+    def _folded(self, name: str, weight: Tensor) -> Tensor:
+        """The weight as `fold_smooth` leaves it."""
+        columns, rows = self._scales.get(name), self._divided.get(name)
+        return weight.detach() if columns is None and rows is None else rescaled(name, weight.detach(), columns, rows)
+
+    def _solve(self, names: Sequence[str], waiting: Sequence["_BatchThread"]) -> Step:
+        self._values.clear()
+        known = {} if self._kept is None else self._kept.known(names)
         # without padding, a batch at a time
-        moments, count = _moments((thread.rows() for thread in waiting), k)
+        rows = (thread.rows() for thread in waiting)
+        count = sum(len(part) for part in rows) if known else 0
+        output_db = {}
+        if not known:
+            moments = _moments(rows, self._sites[names[0]].weight.shape[1])
+            count = moments.rows
+            for name in names:
+                known[name], output_db[name] = self._solve_one(name, moments)
+            if self._kept is not None:
+                self._kept.keep([replace(self._plan.decisions[name], solved=known[name]) for name in names])
         for name in names:
-            decision, weight = self._plan.decisions[name], self._sites[name].weight
-            assert decision.weight is not None
-            try:
-                qparams = SOLVERS[decision.solver](weight, decision.weight, moments)
-            except CalibrationError as e:
-                e.add_note(f"while solving the weight of {name!r}")
-                raise
-            assert qparams.codes is not None
-            self.solved[name] = solved(weight, qparams)
-            self._weights[name] = _Weight(codes=qparams.codes, qparams=qparams)
-            self.rows[name] = count
+            self.solved[name], self.rows[name] = known[name], count
+            self._qparams[name] = _there(known[name], self._sites[name].weight.device)
             del self.left[name]
+        return Step(names=names, rows=count, output_db=output_db)
+
+    def _solve_one(self, name: str, moments: Moments) -> tuple[Solved, float]:
+        decision, weight = self._plan.decisions[name], self._folded(name, self._sites[name].weight)
+        assert decision.weight is not None
+        try:
+            qparams = IN_TURN[decision.solver](weight, decision.weight, moments)
+        except CalibrationError as e:
+            e.add_note(f"while solving the weight of {name!r}")
+            raise
+        assert qparams.codes is not None
+        return solved(weight, qparams), moments.snr_db(weight, dequantize(qparams.codes, qparams))
 
 
-def _moments(parts: Iterable[Tensor], k: int) -> tuple[Tensor, int]:
+def _there(found: Solved, device: torch.device) -> QParams:
+    """The qparams with their codes on a device."""
+    qparams = on_device(found.qparams, device)
+    assert qparams.codes is not None
+    return replace(qparams, codes=qparams.codes.to(device))
+
+
+def _moments(parts: Iterable[Tensor], k: int) -> Moments:
     """The mean of x x^T over all rows of these [rows, K], float32 [K, K], and how many they are.  k: K."""
     total, count = torch.zeros(k, k), 0
     for part in parts:
         rows = part.float()
         total = total.to(rows.device).addmm_(rows.t(), rows)
         count += len(rows)
-    return total.div_(max(count, 1)), count
+    return Moments(matrix=total.div_(max(count, 1)), rows=count)
 
 
 class _BatchThread(threading.Thread):

@@ -5,7 +5,6 @@ GPT-2's Conv1D alike, and the same linears that a compiler finds in the model's 
 """
 
 import logging
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from qcompile.errors import CalibrationError
 from qcompile.gathering import Gathering, Room
 from qcompile.graph import Op
 from qcompile.observers import Part, Stats, merge
+from qcompile.progress import shown
 from qcompile.sites import LeftOver, Site
 
 _LOG = logging.getLogger(__name__)
@@ -356,15 +356,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training.items():
             module.training = flag
-
-
-def shown(batches: Iterable[Any], *, progress: bool = True, what: str = "calibrate") -> Iterable[Any]:
-    """The batches, behind a progress bar if that is wanted, standard error is a terminal, and `rich` is at hand."""
-    if not progress or not sys.stderr.isatty():
-        return batches
-    try:
-        from rich.console import Console
-        from rich.progress import track
-    except ImportError:
-        return batches
-    return track(batches, description=what, console=Console(stderr=True), transient=True)

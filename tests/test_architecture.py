@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # the core in its order: a module imports only from those before it
 CORE = (
     "errors",
+    "progress",
     "formats",
     "spec",
     "scales",
@@ -61,6 +62,7 @@ CORE = (
     "report",
     "expected",
     "artifact",
+    "resume",
     "options",
 )
 # they see everything, and only they and the package's __init__ see them
@@ -69,7 +71,7 @@ ROOTS = ("pipeline", "frame", "quantized", "compile", "prepare", "calibrate", "c
 BACKEND_SEES = {"fx": {"devices", "triton"}, "onnx": {"devices"}, "triton": {"devices"}, "devices": set()}
 # what a part of the house may import beside the standard library and torch
 LIBRARIES = {
-    "watch": {"rich"},
+    "progress": {"rich"},
     "files": {"onnx_ir"},
     "certify": {"onnx_ir", "onnxruntime"},
     "report": {"rich", "matplotlib"},

@@ -1,5 +1,6 @@
 """Solvers: how a weight's qparams are chosen, by name. A solver is a file here and a line in `SOLVERS`."""
 
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from qcompile.numerics import QParams
 from qcompile.solvers.gptq import solve_gptq
 from qcompile.solvers.hqq import solve_hqq
 from qcompile.solvers.imatrix import solve_imatrix
+from qcompile.solvers.moments import Moments
 from qcompile.solvers.mse import solve_mse
 from qcompile.solvers.round import solve_round
 from qcompile.spec import Spec
@@ -16,21 +18,29 @@ from qcompile.spec import Spec
 class Solver(Protocol):
     """The qparams of a weight [N, K].
 
-    importance: float32 [K], what errors of each column cost; None for all alike. Of solvers that are run in turn also
-    [K, K], what errors of two columns cost together.
+    importance: float32 [K], what errors of each column cost; None for all alike.
     """
 
     def __call__(self, weight: Tensor, spec: Spec, importance: Tensor | None = None) -> QParams: ...
 
 
+class InTurn(Protocol):
+    """The qparams of a weight [N, K], with codes, by the second moments of what it multiplies."""
+
+    def __call__(self, weight: Tensor, spec: Spec, importance: Tensor | Moments | None = None) -> QParams: ...
+
+
+# those that are run while the model runs with the weights before quantized
+IN_TURN: dict[str, InTurn] = {
+    "gptq": solve_gptq,
+    "gptq-unordered": partial(solve_gptq, ordered=False),
+}
 SOLVERS: dict[str, Solver] = {
     "round": solve_round,
     "mse": solve_mse,
     "imatrix": solve_imatrix,
-    "gptq": solve_gptq,
     "hqq": solve_hqq,
+    **IN_TURN,
 }
 # those that ask for the importance of columns, which calibration finds
 WEIGHTED = frozenset({"imatrix"})
-# those that ask for the second moments of inputs, and are run while the model runs with the weights before quantized
-IN_TURN = frozenset({"gptq"})

@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qcompile.errors import CalibrationError
 from qcompile.formats import Integer
 from qcompile.numerics import QParams, code_dtype, decode, encode
 from qcompile.solvers.imatrix import solve_imatrix
+from qcompile.solvers.moments import Moments
 from qcompile.spec import ALL, Spec
 
 # of the mean of H's diagonal, added to all of it; source: the paper's percdamp
@@ -27,7 +27,7 @@ BLOCK = 128
 def solve_gptq(
     weight: Tensor,
     spec: Spec,
-    importance: Tensor | None = None,
+    importance: Tensor | Moments | None = None,
     *,
     damping: float = DAMPING,
     block: int = BLOCK,
@@ -35,8 +35,8 @@ def solve_gptq(
 ) -> QParams:
     """Scales (and zero points) of `imatrix`, and codes that were chosen one column after the other.
 
-    weight: [N, K]; on meta, shapes only.  importance: float [K, K], what errors of two columns cost together: H, times
-        any factor; of [K] its diagonal alone, None for all alike, and then codes are the nearest.
+    weight: [N, K]; on meta, shapes only.  importance: what errors of two columns cost together, H, times any factor; of
+        [K] its diagonal alone, None for all alike, and then codes are the nearest.
     damping: share of the mean diagonal that is added to the diagonal; columns without any input are then rounded to
         nearest.  block: changes the time, not the result.  ordered: largest diagonal first, else as they stand.
     The work is done in float32, in float64 for a weight of float64; H is factored in float64.
@@ -44,46 +44,13 @@ def solve_gptq(
     """
     if weight.is_meta:
         return replace(solve_imatrix(weight, spec), codes=torch.empty_like(weight, dtype=code_dtype(spec)))
-    hessian = _damped(weight, importance, damping)
-    found = solve_imatrix(weight, spec, hessian.diagonal())
-    order = torch.arange(weight.shape[1], device=weight.device)
-    if ordered:
-        # stable, so that columns that are alike stay as they stand
-        order = hessian.diagonal().argsort(descending=True, stable=True)
-    upper = inverse_factor(hessian[order][:, order])
+    moments = Moments.of(importance, weight)
+    found = solve_imatrix(weight, spec, moments.damped(damping).diagonal())
+    order, upper = (part.to(weight.device) for part in moments.factored(damping, ordered=ordered))
     dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
     columns = weight.to(dtype).T[order].contiguous()  # [K, N]
     codes = _Rounding(found, len(weight)).in_turn(columns, upper.to(dtype), order, block)
     return replace(found, codes=torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous())
-
-
-def _damped(weight: Tensor, importance: Tensor | None, damping: float) -> Tensor:
-    """H with a mean diagonal of 1 before it is damped, float64 [K, K]."""
-    k = weight.shape[1]
-    if importance is None:
-        importance = weight.new_ones(k, dtype=torch.float64)
-    hessian = importance.to(weight.device, torch.float64)
-    hessian = torch.diag(hessian) if hessian.dim() == 1 else hessian
-    mean = hessian.diagonal().mean()
-    unit = torch.eye(k, dtype=torch.float64, device=weight.device)
-    # where no input was anything but zero, all columns are alike
-    return torch.where(mean == 0, unit, hessian / mean) + damping * unit
-
-
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper triangular U with H^-1 = U^T U.  hessian: H, float64 [K, K].
-
-    From the Cholesky factor of H turned around, whose inverse is as good as the factor; that of H^-1 squares errors.
-    Raises CalibrationError if H is not positive definite.
-    """
-    turned, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-    if int(failed):
-        raise CalibrationError(
-            f"the second moments {list(hessian.shape)} of an input are not positive definite, as NaN or Inf among them "
-            "or too few rows make them: calibrate with more batches that the float model gives finite values for"
-        )
-    unit = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(turned.flip(0, 1), unit, upper=True)
 
 
 class _Rounding:

@@ -143,7 +143,7 @@ def test_the_preset_equals_its_reference(family: str) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_not_counted(side: str) -> None:
-    model, ids, pad = build("llama"), tokens(6, 16, seed=3), 4
+    model, ids, pad = build("llama"), tokens(24, 16, seed=3), 4
     width = (pad, 0) if side == "left" else (0, pad)
     mask = F.pad(torch.ones_like(ids), width)
     padded = {

@@ -9,7 +9,8 @@ from torch import Tensor
 from qcompile.errors import CalibrationError, SpecError
 from qcompile.numerics import QParams, dequantize, quantize
 from qcompile.solvers import SOLVERS
-from qcompile.solvers.gptq import inverse_factor, solve_gptq
+from qcompile.solvers.gptq import solve_gptq
+from qcompile.solvers.moments import inverse_factor
 from qcompile.spec import parse_spec
 from tests.core.test_solvers import SPECS, weight
 
