@@ -3,7 +3,7 @@
 All are tried on the rows that calibration kept; what gives the outputs the least error is taken.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf, isnan, log10
@@ -20,11 +20,14 @@ from qcompile.observers import Stats, importance_of
 from qcompile.ranges import parse_observer
 from qcompile.recipe import FLOAT, Rule
 from qcompile.shifts import COARSE, FINE, lowers_columns, raised_columns, shift_of, within
-from qcompile.smooth import smooth_scale
+from qcompile.smooth import AWQ, awq_scale, smooth_scale
+from qcompile.solvers import IN_TURN
 from qcompile.spec import ALL, Spec
 
 # first every third of these, the second being first, then both neighbours of the best
 STRENGTHS = tuple(i / 20 for i in range(6, 21))
+# of AWQ, likewise, from 0, which moves nothing; source: the paper's code
+POWERS = tuple(i / 20 for i in range(21))
 # dB of a site's output below which a static input is rescued (noise of 2 % of the signal's amplitude), if that gains
 # so much: rows that were not seen fare worse under a scale found beforehand
 RESCUE_DB, RESCUE_GAIN = 34.0, 3.0
@@ -186,6 +189,8 @@ def _best(case: Case, spec: Spec | None) -> Choice:
     if case.rule.smooth is None or case.channels is None:
         return plain
     strength = case.rule.smooth.strength if case.strength is None else case.strength
+    if strength == AWQ:
+        return _weighted(case, spec)
     if not isinstance(strength, str):
         return _split(case, _smoothed(case, spec, strength))
     coarse = _least_noisy(case, [_rough(case, spec, s) for s in STRENGTHS[1::3]])
@@ -195,6 +200,29 @@ def _best(case: Case, spec: Spec | None) -> Choice:
     found = max(coarse, fine, key=lambda choice: choice.snr_db)
     best = _split(case, replace(found, outliers=()))
     return best if best.snr_db > plain.snr_db + LEAST_SMOOTHING else plain
+
+
+def _weighted(case: Case, spec: Spec | None) -> Choice:
+    """The scale of AWQ with the power of least noise; nothing moves where none is better than that."""
+
+    def powers(numbers: Iterable[int]) -> Choice:
+        return _least_noisy(case, [_of_power(case, spec, POWERS[i]) for i in numbers if 0 <= i < len(POWERS)])
+
+    coarse = powers(range(0, len(POWERS), 4))
+    middle = POWERS.index(coarse.strength or 0.0)
+    fine = powers((middle - 2, middle - 1, middle + 1, middle + 2))
+    return _split(case, max(coarse, fine, key=lambda choice: choice.snr_db))
+
+
+def _of_power(case: Case, spec: Spec | None, power: float) -> Choice:
+    if power == 0:
+        return Choice(input=spec)
+    assert case.rule.smooth is not None
+    assert case.channels is not None
+    rows, counts = case.stats.sample.rows.abs(), case.stats.sample.counts
+    mean = (rows * counts[:, None]).sum(0) / counts.sum()
+    scale = awq_scale(tied(mean, case.channels), power, powers_of_two=case.rule.smooth.powers_of_two)
+    return Choice(input=spec, scale=scale, strength=power)
 
 
 def _shifted(case: Case, spec: Spec, most: int) -> Choice:
@@ -302,12 +330,14 @@ def _least_noisy(case: Case, choices: Sequence[Choice]) -> Choice:
 def _inside(case: Case, choice: Choice) -> float:
     """Noise over signal of the outputs; a static input has its whole range, which is found at once and serves."""
     probe = case.probe if choice.scale is None else case.probe.scaled(choice.scale.to(case.probe.weight.device))
+    in_turn = case.rule.solver in IN_TURN
     treatment = Treatment(
         weight=case.rule.weight,
         input=_whole_range(case, choice, choice.input) if _is_static(choice.input) else choice.input,
-        solver=case.rule.solver,
+        # those that are run in turn begin with its scales
+        solver="imatrix" if in_turn else case.rule.solver,
         channels=tuple(choice.outliers),
-        importance=_importance(case, choice) if case.rule.weighs_columns else None,
+        importance=_importance(case, choice) if in_turn or case.rule.weighs_columns else None,
     )
     snr_db = probe.after(treatment)
     # what is no number is no good

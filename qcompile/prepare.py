@@ -27,7 +27,7 @@ from qcompile.passes.split_outliers import split_outliers
 from qcompile.plan import Decision, Plan, Preparation
 from qcompile.recipe import FLOAT, Recipe, Rule
 from qcompile.sites import Found, Site
-from qcompile.smooth import MODEL, strength_of
+from qcompile.smooth import AWQ, MODEL, strength_of
 from qcompile.spec import ALL, Spec
 from qcompile.verify import check, difference, failing_part, run_graph
 from qcompile.watch import Seen, evaluating, first_rows, run_batch
@@ -172,7 +172,7 @@ class _Preparing(Generic[V]):
         found: dict[Rule, list[Found[V]]] = {}
         for member in edge.consumers:
             rule = next((rule for rule in self._recipe.rules if rule.matches(member.site)), None)
-            wanted = rule is not None and rule.prepares and (rule.input is not None or rule.shift is not None)
+            wanted = rule is not None and rule.prepares and (rule.input is not None or rule.smooth is not None)
             if rule is not None and wanted and member.site.name in self._seen.stats:
                 found.setdefault(rule, []).append(member)
         return found
@@ -204,7 +204,7 @@ class _Preparing(Generic[V]):
                 self._choose_weight(name, weight, stats, rule, choice)
         if choice.scale is not None:
             readers = tuple(found.site.name for found in edge.consumers)
-            self._fold(edge, Fold(sites=readers, scale=choice.scale, into=edge.into, method=_method(choice)))
+            self._fold(edge, Fold(sites=readers, scale=choice.scale, into=edge.into, method=_method(choice, rule)))
             # who reads the activation beside the members gets it divided, too
             others = (name for name in readers if name not in names and name in self._seen.stats)
             self.stats |= {name: self._seen.stats[name].divided(choice.scale) for name in others}
@@ -350,8 +350,11 @@ class _Preparing(Generic[V]):
         return Path(self._failures)
 
 
-def _method(choice: Choice) -> str:
-    return "exponent shift" if choice.strength is None else f"smooth alpha={choice.strength:.2f}"
+def _method(choice: Choice, rule: Rule) -> str:
+    if choice.strength is None:
+        return "exponent shift"
+    is_awq = rule.smooth is not None and rule.smooth.strength == AWQ
+    return f"awq power={choice.strength:.2f}" if is_awq else f"smooth alpha={choice.strength:.2f}"
 
 
 def _exact(rule: Rule, members: Sequence[Found[V]]) -> Rule:

@@ -1,6 +1,7 @@
-"""SmoothQuant's scales: how much of an activation's range moves into the weights that read it, channel by channel.
+"""Scales that move between an activation and the weights that read it, channel by channel: SmoothQuant's and AWQ's.
 
-Source: Xiao 2023 (SmoothQuant), section 4, equation 4; the strengths in `STRENGTHS` are those that its authors publish.
+Sources: Xiao 2023 (SmoothQuant), section 4, equation 4, and the strengths in `STRENGTHS` as its authors publish them;
+Lin 2023 (AWQ), section 3.2: weights that multiply large inputs are made large, so that rounding costs them less.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from qcompile.errors import RecipeError
 
 # of a float16 norm weight, a larger factor could leave the range
 LARGEST = 2.0**10
-SEARCH, MODEL = "search", "model"
+SEARCH, MODEL, AWQ = "search", "model", "awq"
 _POWERS_OF_TWO = "pow2"
 
 # strength by the name of a model; the first that matches
@@ -34,10 +35,11 @@ STRENGTHS: dict[str, float] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Smooth:
-    """How strongly to smooth.  Written "0.5", "search" or "model", each with "/pow2"; see `parse_smooth`.
+    """How strongly to smooth.  Written "0.5", "search", "model" or "awq", each with "/pow2"; see `parse_smooth`.
 
     strength: alpha, from 0 (nothing moves but what levels the weights) to 1 (all of the range); "search" takes for each
-        activation what gives its readers' outputs the least error, "model" what is known for the model's name.
+        activation what gives its readers' outputs the least error, "model" what is known for the model's name; "awq"
+        searches likewise among powers of the channels' mean magnitudes, whatever the weights are.
     powers_of_two: scales are powers of two, so that folding changes no bit of the float model.
     """
 
@@ -54,14 +56,14 @@ def parse_smooth(text: str) -> Smooth:
     strength, *rest = text.split("/")
     if rest not in ([], [_POWERS_OF_TWO]):
         raise RecipeError(f"smooth = {text!r}: after the strength only '/{_POWERS_OF_TWO}' can stand")
-    if strength in (SEARCH, MODEL):
+    if strength in (SEARCH, MODEL, AWQ):
         return Smooth(strength=strength, powers_of_two=bool(rest))
     try:
         number = float(strength)
     except ValueError:
         number = -1.0
     if not 0 <= number <= 1:
-        raise RecipeError(f"smooth = {text!r}: write a strength from 0 to 1, '{SEARCH}' or '{MODEL}'")
+        raise RecipeError(f"smooth = {text!r}: write a strength from 0 to 1, '{SEARCH}', '{MODEL}' or '{AWQ}'")
     return Smooth(strength=number, powers_of_two=bool(rest))
 
 
@@ -86,6 +88,21 @@ def smooth_scale(activation: Tensor, weight: Tensor, strength: float, *, powers_
     dead = (activation == 0) | (weight == 0)
     scale = activation.double().pow(strength) / weight.double().pow(1 - strength)
     scale = torch.where(dead, 1.0, scale).clamp(1 / LARGEST, LARGEST)
-    if powers_of_two:
-        scale = torch.exp2(scale.log2().round())
-    return scale.float()
+    return _kept(scale, powers_of_two)
+
+
+def awq_scale(magnitude: Tensor, power: float, *, powers_of_two: bool = False) -> Tensor:
+    """What to divide each channel of an activation by: a power of its magnitude, from 0 (nothing moves) to 1.
+
+    magnitude: float32 [K], the mean of each channel's.
+    Returns float32 [K] around 1, within 1 / LARGEST and LARGEST; 1 for a dead channel.
+    """
+    dead = magnitude == 0
+    scale = torch.where(dead, 1.0, magnitude.double()).pow(power)
+    alive = scale[~dead] if not bool(dead.all()) else scale
+    scale = torch.where(dead, 1.0, scale / (alive.amax() * alive.amin()).sqrt()).clamp(1 / LARGEST, LARGEST)
+    return _kept(scale, powers_of_two)
+
+
+def _kept(scale: Tensor, powers_of_two: bool) -> Tensor:
+    return (torch.exp2(scale.log2().round()) if powers_of_two else scale).float()

@@ -30,6 +30,7 @@ from qcompile.plan import Plan
 from qcompile.presets import PRESETS
 from qcompile.recipe import Recipe, Rule
 from qcompile.report.quality import token_windows
+from qcompile.smooth import parse_smooth
 from qcompile.spec import parse_spec
 
 WINDOW, BATCH = 512, 16
@@ -38,6 +39,7 @@ HEAD = PRESETS["gptq4"].rules[0]
 METHODS: dict[str, dict[str, Any]] = {
     "RTN": {"solver": "round"},
     "HQQ": {"solver": "hqq"},
+    "AWQ": {"solver": "awq", "smooth": parse_smooth("awq")},
     "GPTQ": {"solver": "gptq-unordered"},
     "GPTQ, act-order": {"solver": "gptq"},
 }
@@ -84,7 +86,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--calibration", type=int, default=64)
+    parser.add_argument("--calibration", type=int, default=32)
     parser.add_argument("--first", type=int, default=0, help="first window to calibrate on")
     parser.add_argument("--rows", default="*", help="globs, parted by |")
     parser.add_argument("--result", type=Path)

@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from qcompile.numerics import QParams
+from qcompile.solvers.awq import solve_awq
 from qcompile.solvers.gptq import solve_gptq
 from qcompile.solvers.hqq import solve_hqq
 from qcompile.solvers.imatrix import solve_imatrix
@@ -32,6 +33,7 @@ class InTurn(Protocol):
 
 # those that are run while the model runs with the weights before quantized
 IN_TURN: dict[str, InTurn] = {
+    "awq": solve_awq,
     "gptq": solve_gptq,
     "gptq-unordered": partial(solve_gptq, ordered=False),
 }

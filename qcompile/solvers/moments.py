@@ -35,6 +35,12 @@ class Moments:
             importance = weight.new_ones(weight.shape[1], dtype=torch.float64)
         return cls(matrix=torch.diag(importance) if importance.dim() == 1 else importance)
 
+    def blocks(self, columns: int) -> Tensor:
+        """What errors cost together in each tile of so many columns, float32 [K / columns, columns, columns]."""
+        matrix = self.matrix.float()
+        tiles = matrix.unflatten(0, (-1, columns)).unflatten(2, (-1, columns))
+        return tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
     def snr_db(self, weight: Tensor, values: Tensor) -> float:
         """Signal-to-noise ratio in dB of outputs when `values` stand for the weight; both [N, K]."""
         matrix = self.matrix.to(weight.device, torch.float32)

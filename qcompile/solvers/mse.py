@@ -73,7 +73,8 @@ def clips(spec: Spec) -> tuple[float, ...]:
 def squared_error(weight: Tensor, qparams: QParams, importance: Tensor | None = None) -> Tensor:
     """Sum of squared errors of each tile under qparams, slice by slice of rows.  Returns float32 like the scale.
 
-    importance: float32 [K], how much the errors of each column count; None for all alike.
+    importance: float32 [K], how much the errors of each column count; None for all alike; [K / c, c, c] for tiles of c
+        columns, how much those of two columns of a tile count together.
     """
     rows = qparams.spec.granularity.rows
     unit = max(rows, 1)
@@ -82,11 +83,17 @@ def squared_error(weight: Tensor, qparams: QParams, importance: Tensor | None = 
     for start in range(0, len(weight), count):
         part = weight[start : start + count].float()
         held = qparams if rows == ALL else rows_of(qparams, slice(start // unit, (start + count) // unit))
-        errors = (dequantize(quantize(part, held), held) - part).square()
-        errors = errors if importance is None else errors * importance
-        view, dims = tiles(errors, qparams.spec.granularity)
+        costs = _weighed(dequantize(quantize(part, held), held) - part, importance)
+        view, dims = tiles(costs, qparams.spec.granularity)
         parts.append(view.sum(dims))
     return torch.stack(parts).sum(0) if rows == ALL else torch.cat(parts)
+
+
+def _weighed(errors: Tensor, importance: Tensor | None) -> Tensor:
+    if importance is None or importance.dim() == 1:
+        return errors.square() if importance is None else errors.square() * importance
+    blocks = errors.unflatten(1, importance.shape[:2]).transpose(0, 1)  # [K / c, rows, c]
+    return (blocks @ importance * blocks).transpose(0, 1).flatten(1)
 
 
 def rows_of(qparams: QParams, rows: slice) -> QParams:

@@ -155,7 +155,8 @@ def test_padding_is_not_counted(side: str) -> None:
         chosen(qcompile.calibrate(model, [batch], "gptq4", progress=False)) for batch in ({"input_ids": ids}, padded)
     )
     for name, tensor in bare.items():
-        assert (found[name] == tensor).float().mean() > 0.99
+        # a code that lies between two moves those behind it; padding that counts moves a fifth of all codes and more
+        assert (found[name] == tensor).float().mean() > 0.9
 
 
 @pytest.mark.usefixtures("graphs_only")
