@@ -55,8 +55,9 @@ def _in_turn_problem(rule: Rule, recipe: Recipe) -> str:
             "it chooses codes by what weights of linears multiply: write a rule of its own for "
             f"ops = {others}, with solver = 'mse'"
         )
-    others = recipe.rules
-    if any(r.split is not None or r.shift is not None or r.threshold is not None or r.format == FLOAT for r in others):
+    if any(
+        rule.format == FLOAT or (rule.split, rule.shift, rule.threshold) != (None, None, None) for rule in recipe.rules
+    ):
         return (
             "split, shift, threshold and format change weights and inputs after it chose codes for them: leave them "
             "out, or take solver = 'imatrix'"

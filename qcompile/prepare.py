@@ -165,14 +165,16 @@ class _Preparing(Generic[V]):
             for rule, members in by_rule.items():
                 several = any(found.site.name in repeated for found in members)
                 chosen = replace(rule, shift=None) if several else _exact(rule, members)
-                self._decide(edge, chosen, members, may_scale=may_scale)
+                # for weights alone no multiplication is worth it
+                free = not edge.reason or rule.input is not None
+                self._decide(edge, chosen, members, may_scale=may_scale and free)
 
     def _by_rule(self, edge: Edge[V]) -> dict[Rule, list[Found[V]]]:
         """The edge's sites that are quantized and of which data was seen, by the rule that decides them."""
         found: dict[Rule, list[Found[V]]] = {}
         for member in edge.consumers:
             rule = next((rule for rule in self._recipe.rules if rule.matches(member.site)), None)
-            wanted = rule is not None and rule.prepares and (rule.input is not None or rule.smooth is not None)
+            wanted = rule is not None and rule.prepares and (rule.input or (rule.smooth and rule.weight)) is not None
             if rule is not None and wanted and member.site.name in self._seen.stats:
                 found.setdefault(rule, []).append(member)
         return found

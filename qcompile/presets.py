@@ -12,7 +12,7 @@ from qcompile.budget import Budget, parse_budget
 from qcompile.errors import RecipeError, nearest
 from qcompile.graph import Op
 from qcompile.recipe import FLOAT, MOST_SHIFTED, Recipe, Rule, read_recipe, recipe_from_table
-from qcompile.smooth import Smooth
+from qcompile.smooth import AWQ, Smooth
 from qcompile.spec import parse_spec
 
 # the layer that makes logits, in the models of Hugging Face and others
@@ -100,6 +100,14 @@ PRESETS: dict[str, Recipe] = {
             "4.25 bits a weight on average, of 2 to 8, where they matter most, and GPTQ (EXL2); mixed/3: 3 bits",
             "gptq",
             budget=Budget(amount=4.25),
+        ),
+        _linears(
+            "awq4",
+            "int4/g128/asym/bf16",
+            None,
+            "4-bit integer weights in groups of 128, those of large inputs made large before (AWQ)",
+            "awq",
+            smooth=Smooth(strength=AWQ),
         ),
         _linears("fp8", "fp8_e4m3/channel", _FP8, "8-bit floats, inputs scaled token by token"),
         _linears("nf4", "nf4/g64", None, "4-bit NormalFloat weights in groups of 64 (QLoRA)", solver="mse"),

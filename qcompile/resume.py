@@ -52,11 +52,8 @@ def _fingerprint(model: nn.Module, plan: Plan, batches: Iterable[Any]) -> str:
     for fold in plan.folds:
         digest.update(repr((fold.sites, fold.into)).encode())
         _add(digest, fold.scale)
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        _add(digest, parameter)
-    for batch in batches:
-        _add(digest, batch)
+    for held in (dict(model.named_parameters()), dict(model.named_buffers()), list(batches)):
+        _add(digest, held)
     return digest.hexdigest()[:16]
 
 

@@ -198,7 +198,7 @@ class _Run:
 
     def _solve(self, names: Sequence[str], waiting: Sequence["_BatchThread"]) -> Step:
         self._values.clear()
-        known = {} if self._kept is None else self._kept.known(names)
+        known = {} if self._kept is None else dict(self._kept.known(names))
         # without padding, a batch at a time
         rows = (thread.rows() for thread in waiting)
         count = sum(len(part) for part in rows) if known else 0

@@ -45,7 +45,7 @@ def solve_gptq(
     if weight.is_meta:
         return replace(solve_imatrix(weight, spec), codes=torch.empty_like(weight, dtype=code_dtype(spec)))
     moments = Moments.of(importance, weight)
-    found = solve_imatrix(weight, spec, moments.damped(damping).diagonal())
+    found = solve_imatrix(weight, spec, moments.diagonal(damping))
     order, upper = (part.to(weight.device) for part in moments.factored(damping, ordered=ordered))
     dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
     columns = weight.to(dtype).T[order].contiguous()  # [K, N]

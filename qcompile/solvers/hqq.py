@@ -17,7 +17,7 @@ from qcompile.errors import SpecError
 from qcompile.numerics import SMALLEST_SCALE, QParams, dequantize, over_tiles, quantize, tiles
 from qcompile.scales import keep_scale
 from qcompile.solvers.imatrix import OWN_SCALES
-from qcompile.solvers.mse import rows_of, solve_mse
+from qcompile.solvers.mse import rows_of, solve_mse, step_size
 from qcompile.solvers.round import solve_round
 from qcompile.spec import ALL, Spec
 
@@ -46,7 +46,7 @@ def solve_hqq(weight: Tensor, spec: Spec, importance: Tensor | None = None) -> Q
     rows = spec.granularity.rows
     if rows == ALL:
         return _fitted(weight.float(), starts)
-    step = max(rows, CHUNK // weight.shape[1] // rows * rows)
+    step = max(rows, step_size(weight, CHUNK) // weight.shape[1] // rows * rows)
     parts = []
     for first in range(0, len(weight), step):
         tiles_of = slice(first // rows, (first + step) // rows)

@@ -13,7 +13,7 @@ from torch import Tensor
 from qcompile.formats import Integer
 from qcompile.numerics import SMALLEST_SCALE, QParams, find_qparams
 from qcompile.scales import keep_scale
-from qcompile.solvers.mse import clips, solve_mse
+from qcompile.solvers.mse import clips, solve_mse, step_size
 from qcompile.solvers.round import solve_round
 from qcompile.spec import ALL, Granularity, Spec
 
@@ -49,7 +49,7 @@ def solve_imatrix(weight: Tensor, spec: Spec, importance: Tensor | None = None) 
         return solve_mse(weight, spec, importance)
     # where nothing matters, the first is kept
     known = [solve_mse(weight, spec), solve_round(weight, spec)]
-    step = tile.rows * max(1, CHUNK // (tile.rows * weight.shape[1]))
+    step = tile.rows * max(1, step_size(weight, CHUNK) // (tile.rows * weight.shape[1]))
     parts = []
     for start in range(0, len(weight), step):
         x, w = _side_by_side(weight[start : start + step].float(), importance, tile)

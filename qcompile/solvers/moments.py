@@ -49,33 +49,32 @@ class Moments:
         )
         return 10 * log10(signal / noise) if signal > 0 and noise > 0 else inf
 
-    def damped(self, damping: float) -> Tensor:
-        """With a mean diagonal of 1, and `damping` added to the diagonal; float64 [K, K].
+    def diagonal(self, damping: float) -> Tensor:
+        """What each column costs, 1 in the mean, and `damping` more; float64 [K].
 
         Where no input was anything but zero, all columns are alike.
         """
-        hessian = self.matrix.double()
-        mean = hessian.diagonal().mean()
-        if bool(mean == 0):
-            return torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (1 + damping)
-        hessian = hessian / mean
-        hessian.diagonal().add_(damping)
-        return hessian
+        found = self.matrix.diagonal().double()
+        mean = found.mean()
+        return torch.where(mean == 0, 1.0, found / mean) + damping
 
     def factored(self, damping: float, *, ordered: bool) -> _Factored:
-        """Order of the columns, int64 [K], and `inverse_factor` of the damped moments in that order, float64 [K, K].
+        """Order of the columns, int64 [K], and `inverse_factor` of the moments in that order, float64 [K, K].
 
-        ordered: largest diagonal first, else as they stand.  Kept: it is made at the first call.
-        Raises CalibrationError if the moments are not positive definite.
+        damping: added to the diagonal, as to `diagonal`.  ordered: largest diagonal first, else as they stand.
+        Kept: it is made at the first call.  Raises CalibrationError if the moments are not positive definite.
         """
         key = (damping, ordered)
         if key not in self._factored:
-            hessian = self.damped(damping)
-            order = torch.arange(len(hessian), device=hessian.device)
+            diagonal = self.diagonal(damping)
+            order = torch.arange(len(diagonal), device=diagonal.device)
             if ordered:
                 # stable, so that columns that are alike stay as they stand
-                order = hessian.diagonal().argsort(descending=True, stable=True)
-                hessian = hessian[order][:, order]
+                order = diagonal.argsort(descending=True, stable=True)
+            hessian = self.matrix[order][:, order].double()
+            mean = hessian.diagonal().mean()
+            hessian /= torch.where(mean == 0, 1.0, mean)
+            hessian.diagonal().copy_(diagonal[order])
             self._factored[key] = order, inverse_factor(hessian)
         return self._factored[key]
 
@@ -92,5 +91,8 @@ def inverse_factor(hessian: Tensor) -> Tensor:
             f"the second moments {list(hessian.shape)} of an input are not positive definite, as NaN or Inf among them "
             "or too few rows make them: calibrate with more batches that the float model gives finite values for"
         )
-    unit = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(turned.flip(0, 1), unit, upper=True)
+    upper = turned.flip(0, 1)
+    del turned
+    unit = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    # a matrix of many channels is large: the inverse takes the place of the unit
+    return torch.linalg.solve_triangular(upper, unit, upper=True, out=unit)

@@ -23,6 +23,8 @@ FINE = tuple(2 ** (i / 18) for i in (-2, -1, 1, 2))
 POWERS_OF_TWO = tuple(2.0**i for i in (1, 0, -1, -2, -3, -4))
 # elements of one step of the search, so that its passes find them in a cache
 CHUNK = 2**18
+# on a GPU, where to launch a pass over less takes longer than the pass
+LAUNCHED = 2**24
 
 
 def solve_mse(weight: Tensor, spec: Spec, importance: Tensor | None = None) -> QParams:
@@ -78,7 +80,7 @@ def squared_error(weight: Tensor, qparams: QParams, importance: Tensor | None = 
     """
     rows = qparams.spec.granularity.rows
     unit = max(rows, 1)
-    count = unit * max(1, CHUNK // (unit * weight[0].numel()))
+    count = unit * max(1, step_size(weight, CHUNK) // (unit * weight[0].numel()))
     parts = []
     for start in range(0, len(weight), count):
         part = weight[start : start + count].float()
@@ -94,6 +96,11 @@ def _weighed(errors: Tensor, importance: Tensor | None) -> Tensor:
         return errors.square() if importance is None else errors.square() * importance
     blocks = errors.unflatten(1, importance.shape[:2]).transpose(0, 1)  # [K / c, rows, c]
     return (blocks @ importance * blocks).transpose(0, 1).flatten(1)
+
+
+def step_size(weight: Tensor, chunk: int) -> int:
+    """Elements of one step over a weight; chunk: on the CPU."""
+    return LAUNCHED if weight.is_cuda else chunk
 
 
 def rows_of(qparams: QParams, rows: slice) -> QParams:

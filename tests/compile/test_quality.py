@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -15,8 +14,6 @@ from qcompile.cli.subjects import open_subject
 from qcompile.presets import PRESETS
 from qcompile.recipe import Recipe
 from qcompile.report.quality import EmbeddingQuality, LanguageQuality, mean_pooled
-from qcompile.solvers import SOLVERS
-from qcompile.solvers.gptq import solve_gptq
 from qcompile.spec import parse_spec
 from tests.trained import first_windows, inject, language_model, needs_model, other_windows
 
@@ -34,7 +31,7 @@ BARS = {
     "nf4": (56e-3, 0.05),
     "fp8": (15e-3, 0.015),
 }
-DATA_BARS = {"gptq4": (50e-3, 0.035), "gptq g32": (33e-3, 0.025)}
+DATA_BARS = {"gptq4": (50e-3, 0.035), "gptq g32": (33e-3, 0.025), "awq4": (60e-3, 0.04)}
 LOUD_BARS = {
     "int8-smooth-split-static": (6e-3, 0.005),
     "int8-smooth-split": (4.2e-3, 0.005),
@@ -76,7 +73,7 @@ def test_presets_stay_below_their_bars() -> None:
 
 
 @needs_model
-def test_codes_chosen_together_beat_nearest_ones_and_large_inputs_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_chosen_together_beat_nearest_ones_and_large_inputs_come_first() -> None:
     model, batches = language_model(), first_windows(CALIBRATION // 2).split(BATCH)
     head, rule = PRESETS["gptq4"].rules
     finer = Recipe(name="gptq g32", rules=(head, replace(rule, weight=parse_spec("int4/g32/asym/bf16"))))
@@ -84,11 +81,14 @@ def test_codes_chosen_together_beat_nearest_ones_and_large_inputs_come_first(mon
     plans = {"gptq4": qcompile.calibrate(model, batches, "gptq4", progress=False)}
     assert time.perf_counter() - began < LONGEST
     plans["gptq g32"] = qcompile.calibrate(model, batches, finer, progress=False)
-    monkeypatch.setitem(SOLVERS, "gptq", partial(solve_gptq, ordered=False))
-    plans["in their order"] = qcompile.calibrate(model, batches, "gptq4", progress=False)
+    unordered = Recipe(name="gptq-unordered", rules=(head, replace(rule, solver="gptq-unordered")))
+    plans |= {
+        r if isinstance(r, str) else r.name: qcompile.calibrate(model, batches, r, progress=False)
+        for r in (unordered, "awq4")
+    }
     options = {name: {"plan": plan, "lower": False} for name, plan in plans.items()}
     found = quality(model, options | {"nearest": {"recipe": "int4-weight", "lower": False}}, other_windows(WINDOWS))
-    assert found["gptq4"][0] < found["in their order"][0] < found["nearest"][0]
+    assert found["gptq4"][0] < found["gptq-unordered"][0] < found["awq4"][0] < found["nearest"][0]
     assert above({name: found[name] for name in DATA_BARS}, DATA_BARS) == {}
 
 

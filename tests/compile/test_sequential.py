@@ -219,8 +219,8 @@ def test_without_data_the_error_says_what_to_do(net: Net) -> None:
     [
         ({"ops": ["conv"]}, r"what weights of linears multiply: .*ops = \['conv'\]"),
         ({"ops": ["linear", "embedding"]}, r"ops = \['embedding'\]"),
-        ({"input": "int8/token", "smooth": 0.5}, "smooth, split and threshold change weights"),
-        ({"input": "int8/token", "threshold": 6.0}, "smooth, split and threshold change weights"),
+        ({"input": "int8/token", "split": 0.01}, "split, shift, threshold and format change weights"),
+        ({"input": "int8/token", "threshold": 6.0}, "split, shift, threshold and format change weights"),
     ],
 )
 def test_what_does_not_go_together_is_refused(net: Net, table: dict[str, Any], said: str) -> None:

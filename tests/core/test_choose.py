@@ -10,6 +10,7 @@ from torch import Tensor
 from qcompile.choose import (
     LEAST_RID,
     LEAST_SMOOTHING,
+    POWERS,
     RESCUE_DB,
     RESCUE_GAIN,
     Case,
@@ -22,7 +23,7 @@ from qcompile.choose import (
 from qcompile.numerics import QParams, dequantize, qparams_of_range, quantize
 from qcompile.observers import observe
 from qcompile.recipe import FLOAT, Rule
-from qcompile.smooth import Smooth, parse_smooth
+from qcompile.smooth import AWQ, Smooth, parse_smooth
 from qcompile.solvers import SOLVERS
 from qcompile.spec import Spec, parse_spec
 
@@ -86,6 +87,28 @@ def test_a_split_takes_the_loud_channel() -> None:
     assert split.outliers == (LOUD,)
     assert split.scale is None
     assert split.snr_db > choose(case(x, PLAIN)).snr_db + 10
+
+
+@pytest.mark.parametrize("solver", ["round", "imatrix", "gptq"])
+def test_awq_takes_the_power_of_least_noise_for_weights_alone(solver: str) -> None:
+    rule = Rule(weight=parse_spec("int4/channel"), solver=solver, smooth=Smooth(strength=AWQ))
+    found = choose(case(rows(20.0), rule))
+    plain = choose(case(rows(20.0), rule, free=False))
+    assert found.scale is not None
+    assert found.strength in POWERS
+    assert int(found.scale.argmax()) == LOUD
+    assert plain.scale is None
+    assert found.snr_db > plain.snr_db + 2
+    # all others would be given no room
+    assert found.strength < 1
+
+
+def test_awq_gives_one_scale_to_channels_that_must_share_it() -> None:
+    rule = Rule(weight=parse_spec("int4/channel"), smooth=Smooth(strength=AWQ))
+    shared = torch.arange(K) // 2
+    scale = choose(case(rows(20.0), rule, channels=shared)).scale
+    assert scale is not None
+    assert torch.equal(scale[::2], scale[1::2])
 
 
 def test_a_split_holds_no_more_than_its_share() -> None:

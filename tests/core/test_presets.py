@@ -22,6 +22,7 @@ SPECS = {
     "int4-imatrix": ("int4/g32/asym/bf16", "None"),
     "hqq4": ("int4/g64/asym/bf16", "None"),
     "gptq4": ("int4/g128/asym/bf16", "None"),
+    "awq4": ("int4/g128/asym/bf16", "None"),
     "fp8": ("fp8_e4m3/channel", "fp8_e4m3/token"),
     "nf4": ("nf4/g64", "None"),
     "int4-token": ("int4/channel", "int4/token/asym"),
@@ -65,6 +66,7 @@ def test_only_static_presets_and_those_of_solvers_that_look_at_data_need_data() 
         "fp8-static",
         "int4-imatrix",
         "gptq4",
+        "awq4",
     }
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import RecipeError
-from qcompile.smooth import LARGEST, STRENGTHS, Smooth, parse_smooth, smooth_scale, strength_of
+from qcompile.smooth import LARGEST, STRENGTHS, Smooth, awq_scale, parse_smooth, smooth_scale, strength_of
 
 
 def maxima(k: int = 257, spread: float = 1.5) -> tuple[Tensor, Tensor]:
@@ -56,11 +56,32 @@ def test_powers_of_two_are_the_nearest_ones(strength: float) -> None:
     assert float((whole / free).log2().abs().max()) <= 0.5 + 1e-6
 
 
+@pytest.mark.parametrize("power", [0.05, 0.5, 1.0])
+def test_awq_keeps_the_ratios_of_a_power_around_one(power: float) -> None:
+    magnitude, _ = maxima()
+    scale = awq_scale(magnitude, power)
+    # both round once in float32
+    torch.testing.assert_close(scale / scale[0], (magnitude / magnitude[0]).pow(power), rtol=1e-5, atol=0.0)
+    assert float(scale.max() * scale.min()) == pytest.approx(1.0, rel=1e-5)
+    whole = awq_scale(magnitude, power, powers_of_two=True)
+    assert float((whole / scale).log2().abs().max()) <= 0.5 + 1e-6
+    assert bool((torch.frexp(whole).mantissa == 0.5).all())
+
+
+def test_awq_moves_nothing_of_dead_channels_nor_by_the_power_of_zero() -> None:
+    assert awq_scale(torch.tensor([0.0, 4.0, 1.0]), 0.5).tolist() == [1.0, 2.0**0.5, pytest.approx(0.5**0.5)]
+    assert awq_scale(torch.zeros(3), 0.5).tolist() == [1.0] * 3
+    assert awq_scale(torch.tensor([1e-30, 1.0, 1e30]), 0.0).tolist() == [1.0] * 3
+    assert awq_scale(torch.tensor([1e-30, 1.0, 1e30]), 1.0).tolist() == [1 / LARGEST, 1.0, LARGEST]
+
+
 def test_no_channels_get_no_scales() -> None:
     assert smooth_scale(torch.ones(0), torch.ones(0), 0.5).shape == (0,)
 
 
-@pytest.mark.parametrize("text", ["0", "0.5", "0.85", "1", "search", "model", "0.5/pow2", "search/pow2", "model/pow2"])
+@pytest.mark.parametrize(
+    "text", ["0", "0.5", "0.85", "1", "search", "model", "awq", "0.5/pow2", "search/pow2", "awq/pow2"]
+)
 def test_what_is_parsed_is_written_back(text: str) -> None:
     smooth = parse_smooth(text)
     assert str(smooth) == text
@@ -75,7 +96,7 @@ def test_the_default_searches() -> None:
 
 @pytest.mark.parametrize("text", ["", "-0.1", "1.1", "nan", "inf", "high", "Search", "/pow2"])
 def test_a_strength_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(RecipeError, match="a strength from 0 to 1, 'search' or 'model'"):
+    with pytest.raises(RecipeError, match="a strength from 0 to 1, 'search', 'model' or 'awq'"):
         parse_smooth(text)
 
 
