@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qcompile.numerics import QParams, code_dtype, quantize
+from qcompile.numerics import QParams, code_dtype, quantize, tiles
 from qcompile.solvers.moments import Moments
 from qcompile.solvers.mse import solve_mse
 from qcompile.solvers.round import solve_round
@@ -25,13 +25,8 @@ def solve_awq(weight: Tensor, spec: Spec, importance: Tensor | Moments | None = 
     """
     if weight.is_meta:
         return replace(solve_round(weight, spec), codes=torch.empty_like(weight, dtype=code_dtype(spec)))
-    moments = Moments.of(importance, weight)
-    blocks = moments.blocks(spec.granularity.columns or weight.shape[1])
-    found = solve_mse(weight, spec, (blocks / _unit(blocks)).to(weight.device))
+    # refuses what the tiles do not divide
+    tiles(weight, spec.granularity)
+    blocks = Moments.of(importance, weight).blocks(spec.granularity.columns or weight.shape[1])
+    found = solve_mse(weight, spec, blocks.to(weight.device))
     return replace(found, codes=quantize(weight, found))
-
-
-def _unit(blocks: Tensor) -> Tensor:
-    """The mean of the diagonals, so that costs stay in the range of float32."""
-    mean = blocks.diagonal(dim1=1, dim2=2).mean()
-    return torch.where(mean > 0, mean, 1.0)

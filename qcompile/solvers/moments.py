@@ -36,10 +36,15 @@ class Moments:
         return cls(matrix=torch.diag(importance) if importance.dim() == 1 else importance)
 
     def blocks(self, columns: int) -> Tensor:
-        """What errors cost together in each tile of so many columns, float32 [K / columns, columns, columns]."""
-        matrix = self.matrix.float()
-        tiles = matrix.unflatten(0, (-1, columns)).unflatten(2, (-1, columns))
-        return tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+        """What errors cost together in each tile of so many columns, with a mean diagonal of 1.
+
+        Returns float32 [K / columns, columns, columns]; where no input was anything but zero, all columns are alike.
+        """
+        mean = self.matrix.diagonal().double().mean()
+        tiles = self.matrix.unflatten(0, (-1, columns)).unflatten(2, (-1, columns))
+        blocks = tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1).double()
+        unit = torch.eye(columns, dtype=blocks.dtype, device=blocks.device)
+        return torch.where(mean == 0, unit, blocks / mean).float()
 
     def snr_db(self, weight: Tensor, values: Tensor) -> float:
         """Signal-to-noise ratio in dB of outputs when `values` stand for the weight; both [N, K]."""

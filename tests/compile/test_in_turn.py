@@ -11,6 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from transformers.pytorch_utils import Conv1D
 
 import qcompile
 from qcompile import sequential
@@ -72,7 +73,9 @@ def test_both_hosts_run_the_codes_behind_folds(net: Net, smooth: str) -> None:
         graph = host.open(net, x)
         quantize(graph, plan)
         found = codes(graph)
-        assert all(torch.equal(found[f"{name}.weight_codes"], tensor) for name, tensor in chosen(plan).items())
+        # a folded weight has a name of its own
+        of_site = {name: [t for key, t in found.items() if key.startswith(f"{name}.weight")] for name in chosen(plan)}
+        assert all(len(of_site[name]) == 1 and torch.equal(of_site[name][0], t) for name, t in chosen(plan).items())
 
 
 def outputs(model: nn.Module, plan: Plan, x: Any, **options: object) -> Tensor:
@@ -99,16 +102,22 @@ def loud(net: Net) -> Net:
 
 def test_awq_gains_where_inputs_are_loud_and_moves_nothing_where_they_are_alike(net: Net) -> None:
     model, x, error = loud(net), data(seed=2), {}
-    rules = {name: Rule(weight=parse_spec("int4/channel"), solver=name) for name in ("round", "awq")}
-    rules["awq4"] = Rule(weight=parse_spec("int4/channel"), solver="awq", smooth=parse_smooth("awq"))
+    scaled = {"smooth": parse_smooth("awq")}
+    rules = {
+        f"{solver}{kind}": Rule(weight=parse_spec("int4/channel"), solver=solver, **more)
+        for solver in ("round", "awq")
+        for kind, more in (("", {}), (" scaled", scaled))
+    }
     for name, rule in rules.items():
         plan = calibrated(model, Recipe(name=name, rules=(rule,)), data(rows=600))
         error[name] = float((run(model, plan, x, lower=False) - model(x)).norm())
-    assert error["awq4"] < 0.8 * error["awq"] < 0.8 * error["round"]
+    # a clip that knows which channels are loud leaves less to be gained
+    assert error["round scaled"] < 0.8 * error["round"]
+    assert error["awq scaled"] < error["awq"] < error["round"]
     assert all(fold.method.startswith("awq power=") for fold in plan.folds)
     with torch.no_grad():
         model.norm.weight.fill_(1.0)
-    plan = calibrated(model, Recipe(name="r", rules=(rules["awq4"],)), torch.randn(4000, WIDTH).sign())
+    plan = calibrated(model, Recipe(name="r", rules=(rules["awq scaled"],)), torch.randn(4000, WIDTH).sign())
     # magnitudes differ by what chance makes of a sample of rows
     assert all(float((fold.scale - 1).abs().max()) < 0.1 for fold in plan.folds if "up" in fold.sites)
 
@@ -128,6 +137,7 @@ class Functional(nn.Module):
         return torch.tanh(y @ self.third.t()) @ self.third.t()
 
 
+@pytest.mark.usefixtures("graphs_only")
 def test_weights_need_no_modules() -> None:
     model, x = Functional().eval(), data(rows=400)
     plan = calibrated(model, gptq(), x)
@@ -144,7 +154,7 @@ def test_weights_need_no_modules() -> None:
 
 def test_the_weights_of_conv1d_are_solved() -> None:
     model = build("gpt2")
-    assert isinstance(model.transformer.h[0].mlp.c_fc, hf.pytorch_utils.Conv1D)
+    assert isinstance(model.transformer.h[0].mlp.c_fc, Conv1D)
     plan = calibrated(model, gptq("int4/g32/asym/bf16"), tokens(24, 32))
     shapes = {name: tuple(tensor.shape) for name, tensor in chosen(plan).items()}
     # [N, K], though the module holds [K, N]
@@ -152,6 +162,7 @@ def test_the_weights_of_conv1d_are_solved() -> None:
     assert shapes["transformer.h.1.mlp.c_proj"] == (128, 256 * 2)
 
 
+@pytest.mark.usefixtures("graphs_only")
 def test_a_weight_that_is_an_embedding_too_is_solved_for_the_linear_alone() -> None:
     torch.manual_seed(0)
     config = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
@@ -207,7 +218,7 @@ def test_an_interrupted_run_goes_on(net: Net, tmp_path: Path, monkeypatch: pytes
 def test_what_was_kept_and_is_broken_is_named(net: Net, tmp_path: Path) -> None:
     qcompile.calibrate(net, [data()], gptq(), progress=False, resume=tmp_path)
     for file in tmp_path.rglob("plan.safetensors"):
-        file.write_bytes(b"")
+        file.write_bytes(b"none")
     with pytest.raises(PlanError, match="is broken"):
         qcompile.calibrate(net, [data()], gptq(), progress=False, resume=tmp_path)
 

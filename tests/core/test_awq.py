@@ -41,7 +41,7 @@ def test_costs_are_those_of_the_definition(text: str) -> None:
     x, h, spec = weight(rows=ROWS, columns=K), moments(), parse_spec(text)
     qparams = SOLVERS["round"](x, spec)
     blocks = Moments(matrix=h).blocks(spec.granularity.columns or K)
-    found = squared_error(x, qparams, blocks).double()
+    found = squared_error(x, qparams, blocks).double() * h.diagonal().mean()
     torch.testing.assert_close(found, tile_costs(x, qparams, h), rtol=1e-4, atol=1e-6 * float(found.max()))
 
 

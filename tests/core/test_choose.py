@@ -98,7 +98,8 @@ def test_awq_takes_the_power_of_least_noise_for_weights_alone(solver: str) -> No
     assert found.strength in POWERS
     assert int(found.scale.argmax()) == LOUD
     assert plain.scale is None
-    assert found.snr_db > plain.snr_db + 2
+    # a scale that knows which channels are loud leaves less to be gained
+    assert found.snr_db > plain.snr_db + (2 if solver == "round" else 1)
     # all others would be given no room
     assert found.strength < 1
 

@@ -8,7 +8,7 @@ import torch
 from qcompile.errors import RecipeError
 from qcompile.graph import Op
 from qcompile.observers import observe
-from qcompile.plan import make_plan
+from qcompile.plan import Preparation, make_plan
 from qcompile.presets import PRESETS, default_recipe, parse_recipe
 from qcompile.recipe import Recipe, Rule, recipe_from_table, recipe_to_table
 from qcompile.sites import Site
@@ -56,7 +56,7 @@ def test_logits_keep_eight_bits_where_a_model_has_such_a_layer(name: str) -> Non
     assert rule.weight is not None
     assert rule.weight.format.bits == 8
     stats = {"model.fc": observe(torch.ones(1, 256))}
-    decided = make_plan([fc], recipe, stats).decisions["model.fc"]
+    decided = make_plan([fc], recipe, stats, prepared=Preparation()).decisions["model.fc"]
     assert (str(decided.weight), str(decided.input)) == SPECS[name]
 
 
