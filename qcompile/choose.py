@@ -4,14 +4,14 @@ All are tried on the rows that calibration kept; what gives the outputs the leas
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from math import inf, isnan, log10
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from qcompile.cases import Case, Choice, probe_part
 from qcompile.channels import tied
 from qcompile.formats import FORMATS, Float, Integer
 from qcompile.noise import Probe, Treatment, shares_rows
@@ -31,100 +31,11 @@ POWERS = tuple(i / 20 for i in range(21))
 # dB of a site's output below which a static input is rescued (noise of 2 % of the signal's amplitude), if that gains
 # so much: rows that were not seen fare worse under a scale found beforehand
 RESCUE_DB, RESCUE_GAIN = 34.0, 3.0
-# what is tried is tried often: the error of a mean over so many is a few percent
-ROWS, FEATURES = 128, 128
 # noise over signal of which a split must rid the outputs, as it costs a thin matmul and a sum: noise adds up behind
 # the sites, and where there is little, even a decibel of it is not worth that
 LEAST_RID = 6e-5
 # dB that a split and that smoothing must gain: less is within what other rows would show
 LEAST_GAIN, LEAST_SMOOTHING = 0.3, 0.5
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Case:
-    """Sites that read one activation and follow one rule.
-
-    probe: the rows, and the weights of all sites one below the other (see `joined`).  stats: of the activation.
-    columns: float32 [K], largest magnitude of each column of the weights.
-    channels: int64 [K], what must share a scale (see `qcompile.edges`); None if no scale may move.
-    strength: of smoothing, where the rule names none by number.
-    """
-
-    probe: Probe
-    stats: Stats
-    columns: Tensor
-    rule: Rule
-    channels: Tensor | None = None
-    strength: float | None = None
-
-    @cached_property
-    def energy(self) -> Tensor:
-        """What each channel carries of the outputs, float64 [K]; a scale cancels out, as the weight gets it back."""
-        return self.stats.squares * self.probe.weight.double().square().sum(0).to(self.stats.squares.device)
-
-    @cached_property
-    def tied_columns(self) -> Tensor:
-        """The largest magnitude of the columns that must share a scale, float32 [K]."""
-        assert self.channels is not None
-        return tied(self.columns, self.channels)
-
-    @cached_property
-    def halves(self) -> tuple[Probe, Probe] | None:
-        """The sampled rows in two parts, to find something on one and try it on the other; None for a single row."""
-        sample, weight = self.stats.sample, self.probe.weight
-        half = min(ROWS, len(sample.rows) // 2)
-        if half == 0:
-            return None
-        first, second = (
-            Probe(weight=weight, rows=rows.to(weight.device), counts=counts.double().to(weight.device))
-            for rows, counts in zip(sample.rows.split(half)[:2], sample.counts.split(half)[:2], strict=True)
-        )
-        return first, second
-
-    @cached_property
-    def extremes(self) -> tuple[Tensor, Tensor]:
-        """Least and greatest of each channel in either half, float32 [2, K]."""
-        assert self.halves is not None
-        return torch.stack([half.low for half in self.halves]), torch.stack([half.high for half in self.halves])
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Choice:
-    """What the sites of a case get.
-
-    input: spec; scale: float32 [K] that the activation is divided by, or None; strength: that it came from, None for
-    powers of two from a shift.  outliers: channels that stay in 16 bit, ascending.  shift: int64 [K], octaves by which
-    channels are raised, and exponents of the weight lowered after its numbers were chosen, or None.
-    snr_db: of the outputs, over all sites.
-    """
-
-    input: Spec | None
-    scale: Tensor | None = None
-    strength: float | None = None
-    outliers: tuple[int, ...] = ()
-    shift: Tensor | None = None
-    snr_db: float = 0.0
-
-
-def probe_part(weight: Tensor, stats: Stats, *, whole: bool) -> Probe:
-    """A part of a site that is large enough to try choices on; whole: all rows of the weight, which share scales."""
-    step = 1 if whole else -(-len(weight) // FEATURES)
-    # sampled rows stand in the order of their hashes, so that any first ones are a fair sample
-    return Probe(
-        weight=weight.detach()[::step].float(),
-        rows=stats.sample.rows[:ROWS].to(weight.device),
-        counts=stats.sample.counts[:ROWS].double().to(weight.device),
-    )
-
-
-def joined(probes: Sequence[Probe]) -> Probe:
-    """One probe for sites with the same rows, in which each site's output counts the same.
-
-    A weight is divided by its output's root mean square, which no scale of a channel or token sees.
-    """
-    parts = [probe.weight / (probe.signal / probe.counts.sum().item()) ** 0.5 for probe in probes if probe.signal > 0]
-    weight = torch.cat(parts) if parts else probes[0].weight
-    return Probe(weight=weight, rows=probes[0].rows, counts=probes[0].counts)
 
 
 def choose(case: Case) -> Choice:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qcompile.budget import BITS, Budget, Option, least_cost, least_error
-from qcompile.choose import probe_part
+from qcompile.cases import probe_part
 from qcompile.errors import CalibrationError, RecipeError
 from qcompile.formats import parse_format
 from qcompile.noise import Treatment

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from qcompile.artifact import save_failure
 from qcompile.backends.fx.capture import capture
-from qcompile.choose import Case, Choice, choose, choose_weight, joined, prepared_stats, probe_part
+from qcompile.cases import Case, Choice, fold_method, joined, probe_part
+from qcompile.choose import choose, choose_weight, prepared_stats
 from qcompile.edges import Edge, find_edges, same_channels
 from qcompile.folds import Fold
 from qcompile.graph import Graph, Op, V
@@ -27,7 +28,7 @@ from qcompile.passes.split_outliers import split_outliers
 from qcompile.plan import Decision, Plan, Preparation
 from qcompile.recipe import FLOAT, Recipe, Rule
 from qcompile.sites import Found, Site
-from qcompile.smooth import AWQ, MODEL, strength_of
+from qcompile.smooth import MODEL, strength_of
 from qcompile.spec import ALL, Spec
 from qcompile.verify import check, difference, failing_part, run_graph
 from qcompile.watch import Seen, evaluating, first_rows, run_batch
@@ -174,7 +175,7 @@ class _Preparing(Generic[V]):
         found: dict[Rule, list[Found[V]]] = {}
         for member in edge.consumers:
             rule = next((rule for rule in self._recipe.rules if rule.matches(member.site)), None)
-            wanted = rule is not None and rule.prepares and (rule.input or (rule.smooth and rule.weight)) is not None
+            wanted = rule is not None and rule.prepares and (rule.input, rule.shift, rule.smooth) != (None, None, None)
             if rule is not None and wanted and member.site.name in self._seen.stats:
                 found.setdefault(rule, []).append(member)
         return found
@@ -206,7 +207,7 @@ class _Preparing(Generic[V]):
                 self._choose_weight(name, weight, stats, rule, choice)
         if choice.scale is not None:
             readers = tuple(found.site.name for found in edge.consumers)
-            self._fold(edge, Fold(sites=readers, scale=choice.scale, into=edge.into, method=_method(choice, rule)))
+            self._fold(edge, Fold(sites=readers, scale=choice.scale, into=edge.into, method=fold_method(choice, rule)))
             # who reads the activation beside the members gets it divided, too
             others = (name for name in readers if name not in names and name in self._seen.stats)
             self.stats |= {name: self._seen.stats[name].divided(choice.scale) for name in others}
@@ -350,13 +351,6 @@ class _Preparing(Generic[V]):
         if self._failures is None:
             self._failures = tempfile.mkdtemp(prefix="qcompile-failures-")
         return Path(self._failures)
-
-
-def _method(choice: Choice, rule: Rule) -> str:
-    if choice.strength is None:
-        return "exponent shift"
-    is_awq = rule.smooth is not None and rule.smooth.strength == AWQ
-    return f"awq power={choice.strength:.2f}" if is_awq else f"smooth alpha={choice.strength:.2f}"
 
 
 def _exact(rule: Rule, members: Sequence[Found[V]]) -> Rule:

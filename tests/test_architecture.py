@@ -46,6 +46,7 @@ CORE = (
     "outliers",
     "study",
     "noise",
+    "cases",
     "choose",
     "advice",
     "auto",

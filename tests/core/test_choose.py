@@ -7,18 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from qcompile.cases import Case, joined, probe_part
 from qcompile.choose import (
     LEAST_RID,
     LEAST_SMOOTHING,
     POWERS,
     RESCUE_DB,
     RESCUE_GAIN,
-    Case,
     choose,
     choose_weight,
-    joined,
     prepared_stats,
-    probe_part,
 )
 from qcompile.numerics import QParams, dequantize, qparams_of_range, quantize
 from qcompile.observers import observe
