@@ -14,7 +14,7 @@ from qcompile.noise import Probe, Treatment, probe, shares_rows
 from qcompile.numerics import QParams
 from qcompile.observers import Stats
 from qcompile.outliers import Activation
-from qcompile.packing import stored_bytes
+from qcompile.sizes import stored_bytes
 from qcompile.smooth import smooth_scale
 from qcompile.spec import ALL, Spec, parse_spec
 

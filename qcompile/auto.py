@@ -19,7 +19,7 @@ from qcompile.ranges import parse_observer
 from qcompile.recipe import AUTO, Rule
 from qcompile.sites import Site
 from qcompile.solvers import SOLVERS
-from qcompile.spec import Spec
+from qcompile.spec import Spec, Zero
 
 # by bits. Floats that only a study knows (e2m5, e3m4) are left out: nothing multiplies them
 RIVALS: dict[int, tuple[str, ...]] = {
@@ -60,7 +60,7 @@ def _candidates(rule: Rule, weight: Spec) -> Iterator[Rule]:
 
 def _of(spec: Spec, fmt: Format) -> Spec:
     """The spec with another format; only integers have a zero point."""
-    return replace(spec, format=fmt, symmetric=spec.symmetric or not isinstance(fmt, Integer))
+    return replace(spec, format=fmt, zero=spec.zero if isinstance(fmt, Integer) else Zero.SYMMETRIC)
 
 
 def _snr_db(rule: Rule, site: Site, stats: Stats | None) -> float:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from qcompile.folds import fold_notes, scale_before
 from qcompile.numerics import dequantize, quantize, snr_db
-from qcompile.packing import stored_bytes
 from qcompile.plan import Decision, Plan
 from qcompile.report import Report, SiteReport
 from qcompile.shifts import lowered_importance
 from qcompile.sites import CHANNEL_AXIS, LeftOver, Site
+from qcompile.sizes import stored_bytes
 from qcompile.solvers import SOLVERS
 
 

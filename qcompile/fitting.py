@@ -8,7 +8,7 @@ import torch
 from qcompile.errors import SpecError, WeightError
 from qcompile.graph import Op
 from qcompile.sites import Site
-from qcompile.spec import ALL, Spec, parse_granularity
+from qcompile.spec import ALL, SCALES, Spec, Zero, parse_granularity
 
 # in smaller groups, the scales of 4-bit codes take half as much as the codes or more
 SMALLEST_GROUP = 16
@@ -35,6 +35,11 @@ def check_weight(site: Site) -> None:
 
 def check_tiles(site: Site, spec: Spec, what: str) -> None:
     """Raise SpecError if the tiles of the spec do not divide the site's weight or input.  what: of both is meant."""
+    if what == "input" and (spec.zero in (Zero.FULL, Zero.MINIMUM) or SCALES[spec.scale].shared):
+        raise SpecError(
+            f"{spec} is for weights, and was given to the input of {site.name!r}: take 'int8/token' or "
+            "'int8/token/asym', or leave the input as it is"
+        )
     n, k = site.weight.shape
     rows, columns = spec.granularity.rows, spec.granularity.columns
     if site.op is Op.CONV and columns != ALL:

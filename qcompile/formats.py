@@ -3,7 +3,7 @@
 A format is a finite set of numbers, each with a code. Everything else (who shares a scale, how the
 scale is kept) is a spec's business, see `qcompile.spec`. To add a format, add a line to `FORMATS`.
 Source: OCP 8-bit and Microscaling specifications v1.0; QLoRA (Dettmers 2023) for NF4;
-bitsandbytes for its FP4 and dynamic map; Kuzmin 2022 for floats that reserve no code.
+bitsandbytes for its FP4 and dynamic map; ggml for IQ4_NL; Kuzmin 2022 for floats that reserve no code.
 """
 
 import math
@@ -84,7 +84,7 @@ class Float:
 class CodeBook:
     """Any 2**bits numbers. `levels` is None when each tensor learns its own (kept in its qparams).
 
-    levels: by code, in [-1, 1]; code order is part of the format, so that stored codes of others can be read.
+    levels: by code; learned ones in [-1, 1]. Their order is part of the format: stored codes of others can be read.
     """
 
     name: str
@@ -93,7 +93,8 @@ class CodeBook:
 
     @property
     def max(self) -> float:
-        return 1.0
+        """Largest magnitude."""
+        return 1.0 if self.levels is None else max(map(abs, self.levels))
 
 
 Format = Integer | Float | CodeBook
@@ -136,6 +137,9 @@ def linear_levels(bits: int = 8) -> tuple[float, ...]:
 # bitsandbytes' order of codes, in twelfths; bit 3 is the sign
 _BNB_FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
+# without a zero: the nearest number is 1
+_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
 _TABLE: tuple[Format, ...] = (
     *(Integer(bits=b) for b in range(2, 9)),
     Float(name="fp8_e4m3", exponent=4, mantissa=3, bias=7, reserved=1, dtype=torch.float8_e4m3fn),
@@ -153,6 +157,7 @@ _TABLE: tuple[Format, ...] = (
     CodeBook(name="bnb_fp4", bits=4, levels=tuple(v / 12 for v in _BNB_FP4) + tuple(0.0 - v / 12 for v in _BNB_FP4)),
     CodeBook(name="dynamic8", bits=8, levels=dynamic_levels(8)),
     CodeBook(name="linear8", bits=8, levels=linear_levels(8)),
+    CodeBook(name="iq4_nl", bits=4, levels=tuple(map(float, _IQ4_NL))),
     *(CodeBook(name=f"quantile{b}", bits=b, levels=None) for b in range(2, 9)),
     *(CodeBook(name=f"lloyd{b}", bits=b, levels=None) for b in range(2, 9)),
 )

@@ -19,9 +19,9 @@ from qcompile.formats import parse_format
 from qcompile.noise import Treatment
 from qcompile.numerics import fake_quantize
 from qcompile.observers import Stats
-from qcompile.packing import stored_bytes
 from qcompile.recipe import Recipe, Rule
 from qcompile.sites import Site
+from qcompile.sizes import stored_bytes
 from qcompile.solvers import IN_TURN
 from qcompile.spec import Spec, parse_granularity
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from qcompile.codebooks import learned_levels
 from qcompile.errors import SpecError
 from qcompile.formats import CodeBook, Float, Integer, code_values
-from qcompile.scales import keep_scale
-from qcompile.spec import ALL, Granularity, Spec
+from qcompile.scales import keep_minimum, keep_scale
+from qcompile.spec import ALL, Granularity, Spec, Zero
 
 # smallest normal float32: what is below may be flushed to zero
 SMALLEST_SCALE = 2.0**-126
@@ -29,14 +29,14 @@ _PART = 2**22
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QParams:
-    """What one spec got on one tensor: `x ~ (q - zero) * scale`, tile by tile.
+    """What one spec got on one tensor: `x ~ (q - zero) * scale`, tile by tile; with a minimum `q * scale + zero`.
 
     scale: float32, as its storage rounds it. For x: [..., K] it is [] for tensor, [..., 1] for channel and
         token, [..., K / g] for groups; [N / r, K / c] for blocks of several rows of [N, K]. A weight [N, C, H, W]
         of a convolution has one a row of [N, C * H * W], as [N, 1, 1, 1].
-    zero: the code of 0, float32, shaped like scale; None if symmetric.
+    zero: the code of 0, or the minimum, which is what code 0 stands for; float32, shaped like scale; None if symmetric.
     levels: float32 [2**bits], for code books learned from the tensor.
-    stored: what is stored in place of scale (see `qcompile.scales`).
+    stored: what is stored in place of scale and minimum (see `qcompile.scales`).
     codes: as of `quantize`, chosen together for this one tensor, on any device; None for the nearest.
     lowered: of which numbers of fewer bits these are made; None where of none.
     """
@@ -112,18 +112,27 @@ def qparams_of_range(low: Tensor, high: Tensor, spec: Spec, *, clip: Tensor | fl
     """
     if spec.symmetric:
         amax = torch.maximum(high, -low)
-        scale = clip * amax / spec.format.max
+        scale = clip * amax / (-spec.code_range[0] if spec.zero is Zero.FULL else spec.format.max)
     else:
         # 0 belongs to the range, so that padding and dead weights stay exactly 0
         low = low.clamp(max=0.0)
         amax = high.clamp(min=0.0) - low
         scale = clip * amax / spec.code_range[1]
     scale = torch.where(scale == 0, 1.0, scale.clamp(min=SMALLEST_SCALE))
-    # a code book ends at 1, and the power of two at or below amax would cover half of the tile: take just below 1
-    element_max = 1 - 2.0**-24 if isinstance(spec.format, CodeBook) else spec.format.max
-    scale, stored = keep_scale(scale, spec.scale, amax, element_max, clip)
+    if spec.zero is Zero.FULL:
+        # the end that reaches further gets the code that the other lacks
+        scale = torch.where(high > -low, -scale, scale)
+    scale, stored = keep_scale(scale, spec.scale, amax, _element_max(spec), clip)
+    if spec.zero is Zero.MINIMUM:
+        minimum, more = keep_minimum(clip * low, spec.scale)
+        return QParams(spec=spec, scale=scale, zero=minimum, stored=stored | more)
     zero = None if spec.symmetric else (-clip * low / scale).round().clamp(*spec.code_range)
     return QParams(spec=spec, scale=scale, zero=zero, stored=stored)
+
+
+def _element_max(spec: Spec) -> float:
+    # a code book may end at a power of two, and the one at or below amax would cover half of the tile: just below it
+    return spec.format.max * (1 - 2.0**-24) if isinstance(spec.format, CodeBook) else spec.format.max
 
 
 def over_dimensions(qparams: QParams, dims: int) -> QParams:
@@ -155,11 +164,13 @@ def quantize(x: Tensor, qparams: QParams) -> Tensor:
             )
         return qparams.codes.to(x.device)
     view, _ = tiles(x.float(), spec.granularity)
+    if qparams.zero is not None and spec.zero is Zero.MINIMUM:
+        view = view - over_tiles(qparams.zero, spec.granularity)
     scaled = view / over_tiles(qparams.scale, spec.granularity)
     if not isinstance(spec.format, Integer):
         return encode(scaled, spec.format, qparams.levels).reshape(x.shape)
     codes = scaled.round()
-    if qparams.zero is not None:
+    if qparams.zero is not None and spec.zero is Zero.CODE:
         codes = codes + over_tiles(qparams.zero, spec.granularity)
     return codes.clamp(*spec.code_range).to(code_dtype(spec)).reshape(x.shape)
 
@@ -177,9 +188,14 @@ def dequantize(codes: Tensor, qparams: QParams, dtype: torch.dtype = torch.float
     else:
         values = decode(codes, spec.format, qparams.levels)
     view, _ = tiles(values, spec.granularity)
-    if qparams.zero is not None:
-        view = view - over_tiles(qparams.zero, spec.granularity)
-    return (view * over_tiles(qparams.scale, spec.granularity)).reshape(codes.shape).to(dtype)
+    scale = over_tiles(qparams.scale, spec.granularity)
+    if qparams.zero is None:
+        view = view * scale
+    elif spec.zero is Zero.MINIMUM:
+        view = view * scale + over_tiles(qparams.zero, spec.granularity)
+    else:
+        view = (view - over_tiles(qparams.zero, spec.granularity)) * scale
+    return view.reshape(codes.shape).to(dtype)
 
 
 def fake_quantize(x: Tensor, spec: Spec) -> Tensor:

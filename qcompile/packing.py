@@ -15,8 +15,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qcompile.errors import SpecError
-from qcompile.numerics import QParams, find_qparams
-from qcompile.spec import Spec
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -68,22 +66,6 @@ def unpack(packed: Tensor, bits: int, length: int, signed: bool) -> Tensor:
 def packed_length(length: int, bits: int) -> int:
     """Bytes that `length` codes of one row fill."""
     return -(-length * bits // 8)
-
-
-def stored_bytes(spec: Spec, rows: int, columns: int) -> int:
-    """Bytes that a [rows, columns] tensor fills under `spec`: packed codes, scales, zero points, learned levels.
-
-    Raises SpecError if the spec's tiles do not divide the shape.
-    """
-    qparams = find_qparams(torch.empty(rows, columns, device="meta"), spec)
-    return rows * packed_length(columns, spec.format.bits) + qparams_bytes(qparams)
-
-
-def qparams_bytes(qparams: QParams) -> int:
-    """Bytes of what is stored beside the codes; a zero point is an integer code and fills one byte."""
-    tensors = [*qparams.stored.values(), *([] if qparams.levels is None else [qparams.levels])]
-    zeros = 0 if qparams.zero is None else qparams.zero.numel()
-    return sum(tensor.nbytes for tensor in tensors) + zeros
 
 
 def _check(bits: int) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 from qcompile.budget import Budget, parse_budget
 from qcompile.errors import RecipeError, nearest
+from qcompile.ggml import TYPES
 from qcompile.graph import Op
 from qcompile.recipe import FLOAT, MOST_SHIFTED, Recipe, Rule, read_recipe, recipe_from_table
 from qcompile.smooth import AWQ, Smooth
-from qcompile.spec import parse_spec
+from qcompile.spec import SCALES, parse_spec
 
 # the layer that makes logits, in the models of Hugging Face and others
 _HEAD = "*lm_head|*embed_out|*output_layer"
@@ -111,6 +112,11 @@ PRESETS: dict[str, Recipe] = {
         ),
         _linears("fp8", "fp8_e4m3/channel", _FP8, "8-bit floats, inputs scaled token by token"),
         _linears("nf4", "nf4/g64", None, "4-bit NormalFloat weights in groups of 64 (QLoRA)", solver="mse"),
+        *(
+            _linears(kind.name.lower(), str(kind.spec), None, f"weights in GGML's blocks {kind.name}", "kquant")
+            for kind in TYPES.values()
+            if SCALES[kind.spec.scale].minimum
+        ),
         _linears("int4-token", "int4/channel", "int4/token/asym", "4-bit integers, inputs too", "mse", head=_INT8),
         _linears("w4a8", "int4/g128/asym/bf16", _INT8, "4-bit weights in groups of 128, 8-bit inputs", head=_INT8),
         _linears("mxfp4", _MXFP4, _MXFP4, "4-bit floats in blocks of 32 under powers of two (OCP MX)", head=_INT8),

@@ -1,7 +1,7 @@
 """How a scale is kept: rounded to 16 bits, to a power of two, under a second scale, or quantized itself.
 
 Sources: OCP Microscaling v1.0 section 6.3 (e8m0); NVIDIA Transformer Engine's NVFP4 reference (fp8_e4m3);
-QLoRA section 3, double quantization (dq256).
+QLoRA section 3, double quantization (dq256); ggml's K-quants (integers under one float16).
 """
 
 import math
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qcompile.formats import FORMATS, dynamic_levels
+from qcompile.packing import pack, unpack
+from qcompile.spec import SCALES, ScaleKind
 
 Stored = dict[str, Tensor]
 _Keep = Callable[[Tensor, Tensor, float, Tensor | float], tuple[Tensor, Stored]]
@@ -28,16 +30,39 @@ def keep_scale(
 ) -> tuple[Tensor, Stored]:
     """`scale` as storage of this kind gives it back, and the tensors that are stored.
 
-    scale: float32 > 0, any shape; amax: largest magnitude of each tile, same shape; element_max: of the format;
-    clip: the part of amax that scale covers.  Returns float32 shaped like scale, and tensors by name.
+    scale: float32, any shape, not 0, negative only if the kind is signed; amax: largest magnitude of each tile, same
+    shape; element_max: of the format; clip: the part of amax that scale covers.
+    Returns float32 shaped like scale, and tensors by name.
     A tile's result under fp8_e4m3 does not depend on clip elsewhere: the tensor's scale is that of clip 1.
     """
     return _KEEP[kind](scale, amax, element_max, clip)
 
 
-def stored_scale(stored: Stored, kind: str) -> Tensor:
-    """The float32 scale that `keep_scale` returned, from what it stored."""
-    return _RESTORE[kind](stored)
+def stored_scale(stored: Stored, kind: str, count: int) -> Tensor:
+    """The float32 scale that `keep_scale` returned, from what it stored.  count: of its last dimension."""
+    return _restored(SCALES[kind], stored, count) if SCALES[kind].shared else _RESTORE[kind](stored)
+
+
+def keep_minimum(minimum: Tensor, kind: str) -> tuple[Tensor, Stored]:
+    """The minimum of each tile as storage of this kind gives it back, and the tensors that are stored.
+
+    minimum: float32, shaped like the scale, at most 0 if the kind is not signed.  kind: one that can keep a minimum.
+    """
+    if SCALES[kind].shared:
+        # what is stored is subtracted
+        kept, stored = _integers(SCALES[kind], -minimum, least=0)
+        return -kept, {f"minimum_{name}": tensor for name, tensor in stored.items()}
+    dtype = _MINIMUM_DTYPE[kind]
+    limit = torch.finfo(dtype).max
+    held = minimum.clamp(-limit, limit).to(dtype)
+    return held.float(), {"minimum": held}
+
+
+def stored_minimum(stored: Stored, kind: str, count: int) -> Tensor:
+    """The float32 minimum that `keep_minimum` returned, from what was stored with the scale.  count: as above."""
+    if not SCALES[kind].shared:
+        return stored["minimum"].float()
+    return -_restored(SCALES[kind], {name: stored[f"minimum_{name}"] for name in ("code", "outer")}, count)
 
 
 def _as_it_is(scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float) -> tuple[Tensor, Stored]:
@@ -52,13 +77,14 @@ def _rounded(dtype: torch.dtype) -> _Keep:
 
     def keep(scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float) -> tuple[Tensor, Stored]:
         # in integers, because a compiler that fuses a cast down with a cast up leaves out the rounding
-        bits = scale.view(torch.int32)
+        size = scale.abs()
+        bits = size.view(torch.int32)
         half = (1 << (dropped - 1)) - 1 + ((bits >> dropped) & 1)
         normal = (((bits + half) >> dropped) << dropped).view(torch.float32).clamp(max=limits.max)
-        subnormal = (scale / step).round().clamp(min=1.0) * step
-        finite = torch.where(scale < limits.smallest_normal, subnormal, normal)
+        subnormal = (size / step).round().clamp(min=1.0) * step
+        finite = torch.where(size < limits.smallest_normal, subnormal, normal)
         # NaN and Inf stay, so that a poisoned tile is not hidden
-        kept = torch.where(torch.isfinite(scale), finite, scale)
+        kept = torch.where(torch.isfinite(scale), finite, size).copysign(scale)
         return kept, {"scale": kept.to(dtype)}
 
     return keep
@@ -124,6 +150,46 @@ def _restore_double(stored: Stored) -> Tensor:
     return restored.clamp(min=torch.finfo(torch.float32).tiny)
 
 
+def _as_integers(kind: ScaleKind) -> _Keep:
+    def keep(scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float) -> tuple[Tensor, Stored]:
+        # a tile of zeros has any scale, and costs its neighbours no precision
+        return _integers(kind, torch.where(amax == 0, 0.0, scale), least=1)
+
+    return keep
+
+
+def _integers(kind: ScaleKind, values: Tensor, *, least: int) -> tuple[Tensor, Stored]:
+    """Integers times one float16 for so many values of a row.  values: [..., G].  least: magnitude of an integer."""
+    count = values.shape[-1]
+    together = pad(values, (0, -count % kind.shared)).unflatten(-1, (-1, kind.shared))
+    largest = together.gather(-1, together.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    low, high = integer_range(kind)
+    # the largest magnitude is the integer that is furthest from 0; of zeros alone, no negative one
+    outer, stored = _KEEP["fp16"](largest / (low or high) + 0.0, largest, 1.0, 1.0)
+    exact = together / outer[..., None]
+    codes = exact.round().clamp(low, high)
+    sign = torch.where(exact < 0, -1.0, 1.0)
+    kept = torch.where(codes.abs() < least, sign * least, codes).flatten(-2)
+    # what is not finite shows by the float16
+    code = torch.where(kept.isfinite(), kept, 0.0).to(torch.int8)
+    both = {"code": pack(code, kind.code_bits), "outer": stored["scale"]}
+    return _restored(kind, both, count), both
+
+
+def integer_range(kind: ScaleKind) -> tuple[int, int]:
+    """Smallest and largest of the integers that stand for scales of this kind."""
+    if not kind.signed:
+        return 0, 2**kind.code_bits - 1
+    return -(2 ** (kind.code_bits - 1)), 2 ** (kind.code_bits - 1) - 1
+
+
+def _restored(kind: ScaleKind, stored: Stored, count: int) -> Tensor:
+    outer = stored["outer"].float()
+    codes = unpack(stored["code"], kind.code_bits, outer.shape[-1] * kind.shared, kind.signed)
+    return (codes.unflatten(-1, (-1, kind.shared)) * outer[..., None]).flatten(-2)[..., :count]
+
+
+_MINIMUM_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _KEEP: dict[str, _Keep] = {
     "fp32": _as_it_is,
     "fp16": _rounded(torch.float16),
@@ -131,6 +197,7 @@ _KEEP: dict[str, _Keep] = {
     "e8m0": _power_of_two,
     "fp8_e4m3": _under_tensor_scale,
     "dq256": _double,
+    **{name: _as_integers(kind) for name, kind in SCALES.items() if kind.shared},
 }
 _RESTORE: dict[str, Callable[[Stored], Tensor]] = {
     "fp32": lambda stored: stored["scale"],

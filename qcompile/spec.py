@@ -1,11 +1,12 @@
 """Specs: a format, who shares a scale, and how the scale is kept.
 
-Written `format/granularity[/asym][/scale]`, for example `int8/token`, `int4/g128/asym/bf16`,
-`fp4_e2m1/b32/e8m0` (MXFP4), `fp4_e2m1/b16/fp8_e4m3` (NVFP4), `nf4/g64/dq256` (QLoRA).
+Written `format/granularity[/zero][/scale]`, for example `int8/token`, `int4/g128/asym/bf16`,
+`fp4_e2m1/b32/e8m0` (MXFP4), `fp4_e2m1/b16/fp8_e4m3` (NVFP4), `nf4/g64/dq256` (QLoRA), `int4/b32/min/u6x8` (Q4_K).
 """
 
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 
 from qcompile.errors import SpecError, nearest
 from qcompile.formats import Format, Integer, parse_format
@@ -32,24 +33,62 @@ _GROUP = re.compile(r"[gb](\d+)")
 _BLOCK = re.compile(r"b(\d+)x(\d+)")
 
 
+class Zero(StrEnum):
+    """Where the codes of integers lie. All but SYMMETRIC are written in a spec."""
+
+    # from -q to q
+    SYMMETRIC = ""
+    # from -q - 1 to q, under a scale that may be negative: the largest magnitude of a tile is -q - 1
+    FULL = "full"
+    # from 0 up, one of them, the zero point, stands for 0
+    CODE = "asym"
+    # from 0 up, 0 stands for a minimum, which is kept as the scale is
+    MINIMUM = "min"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScaleKind:
-    """How a scale is kept. bits: per scale, what it shares with others included."""
+    """How a scale is kept. bits: per scale, what it shares with others included.
+
+    signed: it may be negative.  minimum: a minimum can be kept the same way.
+    shared: 0, or how many scales of a row are integers of `code_bits` bits under one float16.
+    """
 
     name: str
     bits: float
     meaning: str
+    signed: bool = False
+    minimum: bool = False
+    shared: int = 0
+    code_bits: int = 0
+
+
+def _integers(bits: int, shared: int, *, signed: bool, source: str) -> ScaleKind:
+    return ScaleKind(
+        name=f"{'i' if signed else 'u'}{bits}x{shared}",
+        bits=bits + 16 / shared,
+        meaning=f"{'' if signed else 'un'}signed integers of {bits} bits, {shared} under one float16 ({source})",
+        signed=signed,
+        minimum=True,
+        shared=shared,
+        code_bits=bits,
+    )
 
 
 SCALES: dict[str, ScaleKind] = {
     s.name: s
     for s in (
-        ScaleKind(name="fp32", bits=32, meaning="float32"),
-        ScaleKind(name="fp16", bits=16, meaning="rounded to float16"),
-        ScaleKind(name="bf16", bits=16, meaning="rounded to bfloat16"),
+        ScaleKind(name="fp32", bits=32, meaning="float32", signed=True, minimum=True),
+        ScaleKind(name="fp16", bits=16, meaning="rounded to float16", signed=True, minimum=True),
+        ScaleKind(name="bf16", bits=16, meaning="rounded to bfloat16", signed=True, minimum=True),
         ScaleKind(name="e8m0", bits=8, meaning="a power of two (OCP MX)"),
         ScaleKind(name="fp8_e4m3", bits=8, meaning="E4M3 under one float32 of the tensor (NVFP4)"),
         ScaleKind(name="dq256", bits=8 + 32 / 256, meaning="dynamic 8-bit in blocks of 256, mean subtracted (QLoRA)"),
+        _integers(4, 16, signed=False, source="GGML Q2_K"),
+        _integers(6, 8, signed=False, source="GGML Q4_K, Q5_K"),
+        _integers(6, 16, signed=True, source="GGML Q3_K"),
+        _integers(8, 16, signed=True, source="GGML Q6_K"),
+        _integers(6, 8, signed=True, source="GGML IQ4_XS"),
     )
 }
 
@@ -60,38 +99,60 @@ class Spec:
 
     format: Format
     granularity: Granularity
-    symmetric: bool = True
+    zero: Zero = Zero.SYMMETRIC
     scale: str = "fp32"
 
     def __post_init__(self) -> None:
-        if not self.symmetric and not isinstance(self.format, Integer):
-            raise SpecError(f"'asym' belongs to integers only: {self.format.name} has no zero point")
+        if self.zero and not isinstance(self.format, Integer):
+            raise SpecError(f"'{self.zero}' belongs to integers only: {self.format.name} has no zero point")
         if self.scale not in SCALES:
             raise SpecError(f"unknown scale {self.scale!r}; nearest: {nearest(self.scale, SCALES)}")
-        if self.scale == "e8m0" and not self.symmetric:
-            raise SpecError("a power-of-two scale ('e8m0') has no zero point: leave out 'asym'")
+        kind = SCALES[self.scale]
+        if kind.name == "e8m0" and self.zero:
+            raise SpecError(f"a power-of-two scale ('e8m0') has no zero point: leave out '{self.zero}'")
+        if self.zero is Zero.FULL and not kind.signed:
+            raise SpecError(f"'full' needs scales with a sign, got {kind.name!r}; take {_having('signed')}")
+        if self.zero is Zero.MINIMUM and not kind.minimum:
+            raise SpecError(f"'min' needs scales that can be 0, got {kind.name!r}; take {_having('minimum')}")
+        if kind.shared and (self.granularity.rows != 1 or self.granularity.columns == ALL):
+            raise SpecError(
+                f"scales {kind.name!r} belong to groups of a row, got {self.granularity.name!r}; write for example "
+                f"'{self.format.name}/g32/{kind.name}'"
+            )
 
     def __str__(self) -> str:
         parts = [self.format.name, self.granularity.name]
-        parts += [] if self.symmetric else ["asym"]
+        parts += [self.zero.value] if self.zero else []
         parts += [] if self.scale == "fp32" else [self.scale]
         return "/".join(parts)
 
     @property
+    def symmetric(self) -> bool:
+        """Whether 0 is the code of 0: codes are signed, and qparams hold no zero."""
+        return self.zero in (Zero.SYMMETRIC, Zero.FULL)
+
+    @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code in use, of integers only."""
-        bits = self.format.bits
-        return (-(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1) if self.symmetric else (0, 2**bits - 1)
+        most = 2 ** (self.format.bits - 1) - 1
+        if self.symmetric:
+            return (-most - (self.zero is Zero.FULL), most)
+        return (0, 2 * most + 1)
 
     def bits_per_element(self, rows: int, columns: int) -> float:
         """Bits that one element of a [rows, columns] tensor costs, scales and zero points included.
 
-        What a tensor stores once (its own scale, learned levels) is left out, see `qcompile.packing.stored_bytes`.
+        What a tensor stores once (its own scale, learned levels) is left out, see `qcompile.sizes.stored_bytes`.
         """
         tile = (self.granularity.rows or rows) * (self.granularity.columns or columns)
-        # a zero point is stored as one byte
-        zero = 0 if self.symmetric else 8
-        return self.format.bits + (SCALES[self.scale].bits + zero) / tile
+        scale = SCALES[self.scale].bits
+        # a zero point is stored as one byte, a minimum as its scale is
+        zero = {Zero.CODE: 8, Zero.MINIMUM: scale}.get(self.zero, 0)
+        return self.format.bits + (scale + zero) / tile
+
+
+def _having(what: str) -> str:
+    return ", ".join(kind.name for kind in SCALES.values() if getattr(kind, what))
 
 
 def parse_granularity(name: str) -> Granularity:
@@ -112,13 +173,13 @@ def parse_spec(text: str) -> Spec:
     if not rest:
         raise SpecError(f"spec {text!r} does not say who shares a scale; write for example '{name}/channel'")
     granularity, *rest = rest
-    symmetric = "asym" not in rest
-    scales = [part for part in rest if part != "asym"]
-    if len(scales) > 1 or len(rest) - len(scales) > 1:
-        raise SpecError(f"spec {text!r} has too many parts; the form is format/granularity[/asym][/scale]")
+    zeros = [part for part in rest if part in set(Zero) - {Zero.SYMMETRIC}]
+    scales = [part for part in rest if part not in zeros]
+    if len(scales) > 1 or len(zeros) > 1:
+        raise SpecError(f"spec {text!r} has too many parts; the form is format/granularity[/zero][/scale]")
     return Spec(
         format=fmt,
         granularity=parse_granularity(granularity),
-        symmetric=symmetric,
+        zero=Zero(zeros[0]) if zeros else Zero.SYMMETRIC,
         scale=scales[0] if scales else "fp32",
     )

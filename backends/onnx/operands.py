@@ -9,7 +9,7 @@ import onnx_ir as ir
 from qcompile.backends.onnx.writer import DOMAIN, array_of
 from qcompile.errors import GraphError
 from qcompile.formats import CodeBook, Format, code_values
-from qcompile.spec import ALL, Spec, parse_spec
+from qcompile.spec import ALL, Spec, Zero, parse_spec
 
 Array = np.ndarray[Any, Any]
 
@@ -33,6 +33,16 @@ class Weight:
     @property
     def name(self) -> str:
         return self.value.name or "weight"
+
+    @property
+    def steps(self) -> tuple[tuple[str, str, Array], ...]:
+        """What is done to the numbers of codes, in order: name and op of ONNX, and what it takes."""
+        scaled = ("scale", "Mul", self.scale)
+        if self.zero is None:
+            return (scaled,)
+        if self.spec.zero is Zero.MINIMUM:
+            return (scaled, ("zero", "Add", self.zero))
+        return (("zero", "Sub", self.zero), scaled)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -15,6 +15,7 @@ from qcompile.backends.onnx.ops import is_op
 from qcompile.backends.onnx.storage import is_whole
 from qcompile.backends.onnx.writer import array_of
 from qcompile.formats import Integer
+from qcompile.spec import Zero
 
 # the codes of 0 of a symmetric pair, and of one that holds no negative number
 _MIDDLE, _LEAST = 128.0, 0.0
@@ -126,7 +127,7 @@ def _set_unsigned(edit: Editor, quantize: ir.Node) -> None:
     x = required(quantize, 0)
     center = _LEAST if is_op(x.producer(), "Relu") else _MIDDLE
     zero = edit.constant(f"{x.name}_zero", ir.Tensor(np.array(center, np.float32)))
-    spec = str(replace(spec_of(quantize), symmetric=False))
+    spec = str(replace(spec_of(quantize), zero=Zero.CODE))
     for node in (quantize, *_dequantizes(quantize)):
         node.resize_inputs(max(3, len(node.inputs)))
         node.replace_input_with(2, zero)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
-from qcompile.packing import stored_bytes
 from qcompile.report import Report, SiteReport
+from qcompile.sizes import stored_bytes
 from qcompile.spec import parse_spec
 
 

@@ -8,7 +8,7 @@ from qcompile.backends.onnx.operands import Array, Weight, by_row
 from qcompile.backends.onnx.storage import code_constant, code_type, integer_type, is_whole, scale_constant, typed
 from qcompile.backends.onnx.writer import Writer, array_of
 from qcompile.errors import GraphError
-from qcompile.spec import ALL, Granularity
+from qcompile.spec import ALL, Granularity, Zero
 
 _D = ir.DataType
 
@@ -36,7 +36,7 @@ def dequantized_weight(w: Writer, weight: Weight, transposed: bool, fold: bool =
 def _has_axis(weight: Weight) -> bool:
     """Whether DequantizeLinear can share scales as the weight does: along one axis, under whole zero points."""
     along_one = weight.codes.ndim == 2 or weight.spec.granularity.rows == ALL or weight.scale.size == len(weight.codes)
-    return is_whole(weight.zero) and along_one
+    return weight.spec.zero is not Zero.MINIMUM and is_whole(weight.zero) and along_one
 
 
 def _oriented(array: Array, transposed: bool) -> Array:
@@ -74,7 +74,7 @@ def _axis(granularity: Granularity, transposed: bool) -> tuple[int, int]:
 
 
 def _formula(w: Writer, weight: Weight, transposed: bool) -> ir.Value:
-    """(number of the code - zero) * scale, with the tiles spread out for broadcasting."""
+    """What the spec makes of the numbers of codes, with the tiles spread out for broadcasting."""
     granularity = weight.spec.granularity
     if transposed and weight.codes.ndim != 2:
         raise GraphError(f"{w.site}: a linear's weight has shape [N, K], got {list(weight.codes.shape)}")
@@ -83,13 +83,13 @@ def _formula(w: Writer, weight: Weight, transposed: bool) -> ir.Value:
     blocked = granularity.columns != ALL
     if blocked:
         values = w.op("Reshape", values, w.number(_blocks(weight, transposed), _D.INT64))
-    if weight.zero is not None:
-        zero = ir.Tensor(_spread(weight.zero, weight, transposed), _D.FLOAT)
-        values = w.op("Sub", values, w.constant(f"{weight.name}_zero", zero))
-    scale = scale_constant(w, f"{weight.name}_scale", _spread(weight.scale, weight, transposed), weight.spec)
-    result = w.op("Mul", values, scale)
+    for name, kind, parameter in weight.steps:
+        spread, place = _spread(parameter, weight, transposed), f"{weight.name}_{name}"
+        scale = scale_constant(w, place, spread, weight.spec) if kind == "Mul" else None
+        values = w.op(kind, values, w.constant(place, ir.Tensor(spread, _D.FLOAT)) if scale is None else scale)
+    result = values
     if blocked:
-        result = w.op("Reshape", result, w.number(list(_oriented(weight.codes, transposed).shape), _D.INT64))
+        result = w.op("Reshape", values, w.number(list(_oriented(weight.codes, transposed).shape), _D.INT64))
     result.dtype, result.shape = _D.FLOAT, stored.shape
     return result
 
@@ -123,9 +123,8 @@ def gathered_rows(w: Writer, weight: Weight, indices: ir.Value) -> ir.Value | No
         return None
     table = w.once(("rows", weight.value), lambda: code_constant(w, weight.name, weight.codes, weight.spec)[0])
     rows = w.cast(w.op("Gather", table, indices, axis=0), _D.FLOAT)
-    for name, kind, parameter in (("zero", "Sub", weight.zero), ("scale", "Mul", weight.scale)):
-        if parameter is not None:
-            rows = w.op(kind, rows, _rows_of(w, weight, name, parameter, indices))
+    for name, kind, parameter in weight.steps:
+        rows = w.op(kind, rows, _rows_of(w, weight, name, parameter, indices))
     return w.cast(rows, weight.dtype)
 
 

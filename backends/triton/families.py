@@ -42,7 +42,8 @@ def _of_width(width: str, weight: str, multiple: int) -> Family:
     """Weights alone. weight: the spec of a preset; multiple: what K must divide by."""
 
     def run(x: Tensor, given: QParams | None, pack: Mapping[str, Tensor], N: int, config: Any) -> Tensor:
-        return width_linear(x, Packed(width=width, **pack), None, N, config)
+        packed = Packed(words=pack["words"], scales=pack["scales"], levels=pack.get("levels"), width=width)
+        return width_linear(x, packed, None, N, config)
 
     return Family(
         weight=weight,

@@ -5,7 +5,9 @@ or 32 columns. Weights go from memory to registers in the order of the tensor co
 barrier and no shuffle. Of integers a code n becomes the float n + offset, of 4 bits by one `lop3`, and nothing else is
 done to single weights; numbers of a table have no offset. With sums[m, g] = sum of x[m, k] over group g,
 
-    y[m, n] = sum over g of scale[n, g] * (dot[m, n, g] - (offset + zero[n, g]) * sums[m, g]).
+    y[m, n] = sum over g of scale[n, g] * (dot[m, n, g] - (offset + zero[n, g]) * sums[m, g]),
+
+or with a minimum  scale[n, g] * (dot[m, n, g] - offset * sums[m, g]) + minimum[n, g] * sums[m, g].
 
 A program keeps one slice of K of x in shared memory and walks over tiles of N. Slices are added by a second kernel in
 a fixed order, so the result is deterministic. A program fetches its first weights before it waits for the kernel
@@ -23,9 +25,19 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from qcompile.backends.triton.add_parts import add_parts, is_dependent
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import processors_of
-from qcompile.backends.triton.width_loads import load_scales, load_table, load_words
+from qcompile.backends.triton.width_loads import load_integers, load_scales, load_table, load_words
 from qcompile.backends.triton.width_table import FewRows
-from qcompile.backends.triton.width_tiles import held_zero, operand, planes, scale_of, zero_of
+from qcompile.backends.triton.width_tiles import (
+    float_zero_of,
+    group_minimum,
+    group_scale,
+    held_zero,
+    offset_of,
+    operand,
+    planes,
+    scale_of,
+    zero_of,
+)
 from qcompile.backends.triton.widths import Packed
 
 
@@ -41,13 +53,15 @@ def _block(
     GROUPS: gl.constexpr,
     WIDE: gl.constexpr,
     ZERO: gl.constexpr,
+    MINIMUM: gl.constexpr,
+    INTEGERS: gl.constexpr,
 ):
     """Words of units unit.. at a block of columns, and the scales of its groups."""
     words = load_words(words_ptr, unit.to(gl.int64) * B + block, B, UNITS, WIDTH)
     if GROUPS == 0:
         return words, (), ()
     else:
-        scales, zeros = _scales(scales_ptr, unit, block, B, UNITS, GROUPS, WIDE, ZERO)
+        scales, zeros = _scales(scales_ptr, unit, block, B, UNITS, GROUPS, WIDE, ZERO, MINIMUM, INTEGERS)
         return words, scales, zeros
 
 
@@ -61,10 +75,16 @@ def _scales(
     GROUPS: gl.constexpr,
     WIDE: gl.constexpr,
     ZERO: gl.constexpr,
+    MINIMUM: gl.constexpr,
+    INTEGERS: gl.constexpr,
 ):
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
     row = gl.arange(0, 64 * UNITS, layout=gl.SliceLayout(1, mma))
-    return load_scales(scales_ptr, unit.to(gl.int64), block, B, row // 64, row % 64, GROUPS, WIDE, ZERO)
+    if INTEGERS:
+        words = load_integers(scales_ptr, unit.to(gl.int64), block, B, row // 64, row % 64, GROUPS, MINIMUM)
+        return words, ()
+    else:
+        return load_scales(scales_ptr, unit.to(gl.int64), block, B, row // 64, row % 64, GROUPS, WIDE, ZERO)
 
 
 @gluon.jit
@@ -108,6 +128,8 @@ def few_rows_kernel(
     GROUPS: gl.constexpr,
     WIDE: gl.constexpr,
     ZERO: gl.constexpr,
+    MINIMUM: gl.constexpr,
+    INTEGERS: gl.constexpr,
     WHOLE: gl.constexpr,
     BIAS: gl.constexpr,
     DEPENDENT: gl.constexpr,
@@ -122,7 +144,7 @@ def few_rows_kernel(
     SPANS: gl.constexpr = max(GROUPS, 1)
     # of 16 columns, in a group
     PLANES: gl.constexpr = 8 // SPANS
-    SUMS: gl.constexpr = ZERO or zero_of(WIDTH, dtype) != 0
+    SUMS: gl.constexpr = ZERO or MINIMUM or zero_of(WIDTH, dtype) != 0
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
     part = gl.program_id(1)
@@ -135,11 +157,13 @@ def few_rows_kernel(
     ring = ()
     for d in gl.static_range(DEPTH):
         at = gl.minimum(first + d, B - 1)
-        ring = ring + (_block(words_ptr, scales_ptr, tile * UNITS, at, B, UNITS, WIDTH, GROUPS, WIDE, ZERO),)
+        ring = ring + (
+            _block(words_ptr, scales_ptr, tile * UNITS, at, B, UNITS, WIDTH, GROUPS, WIDE, ZERO, MINIMUM, INTEGERS),
+        )
     block = DEPTH
     table = load_table(levels_ptr, UNITS, WIDTH)
     if GROUPS == 0:
-        row_scales, row_zeros = _scales(scales_ptr, tile * UNITS, 0, B, UNITS, GROUPS, WIDE, ZERO)
+        row_scales, row_zeros = _scales(scales_ptr, tile * UNITS, 0, B, UNITS, GROUPS, WIDE, ZERO, False, False)
 
     if DEPENDENT:
         gdc_wait()
@@ -186,15 +210,25 @@ def few_rows_kernel(
                         shift = held_zero(row_zeros[0], WIDTH, ZERO, dtype)
                         acc += dot - (shift[:, None] if ZERO else shift) * total_x[None, :]
                     else:
-                        scale = scale_of(scales[g], WIDE)
+                        scale = group_scale(scales, g, WIDE, INTEGERS)
                         acc += dot * scale[:, None]
                         if SUMS:
-                            shift = scale * held_zero(zeros[g], WIDTH, ZERO, dtype)
+                            if MINIMUM:
+                                minimum = group_minimum(scales, zeros, g, GROUPS, INTEGERS)
+                                shift = scale * offset_of(WIDTH, dtype) - minimum
+                            elif INTEGERS:
+                                shift = scale * float_zero_of(WIDTH, dtype)
+                            else:
+                                shift = scale * held_zero(zeros[g], WIDTH, ZERO, dtype)
                             acc -= shift[:, None] * total_x[None, :]
             at = gl.minimum(first + block + d, B - 1)
             ring = (
                 ring[:d]
-                + (_block(words_ptr, scales_ptr, tile * UNITS, at, B, UNITS, WIDTH, GROUPS, WIDE, ZERO),)
+                + (
+                    _block(
+                        words_ptr, scales_ptr, tile * UNITS, at, B, UNITS, WIDTH, GROUPS, WIDE, ZERO, MINIMUM, INTEGERS
+                    ),
+                )
                 + ring[d + 1 :]
             )
             at_x += 1
@@ -214,7 +248,7 @@ def few_rows_kernel(
             done += programs
             if GROUPS == 0:
                 next_unit = gl.minimum(done, tiles - 1) * UNITS
-                row_scales, row_zeros = _scales(scales_ptr, next_unit, 0, B, UNITS, GROUPS, WIDE, ZERO)
+                row_scales, row_zeros = _scales(scales_ptr, next_unit, 0, B, UNITS, GROUPS, WIDE, ZERO, False, False)
 
 
 def few_rows(x: Tensor, weight: Packed, bias: Tensor | None, N: int, config: FewRows) -> Tensor:
@@ -241,6 +275,8 @@ def few_rows(x: Tensor, weight: Packed, bias: Tensor | None, N: int, config: Few
             "GROUPS": weight.groups,
             "WIDE": weight.wide,
             "ZERO": weight.zero,
+            "MINIMUM": weight.minimum,
+            "INTEGERS": weight.integers > 0,
             "WHOLE": parts == 1,
             "BIAS": bias is not None,
             "DEPENDENT": dependent,

@@ -28,6 +28,12 @@ def is_bytes(width):
     return WIDTHS[width].bits == 8
 
 
+@triton.constexpr_function
+def words_of_integers(groups, minimum):
+    """Of a row and a block: one of float16, and those of scales and of minima."""
+    return 1 + (groups + 3) // 4 * (2 if minimum else 1)
+
+
 @gluon.jit
 def _lane(words_ptr, start, B, UNITS: gl.constexpr, WIDTH: gl.constexpr, SKIP: gl.constexpr, EACH: gl.constexpr):
     """Words of a block behind SKIP others, EACH a lane and row: [4 * UNITS, 64 * EACH] by q, lane, word."""
@@ -122,6 +128,17 @@ def load_scales(scales_ptr, unit, block, B, beside, row, GROUPS: gl.constexpr, W
         scales = scales + (gl.load(scales_ptr + g * (PLANES * 64) + inside),)
         zeros = zeros + ((gl.load(scales_ptr + g * 128 + 64 + inside) if WIDE and ZERO else scales[g]),)
     return scales, zeros
+
+
+@gluon.jit
+def load_integers(scales_ptr, unit, block, B, beside, row, GROUPS: gl.constexpr, MINIMUM: gl.constexpr):
+    """The words of scales that are integers, of a block: a tuple of int32.  beside, row: as of `load_scales`."""
+    PLANES: gl.constexpr = words_of_integers(GROUPS, MINIMUM)
+    inside = (beside * B + block) * (PLANES * 64) + row
+    words = ()
+    for p in gl.static_range(PLANES):
+        words = words + (gl.load(scales_ptr + unit * (B * PLANES * 64) + p * 64 + inside),)
+    return words
 
 
 @gluon.jit

@@ -204,4 +204,6 @@ def can_run(config: Config, M: int, N: int, *, exact: bool) -> bool:
 
 def rounds_twice(weight: Packed, dtype: torch.dtype) -> bool:
     """Whether scales of groups are not numbers of `dtype`, nor sums of two."""
+    if weight.integers or weight.minimum:
+        return True
     return weight.wide and weight.groups > 0 and (dtype is not torch.bfloat16 or weight.width == "int4")

@@ -78,6 +78,32 @@ def scale_of(bits, WIDE: gl.constexpr):
 
 
 @gluon.jit
+def _times(integers, outer, g: gl.constexpr):
+    """Integer g of words of four, times the float16 in the low half of `outer`."""
+    integer = (integers << (24 - 8 * (g % 4))) >> 24
+    half = outer.to(gl.int16).to(gl.float16, bitcast=True)
+    return integer.to(gl.float32) * half.to(gl.float32)
+
+
+@gluon.jit
+def group_scale(scales, g: gl.constexpr, WIDE: gl.constexpr, INTEGERS: gl.constexpr):
+    """Float32 scale of group g of a block, of what `load_scales` or `load_integers` found."""
+    if INTEGERS:
+        return _times(scales[1 + g // 4], scales[0], g)
+    else:
+        return scale_of(scales[g], WIDE)
+
+
+@gluon.jit
+def group_minimum(scales, zeros, g: gl.constexpr, GROUPS: gl.constexpr, INTEGERS: gl.constexpr):
+    """Float32 minimum of group g of a block."""
+    if INTEGERS:
+        return -_times(scales[1 + (GROUPS + 3) // 4 + g // 4], scales[0] >> 16, g)
+    else:
+        return zeros[g].to(gl.float32, bitcast=True)
+
+
+@gluon.jit
 def held_zero(zeros, WIDTH: gl.constexpr, ZERO: gl.constexpr, dtype: gl.constexpr):
     """What planes hold at the code of 0, float32: a number if no zero points are stored."""
     if ZERO:

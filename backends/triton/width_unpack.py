@@ -1,4 +1,5 @@
-"""The floats of a weight of 2 to 8 bits, for the library's matmul: w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g].
+"""The floats of a weight of 2 to 8 bits, for the library's matmul: w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g],
+or code[n, k] * scale[n, g] + minimum[n, g].
 
 Computed in float32 and rounded once to the dtype of x, as `qcompile.numerics.dequantize` does. Reads words of
 `widths`. For many rows of x, where reading and writing the weight once costs little beside the product.
@@ -11,9 +12,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qcompile.backends.triton.launch import launch
-from qcompile.backends.triton.width_loads import load_scales, load_table, load_words
+from qcompile.backends.triton.width_loads import load_integers, load_scales, load_table, load_words
 from qcompile.backends.triton.width_table import Unpack
-from qcompile.backends.triton.width_tiles import held_zero, operand, planes, scale_of
+from qcompile.backends.triton.width_tiles import (
+    float_zero_of,
+    group_minimum,
+    group_scale,
+    held_zero,
+    offset_of,
+    operand,
+    planes,
+)
 from qcompile.backends.triton.widths import Packed
 
 WARPS = 4
@@ -32,6 +41,8 @@ def unpack_kernel(
     GROUPS: gl.constexpr,
     WIDE: gl.constexpr,
     ZERO: gl.constexpr,
+    MINIMUM: gl.constexpr,
+    INTEGERS: gl.constexpr,
     BLOCKS: gl.constexpr,
 ):
     """Unit program_id(1) of rows, and blocks program_id(0) * BLOCKS.. of columns."""
@@ -51,11 +62,22 @@ def unpack_kernel(
         block = gl.program_id(0) * BLOCKS + i
         at = gl.minimum(block, B - 1)
         made = planes(load_words(words_ptr, unit * B + at, B, 1, WIDTH), table, WIDTH, dtype)
-        scales, zeros = load_scales(scales_ptr, unit, at, B, row // 64, row, GROUPS, WIDE, ZERO)
+        if INTEGERS:
+            scales = load_integers(scales_ptr, unit, at, B, row // 64, row, GROUPS, MINIMUM)
+            zeros = ()
+        else:
+            scales, zeros = load_scales(scales_ptr, unit, at, B, row // 64, row, GROUPS, WIDE, ZERO)
         for g in gl.static_range(SPANS):
             codes = gl.convert_layout(operand(made, g * PLANES, PLANES, 4, mma), out).to(gl.float32)
-            zero = held_zero(zeros[g], WIDTH, ZERO, dtype)
-            value = (codes - (zero[:, None] if ZERO else zero)) * scale_of(scales[g], WIDE)[:, None]
+            scale = group_scale(scales, g, WIDE, INTEGERS)[:, None]
+            if MINIMUM:
+                minimum = group_minimum(scales, zeros, g, GROUPS, INTEGERS)
+                value = (codes - offset_of(WIDTH, dtype)) * scale + minimum[:, None]
+            elif INTEGERS:
+                value = (codes - float_zero_of(WIDTH, dtype)) * scale
+            else:
+                zero = held_zero(zeros[g], WIDTH, ZERO, dtype)
+                value = (codes - (zero[:, None] if ZERO else zero)) * scale
             k = block * 128 + g * (16 * PLANES) + column
             inside = (n[:, None] < N) & (k[None, :] < K)
             gl.store(y_ptr + n[:, None] * K + k[None, :], value.to(dtype), mask=inside)
@@ -75,6 +97,8 @@ def unpack(weight: Packed, N: int, K: int, dtype: torch.dtype, config: Unpack) -
             "GROUPS": weight.groups,
             "WIDE": weight.wide,
             "ZERO": weight.zero,
+            "MINIMUM": weight.minimum,
+            "INTEGERS": weight.integers > 0,
             "BLOCKS": config.blocks,
         },
         num_warps=WARPS,

@@ -9,7 +9,9 @@ crossing lanes.
 words: int32 [N / 64, K / 128, 256 * bits].
 scales: int32 [N / 64, S, 64], S scales a row: one, or one for each group of a block. In them bfloat16 bits of the scale
 above, the zero point below. Scales that bfloat16 does not hold are int32 [N / 64, S, P, 64]: float32 bits, and for
-codes with zero points these (P = 2). N and K are filled up to whole blocks; scales with zeros.
+codes with zero points these, or float32 bits of the minimum (P = 2). N and K are filled up to whole blocks; scales with
+zeros. Scales that are integers of 8 bits under a float16 of a block stay so, int32 [N / 64, K / 128, P, 64]: a word of
+the float16 below and that of minima above, then four integers a word, group by group, then those of minima.
 levels: int32 [256], of code books: the numbers of two codes, in the dtype of x, for every byte of codes.
 
 Of 4 bits a shift and a mask make a pair of 16-bit floats. Source of the trick with the bits of the mantissa: Kim 2022
@@ -22,9 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qcompile.formats import Float, Format, Integer, code_values
+from qcompile.backends.triton.width_integers import groups_of_integers, pack_integers
+from qcompile.formats import FORMATS, Float, Format, Integer, code_values
 from qcompile.numerics import QParams
-from qcompile.spec import ALL, Spec
+from qcompile.spec import ALL, Spec, Zero
 
 ROWS, COLUMNS, PARTS = 64, 128, 4
 # words of a block for each bit of a code
@@ -34,6 +37,8 @@ SMALL_GROUPS = (32, 64)
 # and of code books the groups that are as deep as one product of 16-bit tensor cores
 SMALLEST_GROUP = 16
 LEVELS = 16
+# its numbers are integers over 127, by code from -127 to 0 and from 0 on
+LINEAR, LINEAR_MOST = FORMATS["linear8"], 127
 # kinds of scales that bfloat16 holds
 BFLOAT16_SCALES = ("bf16", "e8m0")
 _DIGITS = {"q": 2, "i": 8, "x": 2, "y": 2, "z": 2, "c": 2, "j": 4, "e": 2}
@@ -82,27 +87,36 @@ class Width:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Packed:
-    """A weight as the module states. width: its kind's name; levels: of a code book."""
+    """A weight as the module states. width: its kind's name; levels: of a code book.
+
+    minimum: a number stands for code 0, and no code for 0.  integers: groups of a block, where scales are integers.
+    """
 
     words: Tensor
     scales: Tensor
     width: str
     levels: Tensor | None = None
+    minimum: bool = False
+    integers: int = 0
 
     @property
     def wide(self) -> bool:
         """Whether scales are float32."""
-        return self.scales.dim() == 4
+        return self.scales.dim() == 4 and not self.integers
 
     @property
     def groups(self) -> int:
         """Groups of a block, 0 where a row has one scale."""
+        if self.integers:
+            return self.integers
         blocks = self.words.shape[1]
         return self.scales.shape[1] // blocks
 
     @property
     def zero(self) -> bool:
-        """Whether zero points stand beside the scales."""
+        """Whether zero points stand beside the scales, or minima."""
+        if self.integers:
+            return self.minimum
         return not WIDTHS[self.width].numbers and (not self.wide or self.scales.shape[2] == 2)
 
 
@@ -155,6 +169,13 @@ def _in_bytes(codes: Tensor, fmt: Float, width: Width) -> Tensor:
     return ((codes >> (fmt.bits - 1)) << 7) | (magnitude << (width.mantissa - fmt.mantissa))
 
 
+def kind_of(spec: Spec) -> tuple[str | None, bool, int]:
+    """Of a pack of this spec: width, which is None if nothing holds its codes, minimum and integers, as of `Packed`."""
+    integers = groups_of_integers(spec, COLUMNS)
+    width = ("int8" if not integers else None) if spec.format == LINEAR else width_of(spec.format)
+    return width, spec.zero is Zero.MINIMUM, integers
+
+
 def no_groups(spec: Spec) -> str | None:
     """None if scales of a weight stand by rows and in groups that blocks have, else the reason."""
     rows, columns = spec.granularity.rows, spec.granularity.columns
@@ -168,24 +189,32 @@ def no_groups(spec: Spec) -> str | None:
 def pack_weight(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
     """Words, scales and, of code books, levels; groups of more columns than a block are several groups.
 
-    codes [N, K], of a spec that `width_of` and `no_groups` let pass.  dtype: of x.
+    codes [N, K], of a spec that `kind_of` and `no_groups` let pass.  dtype: of x.
     """
     fmt = qparams.spec.format
-    name = width_of(fmt)
+    name, minimum, integers = kind_of(qparams.spec)
     assert name is not None
     width = WIDTHS[name]
     if isinstance(fmt, Float) and width.mantissa is not None:
         codes = _in_bytes(codes, fmt, width)
         qparams = replace(qparams, scale=qparams.scale * 2.0 ** (width.bias - fmt.bias))
-    scale, zero, narrow = qparams.scale, qparams.zero, is_narrow(qparams, dtype)
+    scale, zero, narrow = qparams.scale, qparams.zero, is_narrow(qparams, dtype) and not minimum and fmt != LINEAR
+    if fmt == LINEAR:
+        codes = (codes.to(torch.int16) - LINEAR_MOST - (codes > LINEAR_MOST).to(torch.int16)).to(torch.int8)
+        fmt, scale = Integer(bits=8), scale / LINEAR_MOST
     if isinstance(fmt, Integer) and zero is None:
         codes = codes.view(torch.uint8) + width.center
         zero = torch.full_like(scale, width.center) if narrow else None
     columns = qparams.spec.granularity.columns
-    if columns != ALL:
+    if columns != ALL and not integers:
         group = group_of_spans(columns, codes.shape[1], scale.shape[1]).to(codes.device)
         scale, zero = scale[:, group], None if zero is None else zero[:, group]
-    packed = {"words": pack_codes(codes, width), "scales": pack_scales(scale, zero, narrow=narrow)}
+    scales = (
+        pack_integers(qparams, codes.shape[1], ROWS, COLUMNS)
+        if integers
+        else pack_scales(scale, zero, narrow=narrow, minimum=minimum)
+    )
+    packed = {"words": pack_codes(codes, width), "scales": scales}
     if not width.book:
         return packed
     levels = code_values(fmt).to(codes.device) if qparams.levels is None else qparams.levels
@@ -266,13 +295,15 @@ def _unpack_thirds(words: Tensor) -> Tensor:
     return torch.cat([codes, ((halves >> 15) << bits).sum(-2, keepdim=True, dtype=torch.int32)], dim=-2)
 
 
-def pack_scales(scale: Tensor, zero: Tensor | None, *, narrow: bool) -> Tensor:
+def pack_scales(scale: Tensor, zero: Tensor | None, *, narrow: bool, minimum: bool = False) -> Tensor:
     """Scales and zero points, as the module states.
 
-    scale: float32 [N, S].  zero: integers, [N, S].  narrow: bfloat16 holds the scales.
+    scale: float32 [N, S].  zero: integers, or float32 minima if `minimum`, [N, S].  narrow: bfloat16 holds the scales.
     """
     rows = -scale.shape[0] % ROWS
     bits = pad(scale.float(), (0, 0, 0, rows)).view(torch.int32)
+    if zero is not None and minimum:
+        zero = zero.float().contiguous().view(torch.int32)
     zeros = None if zero is None else pad(zero.to(torch.int32), (0, 0, 0, rows))
     if narrow:
         return _by_unit(bits if zeros is None else bits | zeros)

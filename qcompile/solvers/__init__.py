@@ -10,6 +10,7 @@ from qcompile.solvers.awq import solve_awq
 from qcompile.solvers.gptq import solve_gptq
 from qcompile.solvers.hqq import solve_hqq
 from qcompile.solvers.imatrix import solve_imatrix
+from qcompile.solvers.kquant import solve_kquant
 from qcompile.solvers.moments import Moments
 from qcompile.solvers.mse import solve_mse
 from qcompile.solvers.round import solve_round
@@ -42,6 +43,7 @@ SOLVERS: dict[str, Solver] = {
     "mse": solve_mse,
     "imatrix": solve_imatrix,
     "hqq": solve_hqq,
+    "kquant": solve_kquant,
     **IN_TURN,
 }
 # those that ask for the importance of columns, which calibration finds

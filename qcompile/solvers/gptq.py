@@ -16,7 +16,7 @@ from qcompile.formats import Integer
 from qcompile.numerics import QParams, code_dtype, decode, encode
 from qcompile.solvers.imatrix import solve_imatrix
 from qcompile.solvers.moments import Moments
-from qcompile.spec import ALL, Spec
+from qcompile.spec import ALL, Spec, Zero
 
 # of the mean of H's diagonal, added to all of it; source: the paper's percdamp
 DAMPING = 0.01
@@ -87,6 +87,9 @@ class _Rounding:
             codes = encode((column / scale).float(), self._spec.format, self._levels)
             return codes, decode(codes, self._spec.format, self._levels) * scale.to(column.dtype)
         zero = 0.0 if self._zero is None else self._zero[group]
+        if self._spec.zero is Zero.MINIMUM:
+            codes = ((column - zero) / scale).round().clamp(*self._spec.code_range)
+            return codes, codes * scale + zero
         codes = ((column / scale).round() + zero).clamp(*self._spec.code_range)
         return codes, (codes - zero) * scale
 

@@ -19,7 +19,7 @@ from qcompile.scales import keep_scale
 from qcompile.solvers.imatrix import OWN_SCALES
 from qcompile.solvers.mse import rows_of, solve_mse, step_size
 from qcompile.solvers.round import solve_round
-from qcompile.spec import ALL, Spec
+from qcompile.spec import ALL, Spec, Zero
 
 # source of all three: the paper's code
 POWER = 0.7
@@ -35,6 +35,8 @@ def solve_hqq(weight: Tensor, spec: Spec, importance: Tensor | None = None) -> Q
     weight: [N, K]; on meta, shapes only.  importance: changes nothing.
     Raises SpecError if the spec's tiles do not divide the weight, or its scales are not free to be fitted.
     """
+    if spec.zero is Zero.MINIMUM:
+        raise SpecError(f"solver 'hqq' fits zero points, and {spec} has minima: take solver 'kquant'")
     if spec.scale not in OWN_SCALES:
         raise SpecError(
             f"solver 'hqq' fits the scale of each tile, and those of {spec} are not free: take a spec with scales "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompile.numerics import QParams, dequantize, find_qparams, qparams_of_range, quantize, tiles
-from qcompile.spec import ALL, Spec
+from qcompile.spec import ALL, SCALES, Spec
 
 # six candidates an octave; above 1, rounding may be better centred
 COARSE = tuple(1.2 * 2 ** (-i / 6) for i in range(25))
@@ -38,8 +38,9 @@ def solve_mse(weight: Tensor, spec: Spec, importance: Tensor | None = None) -> Q
     base = find_qparams(weight, spec)
     view, dims = tiles(weight, spec.granularity)
     low, high = view.amin(dims).float(), view.amax(dims).float()
-    # dq256 keeps neighbours together: each tile is searched as if alone, and the outcome is checked below
-    alone = replace(spec, scale="fp32") if spec.scale == "dq256" else spec
+    # these keep neighbours together: each tile is searched as if alone, and the outcome is checked below
+    together = spec.scale == "dq256" or SCALES[spec.scale].shared
+    alone = replace(spec, scale="fp32") if together else spec
 
     def candidate(clip: Tensor | float, spec: Spec = alone) -> QParams:
         return replace(qparams_of_range(low, high, spec, clip=clip), levels=base.levels)

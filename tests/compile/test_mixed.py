@@ -11,9 +11,9 @@ import qcompile
 from qcompile.artifact import load, save
 from qcompile.errors import RecipeError
 from qcompile.numerics import snr_db
-from qcompile.packing import stored_bytes
 from qcompile.plan import Plan
 from qcompile.recipe import Recipe, recipe_from_table, recipe_to_table
+from qcompile.sizes import stored_bytes
 
 SPEC = "int4/g32/asym/bf16"
 

@@ -78,7 +78,8 @@ def test_values_are_as_many_as_codes_and_reach_max(fmt):
     # the most negative integer is left out of the symmetric range
     largest = finite.max() if isinstance(fmt, Integer) else finite.abs().max()
     assert largest == fmt.max
-    assert (finite == 0).any()
+    # ggml's book has 1 in its place
+    assert (finite == 0).any() or fmt.name == "iq4_nl"
 
 
 @pytest.mark.parametrize("fmt", [f for f in FIXED if isinstance(f, Float)], ids=lambda f: f.name)

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from qcompile.errors import SpecError
 from qcompile.formats import FORMATS
 from qcompile.numerics import dequantize, find_qparams, quantize
-from qcompile.packing import pack, packed_length, qparams_bytes, stored_bytes, unpack
-from qcompile.spec import parse_spec
+from qcompile.packing import pack, packed_length, unpack
+from qcompile.sizes import qparams_bytes, stored_bytes
+from qcompile.spec import Zero, parse_spec
 
 
 def bit_string(row: list[int], bits: int) -> list[int]:
@@ -95,6 +96,7 @@ def test_quantized_weights_survive_packing(name):
     [
         *("int8/channel", "int4/g32/asym/fp16", "int3/g32/bf16", "fp4_e2m1/b32/e8m0", "fp4_e2m1/b16/fp8_e4m3"),
         *("nf4/g32/dq256", "lloyd4/g32", "int8/tensor", "fp8_e4m3/b2x32", "int5/token"),
+        *("int4/b32/full/fp16", "int5/b32/min/fp16", "int4/b32/min/u6x8", "int6/b16/full/i8x16"),
     ],
 )
 def test_stored_bytes_count_what_is_stored(text):
@@ -103,12 +105,13 @@ def test_stored_bytes_count_what_is_stored(text):
     qparams = find_qparams(x, spec)
     codes = pack(quantize(x, qparams), spec.format.bits)
     kept = [*qparams.stored.values(), *([] if qparams.levels is None else [qparams.levels])]
-    zero = [] if qparams.zero is None else [qparams.zero.to(torch.uint8)]
+    zero = [] if spec.zero is not Zero.CODE else [qparams.zero.to(torch.uint8)]
     assert stored_bytes(spec, 6, 96) == sum(t.nbytes for t in [codes, *kept, *zero])
     assert qparams_bytes(qparams) == sum(t.nbytes for t in [*kept, *zero])
 
 
 def test_stored_bytes_agree_with_bits_per_element_up_to_what_a_tensor_stores_once():
-    for text in ("int4/g128/asym/fp16", "fp4_e2m1/b16/fp8_e4m3", "int8/channel", "nf4/g64/dq256"):
+    texts = ("int4/g128/asym/fp16", "fp4_e2m1/b16/fp8_e4m3", "int8/channel", "nf4/g64/dq256", "int5/b32/min/fp16")
+    for text in (*texts, "int2/b16/min/u4x16", "int3/b16/full/i6x16", "int4/b32/min/u6x8", "iq4_nl/b32/i6x8"):
         spec = parse_spec(text)
         assert 0 <= stored_bytes(spec, 256, 512) - spec.bits_per_element(256, 512) * 256 * 512 / 8 <= 4

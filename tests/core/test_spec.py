@@ -4,13 +4,14 @@ import torch
 from qcompile.errors import SpecError
 from qcompile.formats import Integer
 from qcompile.numerics import tiles
-from qcompile.spec import ALL, Granularity, Spec, parse_granularity, parse_spec
+from qcompile.spec import ALL, Granularity, Spec, Zero, parse_granularity, parse_spec
 
 
 @pytest.mark.parametrize(
     "text",
     [
         *("int8/token", "int4/g128/asym/bf16", "fp4_e2m1/b32/e8m0", "fp4_e2m1/b16/fp8_e4m3", "nf4/g64/dq256"),
+        *("int4/b32/full/fp16", "int4/b32/min/u6x8", "int6/b16/full/i8x16", "iq4_nl/b32/fp16"),
         *("int8/tensor/asym", "fp8_e4m3/b128x128", "lloyd4/channel/fp16", "e3m2/g32"),
     ],
 )
@@ -44,7 +45,7 @@ def test_spec_without_granularity_says_what_is_missing():
 
 @pytest.mark.parametrize("text", ["int8/token/asym/asym", "int8/token/bf16/fp16", "int8/token/asym/bf16/fp16"])
 def test_too_many_parts(text):
-    with pytest.raises(SpecError, match=r"has too many parts; the form is format/granularity\[/asym\]\[/scale\]"):
+    with pytest.raises(SpecError, match=r"has too many parts; the form is format/granularity\[/zero\]\[/scale\]"):
         parse_spec(text)
 
 
@@ -84,7 +85,28 @@ def test_a_tile_that_does_not_divide_names_the_shape(granularity, shape):
 def test_code_range(bits):
     fmt, whole = Integer(bits=bits), parse_granularity("tensor")
     assert Spec(format=fmt, granularity=whole).code_range == (-fmt.max, fmt.max)
-    assert Spec(format=fmt, granularity=whole, symmetric=False).code_range == (0, 2**bits - 1)
+    for zero in (Zero.CODE, Zero.MINIMUM):
+        assert Spec(format=fmt, granularity=whole, zero=zero).code_range == (0, 2**bits - 1)
+    assert Spec(format=fmt, granularity=whole, zero=Zero.FULL).code_range == (-fmt.max - 1, fmt.max)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("int4/b32/full/u6x8", "'full' needs scales with a sign, got 'u6x8'; take fp32, fp16, bf16, i6x16"),
+        ("int4/b32/full/dq256", "'full' needs scales with a sign"),
+        ("int4/b32/min/dq256", "'min' needs scales that can be 0, got 'dq256'"),
+        (
+            "int4/channel/min/u6x8",
+            "scales 'u6x8' belong to groups of a row, got 'channel'; write for example 'int4/g32",
+        ),
+        ("nf4/g32/min", "'min' belongs to integers only"),
+        ("int4/b32/min/e8m0", "leave out 'min'"),
+    ],
+)
+def test_zeros_and_scales_that_do_not_go_together(text, why):
+    with pytest.raises(SpecError, match=why):
+        parse_spec(text)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +120,10 @@ def test_code_range(bits):
         ("nf4/g64/dq256", 4 + 0.126953125),
         ("fp8_e4m3/b128x128", 8 + 32 / 128**2),
         ("int8/tensor", 8 + 32 / (256 * 512)),
+        # numerics.md 8
+        *(("int4/b32/full/fp16", 4.5), ("int4/b32/min/fp16", 5), ("int5/b32/min/fp16", 6), ("int8/b32/fp16", 8.5)),
+        *(("int2/b16/min/u4x16", 2.625), ("int3/b16/full/i6x16", 3.4375), ("int4/b32/min/u6x8", 4.5)),
+        *(("int5/b32/min/u6x8", 5.5), ("int6/b16/full/i8x16", 6.5625), ("iq4_nl/b32/i6x8", 4.25)),
     ],
 )
 def test_bits_per_element(text, bits):

@@ -73,6 +73,23 @@ def test_reduction_compiles(capability: int) -> None:
     assert reduce_cubin(capability, torch.bfloat16)[:4] == b"\x7fELF"
 
 
+# ggml's: Q4_K, Q6_K, Q2_K, Q4_1
+BLOCKS = [
+    Form(width="int4", groups=4, minimum=True, integers=True),
+    Form(width="int8", groups=8, zero=False, integers=True),
+    Form(width="int2", groups=8, minimum=True, integers=True),
+    Form(width="int4", groups=4, wide=True, minimum=True),
+]
+
+
+@pytest.mark.parametrize("form", BLOCKS, ids=str)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_minima_and_integer_scales_compile(form: Form, capability: int) -> None:
+    for config in configs_of(TABLES[form.width], capability):
+        if not isinstance(config, ManyRows):
+            assert cubin(config, capability, torch.bfloat16, form)[:4] == b"\x7fELF"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "capability", "width"), VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -90,7 +90,10 @@ def test_choice_and_reason(
 
 @pytest.mark.parametrize(
     "weight",
-    ["int8/channel", "int4/g128/asym/bf16", "nf4/g64", "int3/g128/asym/bf16", "int2/g64/asym/bf16", "lloyd4/g32"],
+    [
+        *("int8/channel", "int4/g128/asym/bf16", "nf4/g64", "int3/g128/asym/bf16", "int2/g64/asym/bf16", "lloyd4/g32"),
+        *("nf4/g64/dq256", "int4/b32/min/u6x8", "int6/b16/full/i8x16", "int5/b32/full/fp16", "iq4_nl/b32/fp16"),
+    ],
 )
 def test_weights_alone(weight: str) -> None:
     x = torch.randn(3, 128, dtype=torch.bfloat16)
@@ -124,5 +127,6 @@ def test_kernels_of_a_device_are_no_candidates_elsewhere() -> None:
         "int8-triton",
         "fp8-triton",
         "weight-triton",
+        "book-triton",
         "int4-int8",
     }

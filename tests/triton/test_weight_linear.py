@@ -10,7 +10,7 @@ from qcompile.backends.fx.kernels.weight_triton import KERNEL
 from qcompile.backends.triton.table import capability_of, configs_of
 from qcompile.backends.triton.width_linear import width_linear
 from qcompile.backends.triton.width_table import TABLES, Config, can_run, rounds_twice
-from qcompile.backends.triton.widths import Packed, width_of
+from qcompile.backends.triton.widths import Packed, kind_of
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 from tests.triton.compiled import name_of
@@ -31,20 +31,29 @@ OTHERS += [
     "fp8_e4m3/channel",
 ]
 OTHERS += ["fp8_e5m2/g64/bf16", "fp8_e3m4/g32", "fp8_e2m5/channel", "fp6_e3m2/g128", "e2m2/b32/e8m0", "e1m1/g64"]
+# of ggml's blocks
+OTHERS += ["int4/b32/min/fp16", "int5/b32/full/fp16", "int5/b32/min/fp16", "int8/b32/fp16", "iq4_nl/b32/fp16"]
+OTHERS += ["int2/b16/min/u4x16", "int3/b16/full/i6x16", "int4/b32/min/u6x8", "int5/b32/min/u6x8", "int6/b16/full/i8x16"]
+OTHERS += ["iq4_nl/b32/i6x8", "int4/g64/min/u6x8", "linear8/g64", "nf4/g64/dq256"]
 
 
 def packed(text: str, N: int, K: int, dtype: torch.dtype) -> tuple[Packed, Tensor]:
     """A random weight, and the oracle's floats."""
-    weight = torch.randn(N, K, device="cuda")
-    qparams = find_qparams(weight, parse_spec(text))
-    codes = quantize(weight, qparams)
-    width = width_of(qparams.spec.format)
+    floats = torch.randn(N, K, device="cuda")
+    qparams = find_qparams(floats, parse_spec(text))
+    codes = quantize(floats, qparams)
+    width, minimum, integers = kind_of(qparams.spec)
     assert width is not None
-    return Packed(width=width, **KERNEL.pack(codes, qparams, dtype)), dequantize(codes, qparams).double()
+    tensors = KERNEL.pack(codes, qparams, dtype)
+    weight = Packed(width=width, minimum=minimum, integers=integers, **tensors)
+    return weight, dequantize(codes, qparams).double()
 
 
 def check(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """y is rounded once, and so may be a number of a table and the weight; sums with an offset keep about 19 bits."""
+    """y is rounded once, and so may be a number of a table and the weight; sums with an offset keep about 19 bits.
+
+    Of weights with minima, the two parts may be larger than what they add to: twice the largest number bounds them.
+    """
     added = 0.0 if bias is None else bias.double()
     reference = x.double() @ weight.T + added
     magnitude = x.double().abs() @ weight.abs().T + (0.0 if bias is None else bias.double().abs())
@@ -96,7 +105,8 @@ def test_float16(M: int, text: str) -> None:
 
 
 def arguments(weight: Packed, x: Tensor, N: int) -> tuple[object, ...]:
-    return x, weight.words, weight.scales, weight.levels, None, N, weight.width
+    kind = weight.width, weight.minimum, weight.integers
+    return x, weight.words, weight.scales, weight.levels, None, N, *kind
 
 
 @pytest.mark.parametrize("text", PRESETS)

@@ -12,12 +12,12 @@ from qcompile.backends.triton.widths import (
     WIDTHS,
     Packed,
     Width,
+    kind_of,
     pack_codes,
     pack_levels,
     pack_scales,
     pack_weight,
     unpack_codes,
-    width_of,
 )
 from qcompile.formats import Float, code_values, parse_format
 from qcompile.numerics import dequantize, find_qparams, quantize
@@ -164,6 +164,8 @@ def restored(packed: Packed, N: int, K: int, dtype: torch.dtype) -> Tensor:
     """The weight, float32, from what kernels read."""
     width = WIDTHS[packed.width]
     codes = unpack_codes(packed.words, width, N, K)
+    if packed.integers:
+        return with_integers(packed, codes)
     zeros: Tensor | int = width.center
     if packed.wide:
         values = packed.scales[:, :, 0]
@@ -177,11 +179,35 @@ def restored(packed: Packed, N: int, K: int, dtype: torch.dtype) -> Tensor:
         return by_unit.transpose(1, 2).reshape(packed.words.shape[0] * 64, -1)[:N].repeat_interleave(span, 1)[:, :K]
 
     scale = spread(values.contiguous().view(torch.float32))
+    if packed.minimum:
+        assert isinstance(zeros, Tensor)
+        return codes.float() * scale + spread(zeros.contiguous().view(torch.float32))
     if packed.levels is not None:
         return packed.levels.view(dtype).view(-1, 2)[:LEVELS, 0].float()[codes.long()] * scale
     if width.mantissa is not None:
         return floats(codes, width).float() * scale
     return (codes.float() - (spread(zeros) if isinstance(zeros, Tensor) else zeros)) * scale
+
+
+def with_integers(packed: Packed, codes: Tensor) -> Tensor:
+    """The weight, float32, of scales and minima that are integers under float16."""
+    N, K = codes.shape
+    words = packed.scales.permute(0, 3, 1, 2).flatten(0, 1)[:N]  # [N, B, P]
+    more = -(-packed.integers // 4)
+    assert words.shape[2] == 1 + more * (1 + packed.minimum)
+
+    def found(first: int, shift: int) -> Tensor:
+        fours = words[..., first : first + more, None] >> torch.arange(0, 32, 8, dtype=torch.int32)
+        integers = fours.flatten(-2)[..., : packed.integers].to(torch.int8).float()
+        outer = (words[..., :1] >> shift).to(torch.int16).view(torch.float16).float()
+        return (integers * outer).flatten(1).repeat_interleave(128 // packed.integers, 1)[:, :K]
+
+    scale = found(1, 0)
+    if packed.levels is not None:
+        return packed.levels.view(torch.bfloat16).view(-1, 2)[:LEVELS, 0].float()[codes.long()] * scale
+    if packed.minimum:
+        return codes.float() * scale - found(1 + more, 16)
+    return (codes.float() - WIDTHS[packed.width].center) * scale
 
 
 SPECS = [
@@ -214,7 +240,16 @@ SPECS = [
     "e2m2/g64",
     "e1m3/channel",
 ]
+# those of ggml's blocks; integers under one float16 keep so
+SPECS += ["int4/b32/min/fp16", "int5/b32/full/fp16", "int5/b32/min/fp16", "int8/b32/fp16", "int3/g128/min/bf16"]
+INTEGERS = [
+    *("int2/b16/min/u4x16", "int3/b16/full/i6x16", "int4/b32/min/u6x8", "int5/b32/min/u6x8", "int6/b16/full/i8x16"),
+    *("iq4_nl/b32/i6x8", "int4/g64/min/u6x8", "int3/g128/full/i6x16"),
+]
+# a book whose numbers are integers, but for a factor
+LINEAR = ["linear8/g64", "linear8/channel/bf16"]
 BOOKS = [
+    "iq4_nl/b32/fp16",
     "nf4/g64",
     "nf4/channel",
     "nf4/g64/dq256",
@@ -228,19 +263,25 @@ BOOKS = [
 BOOKS += ["fp4_e2m1/b16/fp8_e4m3", "fp4_e3m0/channel"]
 
 
-@pytest.mark.parametrize("text", SPECS + BOOKS)
-@pytest.mark.parametrize(("N", "K"), [(80, 256), (64, 768)])
+@pytest.mark.parametrize("text", SPECS + BOOKS + INTEGERS + LINEAR)
+@pytest.mark.parametrize(("N", "K"), [(80, 256), (64, 768), (70, 384)])
 def test_packs_hold_the_weight(text: str, N: int, K: int) -> None:
     qparams = find_qparams(torch.randn(N, K), parse_spec(text))
     codes = quantize(torch.randn(N, K), qparams)
-    width = width_of(qparams.spec.format)
+    width, minimum, integers = kind_of(qparams.spec)
     assert width is not None
-    packed = Packed(width=width, **pack_weight(codes, qparams, torch.bfloat16))
-    assert packed.wide == (qparams.spec.scale not in ("bf16", "e8m0"))
+    tensors = pack_weight(codes, qparams, torch.bfloat16)
+    packed = Packed(width=width, minimum=minimum, integers=integers, **tensors)
+    assert (packed.integers > 0) == (text in INTEGERS)
+    narrow = qparams.spec.scale in ("bf16", "e8m0") and not minimum and text not in LINEAR
+    assert packed.wide == (not narrow and text not in INTEGERS)
     assert packed.groups == (0 if "channel" in text else 128 // min(qparams.spec.granularity.columns, 128))
     expected = dequantize(codes, qparams)
     # numbers of a table are rounded to the dtype of x
     limit = torch.finfo(torch.bfloat16).eps / 2 * expected.abs() if packed.levels is not None else 0.0 * expected
+    if text in LINEAR:
+        # the factor goes into the scale
+        limit = 2 * torch.finfo(torch.float32).eps * expected.abs()
     assert ((restored(packed, N, K, torch.bfloat16) - expected).abs() <= limit).all()
 
 
@@ -293,6 +334,9 @@ def test_tables_hold_their_numbers(name: str) -> None:
         ("e1m6/channel", {}, "of exponent and mantissa"),
         ("quantile5/g64", {}, "table of 16"),
         ("e5m1/channel", {"dtype": torch.float16}, "no number"),
+        ("int5/channel/min", {}, "minima by channel"),
+        ("int5/b16/full/fp16", {}, "multiples of 128"),
+        ("int5/g8", {}, "multiples of 128"),
         ("int8/b64x64", {}, "by channel or group"),
         ("nf4/g64", {"device": "cpu"}, "NVIDIA"),
         ("nf4/g64", {"dtype": torch.float32}, "float32"),
@@ -311,6 +355,13 @@ def test_inputs_in_blocks_are_multiplied_as_numbers(text: str) -> None:
     spec = parse_spec(text)
     fields = {"N": 64, "K": 256, "dtype": torch.bfloat16, "device": "cuda", "capability": (9, 0)}
     assert choose(Problem(weight=spec, input=spec, **fields))[0] is weight_triton.KERNEL  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "bits"), [("int4/b32/min/u6x8", 4.75), ("int6/b16/full/i8x16", 8.75)])
+def test_scales_that_are_integers_stay_small(name: str, bits: float) -> None:
+    qparams = find_qparams(torch.randn(64, 512), parse_spec(name))
+    packed = pack_weight(quantize(torch.randn(64, 512), qparams), qparams, torch.bfloat16)
+    assert sum(t.nbytes for t in packed.values()) * 8 / (64 * 512) == bits
 
 
 def test_learned_tables_are_not_joined() -> None:

@@ -19,10 +19,17 @@ class Form:
     groups: int = 1
     wide: bool = False
     zero: bool = True
+    minimum: bool = False
+    integers: bool = False
 
     @property
     def constants(self) -> dict[str, object]:
         return {"WIDTH": self.width, "GROUPS": self.groups, "WIDE": self.wide, "ZERO": self.zero}
+
+    @property
+    def kinds(self) -> dict[str, object]:
+        """Of kernels that have minima and integers for scales."""
+        return self.constants | {"MINIMUM": self.minimum, "INTEGERS": self.integers}
 
 
 def cubin(config: Config, capability: int, dtype: torch.dtype, form: Form, *, parts: int = 1) -> bytes:
@@ -37,7 +44,7 @@ def kernel(config: Config, capability: int, dtype: torch.dtype, form: Form, *, p
     if isinstance(config, ManyRows):
         return _many_rows(config, capability, dtype, form, parts)
     pointers = {"words_ptr": "*i32", "scales_ptr": "*i32", "levels_ptr": "*i32", "y_ptr": f"*{NAMES[dtype]}"}
-    constants = {**form.constants, "BLOCKS": config.blocks}
+    constants = {**form.kinds, "BLOCKS": config.blocks}
     return _compiled(GluonASTSource, width_unpack.unpack_kernel, pointers, constants, capability, 4)
 
 
@@ -56,7 +63,7 @@ def _few_rows(config: FewRows, capability: int, name: str, form: Form, parts: in
         "UNITS": config.units,
         "DEPTH": config.depth,
         "BLOCKS": config.blocks,
-        **form.constants,
+        **form.kinds,
         "WHOLE": parts == 1,
         "BIAS": parts == 1,
         "DEPENDENT": capability >= 90,

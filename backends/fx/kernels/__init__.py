@@ -1,6 +1,7 @@
 """The kernels of the FX host, in order of preference: the first that does not refuse runs a problem."""
 
 from qcompile.backends.fx.kernels import (
+    book_triton,
     dense,
     fp4,
     fp8,
@@ -26,6 +27,7 @@ KERNELS: tuple[Kernel, ...] = (
     lifted.KERNEL,
     int4_int8.KERNEL,
     weight_triton.KERNEL,
+    book_triton.KERNEL,
     narrow.KERNEL,
     dense.KERNEL,
     packed.KERNEL,

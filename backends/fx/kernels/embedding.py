@@ -11,9 +11,10 @@ from qcompile.backends.fx.kernels import packed
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
 from qcompile.formats import CodeBook
+from qcompile.spec import SCALES
 
 # kinds of scales that lie row by row
-_BY_ROW = ("fp32", "fp16", "bf16", "e8m0")
+_BY_ROW = ("fp32", "fp16", "bf16", "e8m0", *(name for name, kind in SCALES.items() if kind.shared))
 
 REGISTRY.define(
     "embedding_packed(Tensor indices, Tensor[] packed, str spec, str[] names, int K, ScalarType dtype) -> Tensor"

@@ -18,7 +18,7 @@ from qcompile.backends.triton.int4_int8_words import pack_weight
 from qcompile.backends.triton.ready import missing
 from qcompile.backends.triton.widths import ROWS
 from qcompile.formats import Integer
-from qcompile.spec import ALL
+from qcompile.spec import ALL, Zero
 
 REGISTRY.define(
     "int4_int8_mm(Tensor codes, Tensor scale, Tensor? zero, Tensor words, Tensor scales, Tensor sums, Tensor? bias,"
@@ -94,8 +94,8 @@ def why_not(p: Problem) -> str | None:
         return "the input is not quantized"
     if not isinstance(p.input.format, Integer) or p.input.granularity.columns != ALL:
         return f"input {p.input} is not integers with one scale a token or tensor"
-    if p.weight.format.name != "int4":
-        return f"weight {p.weight} is not 4-bit integers"
+    if p.weight.format.name != "int4" or p.weight.zero is Zero.MINIMUM:
+        return f"weight {p.weight} is not 4-bit integers, with or without zero points"
     if (reason := weight_triton.unfit(p)) is not None:
         return reason
     if p.capability is None:

@@ -17,7 +17,7 @@ from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
 from qcompile.formats import Integer
 from qcompile.numerics import QParams, dequantize
-from qcompile.spec import ALL
+from qcompile.spec import ALL, Zero
 
 # most rows of x for which the packed kernels beat the float matmul: measured on Sapphire Rapids, 2 threads
 MOST_ROWS = 4
@@ -90,8 +90,9 @@ def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tenso
     if qparams.zero is None:
         numbers, scale = whole_weight(codes, qparams)
         return {"codes": numbers, "scale": scale.squeeze(-1).to(dtype), "dense": dense}
-    # w = (code - 8) * scale + zero in torch's kernel, so its zero is a float: (8 - zero point) * scale
-    scale_zero = torch.stack([qparams.scale, (8 - qparams.zero) * qparams.scale], dim=-1).transpose(0, 1)
+    # w = (code - 8) * scale + zero in torch's kernel, so its zero is a float: what code 8 stands for
+    zero = qparams.zero if qparams.spec.zero is Zero.MINIMUM else -qparams.zero * qparams.scale
+    scale_zero = torch.stack([qparams.scale, 8 * qparams.scale + zero], dim=-1).transpose(0, 1)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32).contiguous(), 1)
     return {"codes": packed, "scale": scale_zero.to(dtype).contiguous(), "dense": dense}
 

@@ -14,8 +14,8 @@ from qcompile.formats import Integer
 from qcompile.numerics import QParams, dequantize
 from qcompile.packing import pack as pack_codes
 from qcompile.packing import unpack
-from qcompile.scales import stored_scale
-from qcompile.spec import parse_spec
+from qcompile.scales import stored_minimum, stored_scale
+from qcompile.spec import Zero, parse_spec
 
 REGISTRY.define(
     "linear_packed(Tensor x, Tensor[] packed, Tensor? bias, str spec, str[] names, int K) -> Tensor",
@@ -32,8 +32,12 @@ def unpack_weight(packed: dict[str, Tensor], text: str, K: int, dtype: torch.dty
     spec = parse_spec(text)
     signed = isinstance(spec.format, Integer) and spec.symmetric
     codes = unpack(packed["weight"], spec.format.bits, K, signed)
-    scale = stored_scale({k.removeprefix("scale_"): v for k, v in packed.items() if k.startswith("scale_")}, spec.scale)
+    stored = {k.removeprefix("scale_"): v for k, v in packed.items() if k.startswith("scale_")}
+    groups = K // (spec.granularity.columns or K)
+    scale = stored_scale(stored, spec.scale, groups)
     zero = packed["zero"].float() if "zero" in packed else None
+    if spec.zero is Zero.MINIMUM:
+        zero = stored_minimum(stored, spec.scale, groups)
     qparams = QParams(spec=spec, scale=scale, zero=zero, levels=packed.get("levels"))
     return dequantize(codes, qparams, dtype)
 
@@ -42,10 +46,12 @@ REGISTRY.impl("linear_packed", _linear_packed, "CompositeImplicitAutograd")
 
 
 def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Dense codes; the scale as it is stored; zero points as bytes; learned levels."""
+    """Dense codes; scales and minima as they are stored; zero points as bytes; learned levels."""
     packed = {"weight": pack_codes(codes, qparams.spec.format.bits)}
     packed |= {f"scale_{name}": tensor.contiguous() for name, tensor in qparams.stored.items()}
-    packed |= {} if qparams.zero is None else {"zero": qparams.zero.to(torch.uint8)}
+    packed |= (
+        {"zero": qparams.zero.to(torch.uint8)} if qparams.zero is not None and qparams.spec.zero is Zero.CODE else {}
+    )
     return packed | ({} if qparams.levels is None else {"levels": qparams.levels})
 
 

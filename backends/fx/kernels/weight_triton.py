@@ -14,7 +14,7 @@ from torch import Tensor
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
 from qcompile.backends.triton.ready import missing
-from qcompile.backends.triton.widths import LEVELS, ROWS, Packed, no_groups, pack_weight, width_of
+from qcompile.backends.triton.widths import LEVELS, ROWS, Packed, kind_of, no_groups, pack_weight
 from qcompile.formats import CodeBook, Float
 from qcompile.spec import ALL
 
@@ -24,29 +24,49 @@ MEASURED = (9, 0)
 # copies of 16 bytes
 MULTIPLE = 8
 
-_ARGUMENTS = "Tensor x, Tensor words, Tensor scales, Tensor? levels, Tensor? bias, int N, str width"
+_ARGUMENTS = (
+    "Tensor x, Tensor words, Tensor scales, Tensor? levels, Tensor? bias, int N, str width, bool minimum, int integers"
+)
 REGISTRY.define(f"weight_mm({_ARGUMENTS}) -> Tensor")
 REGISTRY.define(f"linear_weight({_ARGUMENTS}) -> Tensor")
 
 
 def _weight_mm(
-    x: Tensor, words: Tensor, scales: Tensor, levels: Tensor | None, bias: Tensor | None, N: int, width: str
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    levels: Tensor | None,
+    bias: Tensor | None,
+    N: int,
+    width: str,
+    minimum: bool,
+    integers: int,
 ) -> Tensor:
     from qcompile.backends.triton.width_linear import width_linear
 
-    return width_linear(x, Packed(words=words, scales=scales, levels=levels, width=width), bias, N)
+    weight = Packed(words=words, scales=scales, levels=levels, width=width, minimum=minimum, integers=integers)
+    return width_linear(x, weight, bias, N)
 
 
 def _linear_weight(
-    x: Tensor, words: Tensor, scales: Tensor, levels: Tensor | None, bias: Tensor | None, N: int, width: str
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    levels: Tensor | None,
+    bias: Tensor | None,
+    N: int,
+    width: str,
+    minimum: bool,
+    integers: int,
 ) -> Tensor:
     bias = None if bias is None else bias.expand(N).contiguous()
-    y = torch.ops.qcompile.weight_mm(x.reshape(-1, x.shape[-1]), words, scales, levels, bias, N, width)
+    rows = x.reshape(-1, x.shape[-1])
+    y = torch.ops.qcompile.weight_mm(rows, words, scales, levels, bias, N, width, minimum, integers)
     return y.reshape(*x.shape[:-1], N)
 
 
 REGISTRY.impl("weight_mm", _weight_mm, "CUDA")
-REGISTRY.impl("weight_mm", lambda x, words, scales, levels, bias, N, width: x.new_empty(x.shape[0], N), "Meta")
+REGISTRY.impl("weight_mm", lambda x, words, scales, levels, bias, N, *kind: x.new_empty(x.shape[0], N), "Meta")
 REGISTRY.impl("linear_weight", _linear_weight, "CompositeImplicitAutograd")
 
 
@@ -54,13 +74,15 @@ def why_not(p: Problem) -> str | None:
     """None if the kernels can run `p`, else the reason."""
     if p.input is not None and p.input.granularity.columns == ALL:
         return "the input is quantized, with one scale a token or tensor"
-    width = width_of(p.weight.format)
+    width, minimum, integers = kind_of(p.weight)
     if width is None:
         return (
             f"weight {p.weight} is not integers, floats of up to 5 bits of exponent and mantissa, or a table of "
             f"{LEVELS} numbers"
         )
-    if (reason := unfit(p) or _beyond_float16(p)) is not None:
+    if minimum and p.weight.granularity.columns == ALL:
+        return f"weight {p.weight} has minima by channel, and kernels have them by group"
+    if (reason := unfit(p, integers) or _beyond_float16(p)) is not None:
         return reason
     if p.device != "cuda":
         return "these kernels are for NVIDIA GPUs"
@@ -74,11 +96,14 @@ def why_not(p: Problem) -> str | None:
     return missing("width_linear")
 
 
-def unfit(p: Problem) -> str | None:
-    """None if packs can hold the weight's scales, and tensor cores take results of its dtype, else the reason."""
+def unfit(p: Problem, integers: int = 0) -> str | None:
+    """None if packs can hold the weight's scales, and tensor cores take results of its dtype, else the reason.
+
+    integers: groups of a block whose scales stay integers.
+    """
     if p.dtype not in (torch.bfloat16, torch.float16):
         return f"the input is {str(p.dtype).removeprefix('torch.')}, and tensor cores take bfloat16 and float16"
-    return no_groups(p.weight)
+    return None if integers else no_groups(p.weight)
 
 
 def _beyond_float16(p: Problem) -> str | None:
@@ -101,7 +126,7 @@ def _is_worth(width: str, p: Problem) -> bool:
 
 
 def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: Any) -> tuple[Any, ...]:
-    return (*x, packed["words"], packed["scales"], packed.get("levels"), bias, p.N, width_of(p.weight.format))
+    return (*x, packed["words"], packed["scales"], packed.get("levels"), bias, p.N, *kind_of(p.weight))
 
 
 def _joins(problems: Sequence[Problem]) -> bool:
