@@ -16,7 +16,7 @@ from qcompile.scales import keep_scale
 from qcompile.solvers.kquant import solve_kquant
 from qcompile.solvers.mse import clips, solve_mse, step_size
 from qcompile.solvers.round import solve_round
-from qcompile.spec import ALL, Granularity, Spec, Zero
+from qcompile.spec import ALL, SCALES, Granularity, Spec, Zero
 
 # kinds of scales that do not depend on those of other tiles
 OWN_SCALES = ("fp32", "fp16", "bf16")
@@ -39,7 +39,7 @@ def solve_imatrix(weight: Tensor, spec: Spec, importance: Tensor | None = None) 
 
     weight: [N, K]; on meta, shapes only.  importance: float32 [K], at least 0; None for all columns alike.
     Of integers whose tiles have scales of their own, scale and zero point are searched; of all else, how much of the
-    range is clipped; groups with a minimum are fitted as by `kquant`.
+    range is clipped; groups with minima, or scales that are integers, are fitted as by `kquant`.
     Raises SpecError if the spec's tiles do not divide the weight.
     """
     if weight.is_meta:
@@ -47,7 +47,9 @@ def solve_imatrix(weight: Tensor, spec: Spec, importance: Tensor | None = None) 
     alike = weight.new_ones(weight.shape[1], dtype=torch.float32)
     importance = alike if importance is None else importance.to(alike)
     tile = spec.granularity
-    if spec.zero is Zero.MINIMUM:
+    # scales that are quantized themselves are no longer those that were searched
+    together = isinstance(spec.format, Integer) and SCALES[spec.scale].shared and spec.zero is not Zero.CODE
+    if spec.zero is Zero.MINIMUM or together:
         return solve_kquant(weight, spec, importance)
     if not isinstance(spec.format, Integer) or spec.scale not in OWN_SCALES or tile.rows == ALL:
         return solve_mse(weight, spec, importance)

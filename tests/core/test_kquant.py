@@ -81,11 +81,13 @@ def test_nothing_matters_where_nothing_comes_in():
     assert dequantize(quantize(weight, found), found).isfinite().all()
 
 
-def test_imatrix_weighs_groups_with_minima():
-    weight, importance, spec = heavy(8, 512), torch.rand(512), parse_spec("int4/b32/min/u6x8")
+@pytest.mark.parametrize("text", ["int4/b32/min/u6x8", "int4/g32/min/fp16", "int6/b16/full/i8x16"])
+def test_imatrix_weighs_groups_that_are_fitted(text):
+    weight, importance, spec = heavy(8, 512), torch.rand(512), parse_spec(text)
     found, expected = SOLVERS["imatrix"](weight, spec, importance), solve_kquant(weight, spec, importance)
     assert torch.equal(found.scale, expected.scale)
-    assert torch.equal(found.zero, expected.zero)
+    assert (found.zero is None) == spec.symmetric
+    assert found.zero is None or torch.equal(found.zero, expected.zero)
 
 
 def test_gptq_takes_minima_for_what_they_are():
