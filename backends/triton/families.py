@@ -12,8 +12,9 @@ from qcompile.backends.triton.eight_bit import Operands
 from qcompile.backends.triton.eight_bit_table import FP8, INT8
 from qcompile.backends.triton.table import EVERY, HOPPER, Entry
 from qcompile.backends.triton.width_linear import width_linear
+from qcompile.backends.triton.width_packs import pack_weight
 from qcompile.backends.triton.width_table import TABLES, can_run, tuned_name
-from qcompile.backends.triton.widths import Packed, pack_weight
+from qcompile.backends.triton.widths import Packed
 from qcompile.numerics import QParams, fake_quantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 

@@ -35,7 +35,7 @@ _ORDER = WIDTHS["int4"]
 def pack_weight(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
     """Words, scales and sums; groups of more columns than a block are several groups.
 
-    codes [N, K], 4-bit integers of a spec that `widths.no_groups` lets pass.  dtype: of y.
+    codes [N, K], 4-bit integers of a spec that `width_packs.no_groups` lets pass.  dtype: of y.
     """
     stored, zero = codes, qparams.zero
     if zero is None:

@@ -10,7 +10,6 @@ the same v, codes are those of `qcompile.numerics` to the bit. v itself may diff
 because sums are added in another order, and exp and rsqrt are approximated by other instructions.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -267,7 +266,7 @@ def quantize_rows(
     dependent = x.is_cuda and is_dependent(x.device)
     given = (rows, other, *(None if t is None else t.contiguous() for t in (weight, bias)))
     strides = (rows.stride(0), 0 if other is None else other.stride(0))
-    with on_device(x.device) if x.is_cuda else nullcontext():
+    with on_device(x.device):
         launch(
             quantize_rows_kernel,
             (M, 1, 1),

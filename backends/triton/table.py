@@ -68,4 +68,7 @@ def processors_of(device: torch.device) -> int:
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """A context in which launches go to the device: entering torch's takes longer than asking which one is current."""
+    # the interpreter takes tensors of the CPU
+    if device.type != "cuda":
+        return nullcontext()
     return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)

@@ -18,16 +18,13 @@ Of 4 bits a shift and a mask make a pair of 16-bit floats. Source of the trick w
 (Who Says Elephants Can't Run); of the order: Marlin.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qcompile.backends.triton.width_integers import groups_of_integers, pack_integers
-from qcompile.formats import FORMATS, Float, Format, Integer, code_values
 from qcompile.numerics import QParams
-from qcompile.spec import ALL, Spec, Zero
 
 ROWS, COLUMNS, PARTS = 64, 128, 4
 # words of a block for each bit of a code
@@ -37,8 +34,6 @@ SMALL_GROUPS = (32, 64)
 # and of code books the groups that are as deep as one product of 16-bit tensor cores
 SMALLEST_GROUP = 16
 LEVELS = 16
-# its numbers are integers over 127, by code from -127 to 0 and from 0 on
-LINEAR, LINEAR_MOST = FORMATS["linear8"], 127
 # kinds of scales that bfloat16 holds
 BFLOAT16_SCALES = ("bf16", "e8m0")
 _DIGITS = {"q": 2, "i": 8, "x": 2, "y": 2, "z": 2, "c": 2, "j": 4, "e": 2}
@@ -139,86 +134,6 @@ WIDTHS: dict[str, Width] = {
         Width(name="int2", bits=2, fields=(Field(words="ijqc", inside="exyz", bits=2),)),
     )
 }
-
-
-def width_of(fmt: Format) -> str | None:
-    """The name in `WIDTHS` of what holds a format's codes, None if nothing does.
-
-    Up to 16 numbers are a table. From 5 bits on, codes fill bytes, floats with no fewer bits of exponent and mantissa.
-    """
-    match fmt:
-        case Integer():
-            return fmt.name if fmt.name in WIDTHS else "int8"
-        case Float() if fmt.bits > WIDTHS["book"].bits:
-            fitting = (width for width in WIDTHS.values() if _holds(width, fmt))
-            return next((width.name for width in fitting), None)
-        case _:
-            return "book" if 2**fmt.bits <= LEVELS else None
-
-
-def _holds(width: Width, fmt: Float) -> bool:
-    """Whether bytes have the bits of exponent and mantissa of a float."""
-    mantissa = width.mantissa
-    return mantissa is not None and mantissa >= fmt.mantissa and width.bits - 1 - mantissa >= fmt.exponent
-
-
-def _in_bytes(codes: Tensor, fmt: Float, width: Width) -> Tensor:
-    """Codes with sign, exponent and mantissa where bytes have them: 2**(bias - bias of the width) of what they were."""
-    assert width.mantissa is not None
-    magnitude = codes & (2 ** (fmt.bits - 1) - 1)
-    return ((codes >> (fmt.bits - 1)) << 7) | (magnitude << (width.mantissa - fmt.mantissa))
-
-
-def kind_of(spec: Spec) -> tuple[str | None, bool, int]:
-    """Of a pack of this spec: width, which is None if nothing holds its codes, minimum and integers, as of `Packed`."""
-    integers = groups_of_integers(spec, COLUMNS)
-    width = ("int8" if not integers else None) if spec.format == LINEAR else width_of(spec.format)
-    return width, spec.zero is Zero.MINIMUM, integers
-
-
-def no_groups(spec: Spec) -> str | None:
-    """None if scales of a weight stand by rows and in groups that blocks have, else the reason."""
-    rows, columns = spec.granularity.rows, spec.granularity.columns
-    small = (SMALLEST_GROUP, *SMALL_GROUPS) if width_of(spec.format) == "book" else SMALL_GROUPS
-    if rows == 1 and (columns in (ALL, *small) or columns % COLUMNS == 0):
-        return None
-    sizes = ", ".join(map(str, small))
-    return f"weight {spec} is not by channel or group of {sizes} or multiples of {COLUMNS} columns"
-
-
-def pack_weight(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Words, scales and, of code books, levels; groups of more columns than a block are several groups.
-
-    codes [N, K], of a spec that `kind_of` and `no_groups` let pass.  dtype: of x.
-    """
-    fmt = qparams.spec.format
-    name, minimum, integers = kind_of(qparams.spec)
-    assert name is not None
-    width = WIDTHS[name]
-    if isinstance(fmt, Float) and width.mantissa is not None:
-        codes = _in_bytes(codes, fmt, width)
-        qparams = replace(qparams, scale=qparams.scale * 2.0 ** (width.bias - fmt.bias))
-    scale, zero, narrow = qparams.scale, qparams.zero, is_narrow(qparams, dtype) and not minimum and fmt != LINEAR
-    if fmt == LINEAR:
-        codes = (codes.to(torch.int16) - LINEAR_MOST - (codes > LINEAR_MOST).to(torch.int16)).to(torch.int8)
-        fmt, scale = Integer(bits=8), scale / LINEAR_MOST
-    if isinstance(fmt, Integer) and zero is None:
-        codes = codes.view(torch.uint8) + width.center
-        zero = torch.full_like(scale, width.center) if narrow else None
-    columns = qparams.spec.granularity.columns
-    if columns != ALL and not integers:
-        group = group_of_spans(columns, codes.shape[1], scale.shape[1]).to(codes.device)
-        scale, zero = scale[:, group], None if zero is None else zero[:, group]
-    scales = (
-        pack_integers(qparams, codes.shape[1], ROWS, COLUMNS)
-        if integers
-        else pack_scales(scale, zero, narrow=narrow, minimum=minimum)
-    )
-    packed = {"words": pack_codes(codes, width), "scales": scales}
-    if not width.book:
-        return packed
-    levels = code_values(fmt).to(codes.device) if qparams.levels is None else qparams.levels
-    return packed | {"levels": pack_levels(pad(levels, (0, LEVELS - len(levels))), dtype)}
 
 
 def span_of(columns: int) -> int:

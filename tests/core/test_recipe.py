@@ -125,7 +125,7 @@ def test_a_solver_that_weighs_columns_of_linears_needs_data(rule: Rule, needs: b
         ({"rules": [{"ops": "linear"}]}, ["rule 1 of", "key 'ops'", "list of ops", "linear, embedding"]),
         ({"rules": [{"ops": ["softmax"]}]}, ["rule 1 of", "linear, embedding", "['softmax']"]),
         ({"rules": [{"ops": []}]}, ["rule 1 of", "linear, embedding"]),
-        ({"rules": [{"smooth": "strong"}]}, ["rule 1 of", "key 'smooth'", "from 0 to 1, 'search' or 'model'"]),
+        ({"rules": [{"smooth": "strong"}]}, ["rule 1 of", "key 'smooth'", "from 0 to 1, 'search'"]),
         ({"rules": [{"smooth": 1.5}]}, ["rule 1 of", "key 'smooth'", "'1.5'", "from 0 to 1"]),
         ({"rules": [{"smooth": True}]}, ["rule 1 of", "key 'smooth'", "takes text, got True"]),
         ({"rules": [{"split": 1}]}, ["rule 1 of", "key 'split'", "between 0 and 1, got 1"]),

@@ -9,8 +9,9 @@ pytest.importorskip("triton.experimental.gluon")
 from qcompile.backends.fx.kernels.weight_triton import KERNEL
 from qcompile.backends.triton.table import capability_of, configs_of
 from qcompile.backends.triton.width_linear import width_linear
+from qcompile.backends.triton.width_packs import kind_of
 from qcompile.backends.triton.width_table import TABLES, Config, can_run, rounds_twice
-from qcompile.backends.triton.widths import Packed, kind_of
+from qcompile.backends.triton.widths import Packed
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 from tests.triton.compiled import name_of

@@ -14,7 +14,8 @@ from torch import Tensor
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
 from qcompile.backends.triton.ready import missing
-from qcompile.backends.triton.widths import LEVELS, ROWS, Packed, kind_of, no_groups, pack_weight
+from qcompile.backends.triton.width_packs import kind_of, no_groups, pack_weight
+from qcompile.backends.triton.widths import LEVELS, ROWS, Packed
 from qcompile.formats import CodeBook, Float
 from qcompile.spec import ALL
 
