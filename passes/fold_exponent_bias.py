@@ -6,18 +6,13 @@ whose three bits of mantissa and four of exponent hold every such v as it is, so
 Source: LLM-FP4 (Liu 2023), equation 19, with E4M3 in place of a 4-bit format with a bias of its own for each column.
 """
 
-import math
-from dataclasses import replace
-
 import torch
 
-from qcompile.formats import Float, parse_format
 from qcompile.graph import Graph, Op, V
-from qcompile.numerics import Lowered, QParams, dequantize, quantize
+from qcompile.numerics import QParams, dequantize, quantize
 from qcompile.plan import Plan
+from qcompile.shifts import folds_octaves, lowered
 from qcompile.sites import constant_name
-
-_CONTAINER = parse_format("fp8_e4m3")
 
 
 def fold_exponent_bias(graph: Graph[V], plan: Plan) -> int:
@@ -47,15 +42,9 @@ def _fold(graph: Graph[V], linear: V, dequantized: V, factor: V, shift: tuple[in
     columns, qparams = graph.constant(factor), graph.qparams(dequantized)
     if source is None or weight is None or columns is None or not isinstance(qparams, QParams):
         return False
-    fmt = qparams.spec.format
-    if not isinstance(fmt, Float) or qparams.spec.scale != "fp32":
+    if not folds_octaves(qparams.spec):
         return False
-    # as far up as the largest number goes
-    room = math.floor(math.log2(_CONTAINER.max / fmt.max))
-    spec = replace(qparams.spec, format=_CONTAINER)
-    lowered = Lowered(narrow=replace(qparams, codes=None), shift=shift) if shift else None
-    folded = replace(qparams, spec=spec, scale=qparams.scale * 2.0**-room, codes=None, lowered=lowered)
-    values = dequantize(quantize(weight, qparams), qparams) * columns.float().to(weight.device)
+    values, folded = lowered(quantize(weight, qparams), qparams, columns, shift)
     if not weight.is_meta and not torch.equal(dequantize(quantize(values, folded), folded), values):
         return False
     name = constant_name(graph, source).removesuffix(".raised")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qcompile.channels import tied
 from qcompile.edges import find_edges, readings
-from qcompile.folds import Fold, fitting_scale, require_finite, rescaled
+from qcompile.folds import FOLDED, Fold, fitting_scale, require_finite, rescaled
 from qcompile.graph import Graph, Op, V
 from qcompile.sites import constant_name, digest
 
@@ -91,7 +91,7 @@ def _rescale(graph: Graph[V], value: V, columns: Tensor | None, rows: Tensor | N
         tensor = None if read is None else graph.constant(read)
         if read is None or tensor is None or (rows is None and tensor.dim() == 1):
             continue
-        name = f"{constant_name(graph, read)}.folded_{digest(factors)}"
+        name = f"{constant_name(graph, read)}{FOLDED}{digest(factors)}"
         graph.set_input(value, index, graph.add_constant(name, rescaled(name, tensor.detach(), columns, rows)))
 
 

@@ -3,9 +3,10 @@
 `torch.compile(model, backend="qcompile")` needs no import of this package; `qcompile.report` tells what it did.
 """
 
+from pathlib import Path
 from typing import Any
 
-from qcompile.artifact import load, save
+from qcompile import artifact, readers
 from qcompile.calibrate import calibrate
 from qcompile.errors import QcompileError
 from qcompile.plan import Plan
@@ -40,6 +41,36 @@ def report(compiled: Any) -> Report:
     from qcompile import compile
 
     return compile.report(compiled)
+
+
+def save(model: Any, folder: str | Path, layout: str = "qcompile") -> None:
+    """Write a plan, or a model that was compiled and called, to a folder, whole or not at all.
+
+    Of a model, the folder holds the codes of its quantized weights and in float the rest, for `load`.
+    layout: of a model, "compressed-tensors" writes what transformers and vLLM load.
+    See `qcompile.artifact.save` and `qcompile.checkpoint.save_model`.
+    """
+    if isinstance(model, Plan):
+        return artifact.save(model, folder)
+    from qcompile import checkpoint
+
+    return checkpoint.save_model(model, folder, layout)
+
+
+def load(folder: str | Path, model: Any = None, device: Any = "cpu") -> Plan:
+    """The plan in a folder, bound to `model` if one is given; of a folder that holds a model, its tensors go into it.
+
+    model: may be on meta, as `with torch.device("meta"): model = Model(config)` makes it.  device: of its tensors.
+    folder: of `save`, or a checkpoint of GPTQ, AWQ or compressed-tensors in a folder of Hugging Face; a model is needed
+        for that.
+    See `qcompile.artifact.load`, `qcompile.checkpoint.load_model` and `qcompile.checkpoint.load_checkpoint`.
+    """
+    if model is None or not (artifact.holds_model(folder) or readers.is_checkpoint(Path(folder))):
+        return artifact.load(folder, model)
+    from qcompile import checkpoint
+
+    read = checkpoint.load_model if artifact.holds_model(folder) else checkpoint.load_checkpoint
+    return read(folder, model, device)
 
 
 def quantize_onnx(*args: Any, **kwargs: Any) -> Report:

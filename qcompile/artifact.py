@@ -4,15 +4,15 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as serialize
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qcompile.errors import PlanError
@@ -20,39 +20,56 @@ from qcompile.folds import Fold
 from qcompile.graph import Op
 from qcompile.numerics import QParams, code_dtype
 from qcompile.outliers import Outliers
-from qcompile.packing import pack, unpack
+from qcompile.packing import unpack
 from qcompile.plan import Decision, Plan
 from qcompile.recipe import recipe_from_table, recipe_to_table
-from qcompile.solved import Solved
+from qcompile.solved import Solved, stored_as
 from qcompile.spec import Spec, parse_spec
+from qcompile.stored import store
 from qcompile.verify import Failure
 
-SCHEMA = 2
-_JSON, _TENSORS = "plan.json", "plan.safetensors"
+SCHEMA = 3
+PLAN_FILES = _JSON, _TENSORS = "plan.json", "plan.safetensors"
+# of a model, see `qcompile.manifest`
+MANIFEST = "manifest.json"
 _KIND = "qcompile.plan"
 
 
 def save(plan: Plan, folder: str | Path) -> None:
-    """Write a plan to a folder, whole or not at all. A plan that is there already is replaced.
+    """Write a plan to a folder, whole or not at all. A plan or model that is there already is replaced.
 
     Raises PlanError for anything but a plan, or if the folder holds anything else, or cannot be written.
     """
     if not isinstance(plan, Plan):
         raise PlanError(f"save takes a plan, from qcompile.calibrate or qcompile.load, got {type(plan).__name__}")
+    write_folder(folder, partial(write_plan, plan))
+
+
+def write_folder(folder: str | Path, write: Callable[[Path], None], ours: Collection[str] = ()) -> None:
+    """Let `write` fill a new folder, which takes this place only when it is whole.
+
+    ours: files that may be there already beside a plan's, and are replaced.  Raises PlanError if the folder holds
+    anything else, or cannot be written; then what was there is as it was.
+    """
     # a link is followed, so that what it points to is replaced and not the link
     folder = Path(folder).resolve()
     new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
-        _require_ours(folder)
+        _require_ours(folder, {*PLAN_FILES, *ours})
         folder.parent.mkdir(parents=True, exist_ok=True)
         new.mkdir()
-        _write(plan, new)
+        write(new)
         _put(new, folder)
     except (OSError, SafetensorError) as e:
         reason = getattr(e, "strerror", None) or str(e)
         raise PlanError(f"cannot write the plan to {str(folder)!r}: {reason}; choose a folder you may write to") from e
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def schema_of(folder: str | Path) -> int:
+    """Of a plan that can be loaded."""
+    return int(json.loads((Path(folder) / _JSON).read_text(encoding="utf-8"))["schema"])
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> Plan:
@@ -77,6 +94,11 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Plan:
     return plan if model is None else plan.bind(model)
 
 
+def holds_model(folder: str | Path) -> bool:
+    """Whether the folder holds a model's weights, too: see `qcompile.manifest`."""
+    return (Path(folder) / MANIFEST).exists()
+
+
 def save_failure(failure: Failure, folder: Path, name: str) -> Path:
     """Write what shows a broken promise of a pass to a new folder in `folder`; returns it.
 
@@ -87,8 +109,7 @@ def save_failure(failure: Failure, folder: Path, name: str) -> Path:
     try:
         place.mkdir(parents=True, exist_ok=True)
         (place / "graph.txt").write_text(failure.text, encoding="utf-8")
-        held = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in failure.tensors.items()}
-        (place / "tensors.safetensors").write_bytes(serialize(held))
+        write_tensors(place / "tensors.safetensors", failure.tensors)
     except (OSError, SafetensorError) as e:
         raise PlanError(
             f"cannot write the failing part to {str(place)!r}: {e}; choose a folder you may write to"
@@ -96,12 +117,12 @@ def save_failure(failure: Failure, folder: Path, name: str) -> Path:
     return place
 
 
-def _require_ours(folder: Path) -> None:
+def _require_ours(folder: Path, ours: Collection[str]) -> None:
     if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
         raise PlanError(f"{str(file)!r} is a file; a plan is saved to a folder, so choose another name")
     if not folder.exists():
         return
-    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in (_JSON, _TENSORS))
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in ours)
     if others:
         raise PlanError(
             f"{str(folder)!r} holds something else ({', '.join(others[:3])}), which is left as it is; "
@@ -124,9 +145,12 @@ def _put(new: Path, folder: Path) -> None:
     shutil.rmtree(old)
 
 
-def _write(plan: Plan, folder: Path) -> None:
+def write_plan(plan: Plan, folder: Path) -> None:
+    """The two files of a plan, into a folder that is there.  Raises OSError or SafetensorError."""
     tensors: dict[str, Tensor] = {}
-    decisions = [_decision_table(decision, tensors) for decision in plan.decisions.values()]
+    # by digest, the site under whose name a weight is stored: a table that two sites read is stored once
+    stored: dict[str, str] = {}
+    decisions = [_decision_table(decision, tensors, stored) for decision in plan.decisions.values()]
     head = {
         "kind": _KIND,
         "schema": SCHEMA,
@@ -136,9 +160,19 @@ def _write(plan: Plan, folder: Path) -> None:
         "outliers": None if plan.outliers is None else plan.outliers.to_table(),
     }
     (folder / _JSON).write_text(_json(head, decisions), encoding="utf-8")
-    # cloned, because safetensors refuses a tensor that stands under two names
-    held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    (folder / _TENSORS).write_bytes(serialize(held))
+    write_tensors(folder / _TENSORS, tensors)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file.  Raises OSError or SafetensorError."""
+    held: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        # safetensors refuses memory that stands under two names
+        held[name] = here.clone() if here.untyped_storage().data_ptr() in places else here
+        places.add(held[name].untyped_storage().data_ptr())
+    save_file(held, path)
 
 
 def _json(head: Mapping[str, Any], decisions: list[dict[str, Any]]) -> str:
@@ -148,7 +182,7 @@ def _json(head: Mapping[str, Any], decisions: list[dict[str, Any]]) -> str:
     return f'{opened},\n  "decisions": [\n{lines}\n  ]\n}}\n'
 
 
-def _decision_table(decision: Decision, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _decision_table(decision: Decision, tensors: dict[str, Tensor], stored: dict[str, str]) -> dict[str, Any]:
     table: dict[str, Any] = {"name": decision.name, "op": decision.op.value, "shape": list(decision.shape)}
     if decision.weight is not None:
         table |= {"weight": str(decision.weight), "solver": decision.solver}
@@ -166,9 +200,7 @@ def _decision_table(decision: Decision, tensors: dict[str, Tensor]) -> dict[str,
         table["importance"] = True
         tensors[_importance_name(decision.name)] = decision.importance
     if decision.solved is not None:
-        held = _tensors_of(decision.solved.qparams)
-        table |= {"weight_qparams": sorted(held), "solved_db": decision.solved.snr_db}
-        tensors |= {f"{decision.name}.weight.{part}": tensor for part, tensor in held.items()}
+        table["solved"] = _solved_table(decision.name, decision.solved, tensors, stored)
     plain = {
         "outliers": list(decision.outliers),
         "shift": list(decision.shift),
@@ -176,6 +208,24 @@ def _decision_table(decision: Decision, tensors: dict[str, Tensor]) -> dict[str,
         "reason": decision.reason,
     }
     return table | {key: value for key, value in plain.items() if value not in ([], None, "")}
+
+
+def _solved_table(site: str, solved: Solved, tensors: dict[str, Tensor], stored: dict[str, str]) -> dict[str, Any]:
+    owner = stored.setdefault(f"{solved.spec} {solved.digest}", site)
+    own = {
+        name: tensor for name, tensor in (("columns", solved.columns), ("order", solved.order)) if tensor is not None
+    }
+    if owner == site:
+        tensors |= {f"{site}.solved.{part}": tensor for part, tensor in solved.stored.items()}
+    tensors |= {f"{site}.solved.{part}": tensor for part, tensor in own.items()}
+    table: dict[str, Any] = {
+        "parts": sorted(solved.stored),
+        "of": owner,
+        "digest": solved.digest,
+        "shape": list(solved.shape),
+    }
+    table |= {"own": sorted(own), "spec": str(solved.spec), "source": solved.source, "snr_db": solved.snr_db}
+    return table
 
 
 def _importance_name(site: str) -> str:
@@ -194,8 +244,7 @@ def _fold_name(number: int) -> str:
 def _tensors_of(qparams: QParams) -> dict[str, Tensor]:
     parts = {"scale": qparams.scale, "zero": qparams.zero, "levels": qparams.levels}
     stored = {f"stored.{name}": tensor for name, tensor in qparams.stored.items()}
-    packed = {} if qparams.codes is None else {"codes": pack(qparams.codes, qparams.spec.format.bits)}
-    return {name: tensor for name, tensor in parts.items() if tensor is not None} | stored | packed
+    return {name: tensor for name, tensor in parts.items() if tensor is not None} | stored
 
 
 def _require_schema(data: Any, folder: Path) -> None:
@@ -248,12 +297,30 @@ def _decision(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Decisi
 
 
 def _solved(site: str, table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Solved | None:
-    qparams = _stored_qparams(site, "weight", table, tensors)
-    if qparams is None:
+    if "weight_qparams" in table:
+        return _solved_before(site, table, tensors)
+    if (held := table.get("solved")) is None:
         return None
-    packed, signed = tensors[f"{site}.weight.codes"], code_dtype(qparams.spec) is torch.int8
-    codes = unpack(packed, qparams.spec.format.bits, table["shape"][-1], signed)
-    return Solved(qparams=replace(qparams, codes=codes), snr_db=table["solved_db"])
+    own = {name: tensors[f"{site}.solved.{name}"] for name in held["own"]}
+    return Solved(
+        spec=parse_spec(held["spec"]),
+        shape=tuple(held["shape"]),
+        stored={part: tensors[f"{held['of']}.solved.{part}"] for part in held["parts"]},
+        digest=held["digest"],
+        snr_db=held["snr_db"],
+        columns=own.get("columns"),
+        order=own.get("order"),
+        source=held["source"],
+    )
+
+
+def _solved_before(site: str, table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Solved:
+    """As schema 2 has it."""
+    held = {part: tensors[f"{site}.weight.{part}"] for part in table["weight_qparams"]}
+    spec, shape = parse_spec(table["weight"]), tuple(table["shape"])
+    qparams = _qparams(spec, held)
+    codes = unpack(held["codes"], spec.format.bits, shape[-1], code_dtype(spec) is torch.int8)
+    return stored_as(store(codes, qparams), spec, shape, snr_db=table["solved_db"])
 
 
 def _stored_qparams(site: str, side: str, table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QParams | None:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from qcompile.backends.fx.dynamo import refuse_training
 from qcompile.errors import UnsupportedError
-from qcompile.frame import Frame
+from qcompile.frame import Bound, Frame
 from qcompile.options import Options
 from qcompile.plan import Plan
 from qcompile.report import Report, merge
@@ -49,27 +49,41 @@ def report(compiled: Any) -> Report:
     compiled: what torch.compile returned, or a model that was compiled in place or in parts, after its first call.
     Raises UnsupportedError if nothing of it has been compiled with backend "qcompile", or if it is a function.
     """
-    model = getattr(compiled, "_orig_mod", compiled)
-    names = {id(p): name for name, p in model.named_parameters()} if isinstance(model, nn.Module) else {}
-    asked = _options_of(compiled)
+    names = _names(compiled)
+    return merge([bound.named_report(names) for _, bound in bounds_of(compiled)])
+
+
+def bounds_of(compiled: Any) -> list[tuple[Frame, Bound]]:
+    """What a compiled model became: every piece of bytecode, with each set of weights that it was called with.
+
+    Raises UnsupportedError if nothing of it has been compiled with backend "qcompile", or if it is a function.
+    """
+    names, asked = _names(compiled), _options_of(compiled)
     found = [
-        bound.named_report(names)
+        (frame, bound)
         for frame in _FRAMES
         if asked is None or frame.asked == asked
         for bound in frame.bounds()
         if bound.reads(names)
     ]
     if not names:
+        kind = type(getattr(compiled, "_orig_mod", compiled)).__name__
         raise UnsupportedError(
-            f"a {type(model).__name__} owns no parameters by which its report could be found: compile it with "
+            f"a {kind} owns no parameters by which its report could be found: compile it with "
             "options={'report': function or path}, which gets the report of each compilation"
         )
     if not found:
         raise UnsupportedError(
             "nothing of this model was compiled by backend 'qcompile' yet: compile it with "
-            "torch.compile(model, backend='qcompile'), call it once, and ask for the report of what torch.compile gave"
+            "torch.compile(model, backend='qcompile'), call it once, and ask again with what torch.compile gave"
         )
-    return merge(found)
+    return found
+
+
+def _names(compiled: Any) -> dict[int, str]:
+    """The parameters of a compiled model, by identity."""
+    model = getattr(compiled, "_orig_mod", compiled)
+    return {id(p): name for name, p in model.named_parameters()} if isinstance(model, nn.Module) else {}
 
 
 @contextmanager

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from qcompile.errors import GraphError
 
+# what passes call the constants that a fold made of "a.weight": "a.weight.folded_" and a digest
+FOLDED = ".folded_"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fold:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from qcompile.backends.fx.dynamo import parameters
+from qcompile.backends.fx.dynamo import Parameter, parameters
 from qcompile.backends.fx.inductor import Compiled, Inductor, structure
 from qcompile.backends.fx.packs import PackMissingError, Stamp, weight_stamp
 from qcompile.errors import CoverageError
@@ -105,6 +105,17 @@ class Frame:
         if bound.freeable:
             self._free(bound)
         return result
+
+    @property
+    def traced(self) -> GraphModule:
+        """What Dynamo gave, not to be changed."""
+        return self._gm
+
+    def weights(self, bound: Bound) -> dict[Parameter, Tensor]:
+        """The parameters of the frame, as it was bound to them; they must be alive."""
+        held = {position: ref() for position, ref, _ in bound.parameters}
+        found = {slot: held[slot.position] for slot in self._parameters}
+        return {slot: weight for slot, weight in found.items() if weight is not None}
 
     def bounds(self) -> list[Bound]:
         """What the frame was bound to and still could be called with."""

@@ -63,6 +63,12 @@ def unpack(packed: Tensor, bits: int, length: int, signed: bool) -> Tensor:
     return (codes ^ half) - half if signed else codes
 
 
+def as_bytes(rows: Tensor) -> Tensor:
+    """What is in memory of rows [N, K] of any dtype, uint8 [N, bytes]."""
+    # one row or column counts as contiguous whatever its stride is
+    return rows.contiguous().reshape(-1).view(torch.uint8).reshape(len(rows), -1)
+
+
 def packed_length(length: int, bits: int) -> int:
     """Bytes that `length` codes of one row fill."""
     return -(-length * bits // 8)

@@ -18,10 +18,13 @@ from qcompile.passes.fold_smooth import count_multiplications, fold_smooth
 from qcompile.passes.freeze_weights import freeze_weights
 from qcompile.passes.insert_qdq import insert_qdq
 from qcompile.passes.merge_qdq import merge_qdq
+from qcompile.passes.order_channels import order_channels
 from qcompile.passes.split_outliers import split_outliers
+from qcompile.passes.take_weights import take_weights
 from qcompile.plan import Decision, Plan, make_plan, unreached
 from qcompile.recipe import Recipe
 from qcompile.sites import COMMON_OPS, SITE_OPS, constant_name, find_sites, left_over
+from qcompile.solved import Solved
 
 # reasons that a note gives
 NAMED = 3
@@ -40,6 +43,7 @@ def passes(plan: Plan, lower: Lowering[V] | None = None) -> dict[str, Pass[V]]:
     return {
         "fold_smooth": partial(fold_smooth, folds=plan.folds),
         "split_outliers": partial(split_outliers, plan=plan),
+        "order_channels": partial(order_channels, plan=plan),
         "insert_qdq": partial(insert_qdq, plan=plan),
         "fold_exponent_bias": partial(fold_exponent_bias, plan=plan),
         "merge_qdq": merge_qdq,
@@ -101,6 +105,31 @@ def quantize(
             noise.update(_noise(graph))
         graph.prune()
         _write(graph, dump, number, name)
+    return plan
+
+
+def take(
+    graph: Graph[V],
+    decide: Recipe | Plan,
+    taken: dict[str, Solved],
+    *,
+    storable: Callable[[Decision], bool],
+    whole: bool = True,
+) -> Plan:
+    """Quantize a graph's weights to be stored, in place; returns the plan that was applied.
+
+    taken: gets what became of them, by site, see `take_weights`.  storable: of which decisions.  The graph computes
+    nothing afterwards; what it still reads is what a graph reads beside those weights.
+    """
+    plan = plan_for(graph, decide, whole=whole)
+    steps: dict[str, Pass[V]] = passes(plan)
+    for name, run in steps.items():
+        run(graph)
+        if name == "insert_qdq":
+            break
+    sites = {d.name for d in plan.decisions.values() if d.weight is not None and storable(d)}
+    take_weights(graph, plan, sites, taken)
+    graph.prune()
     return plan
 
 

@@ -52,7 +52,7 @@ class Decision:
     outliers: channels of the input that stay in the model's dtype, with their columns of the weight.
     threshold: instead, the channels are found in each input: those in which any magnitude reaches it (LLM.int8).
     importance: float32 [K], what errors in each column of the weight cost, for solvers that ask for it.
-    solved: codes of the weight from a solver that looks at data, too; None until it has run.
+    solved: the weight as it is stored, from a solver that looks at data or from a file; None to find it from floats.
     shift: octaves by which columns of the weight are raised before its numbers are chosen, and their exponents lowered
         then: as far as folds raise channels of the input, or to fit the weight's grid.
     Raises PlanError if outliers are not distinct channels of the input, or importance is missing or of other channels.

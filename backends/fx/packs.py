@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qcompile.errors import WeightError
 
@@ -21,10 +21,10 @@ class PackMissingError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """Tensors by name, and the signal-to-noise ratio in dB of the weight they hold."""
+    """Tensors by name, and the signal-to-noise ratio in dB of the weight they hold; None where nobody saw it."""
 
     tensors: Mapping[str, Tensor]
-    snr_db: float
+    snr_db: float | None
 
     @property
     def nbytes(self) -> int:
@@ -114,10 +114,15 @@ class PackStore:
         entry = self._entry(weight)
         if entry is None or entry.freed or entry.float_read:
             return
-        nan = torch.full((1,) * weight.dim(), torch.nan, dtype=weight.dtype, device=weight.device)
-        weight.data = nan.expand(weight.shape)
+        weight.data = _no_values(weight.shape, weight.dtype, weight.device)
         entry.freed = True
         entry.state = _state(weight)
+
+    def stand_in(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+        """A weight that never had values, as `free` leaves them."""
+        weight = nn.Parameter(_no_values(shape, dtype, device), requires_grad=False)
+        self._new_entry(weight).freed = True
+        return weight
 
     def _entry(self, weight: Tensor) -> _Entry | None:
         entry = self._entries.get(id(weight))
@@ -141,6 +146,10 @@ class PackStore:
         return forget
 
 
+def _no_values(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((1,) * len(shape), torch.nan, dtype=dtype, device=device).expand(*shape)
+
+
 def _behind_each_other(parts: Sequence[Tensor]) -> Tensor:
     first, place = parts[0], parts[0].data_ptr()
     for part in parts:
@@ -152,6 +161,7 @@ def _behind_each_other(parts: Sequence[Tensor]) -> Tensor:
 
 def freed_error(name: str) -> WeightError:
     return WeightError(
-        f"weight {name!r} was freed by free_weights=True, and is now needed with other specs or in float; "
-        "load it again (model.load_state_dict), or compile without free_weights"
+        f"weight {name!r} has no float values: it was freed by free_weights=True, or qcompile.load gave its codes "
+        "alone; and it is now needed with other specs or in float. Compile with the plan that qcompile.load gave, on "
+        "the device that it was given, or load it again (model.load_state_dict) and compile without free_weights"
     )

@@ -1,5 +1,5 @@
-"""The command line: `qcompile export | quantize | compare | analyze | study | tune | demo | doctor | show`, and what
-there is to choose from: `qcompile formats | recipes`.
+"""The command line: `qcompile export | quantize | compare | analyze | study | tune | demo | doctor | show | inspect`,
+and what there is to choose from: `qcompile formats | recipes`.
 
 Any mistake of the user ends in one red line and exit code 2; `qcompile --debug ...` shows the traceback.
 """
@@ -17,6 +17,7 @@ from qcompile.cli.compare import compare
 from qcompile.cli.demo import demo
 from qcompile.cli.doctor import doctor
 from qcompile.cli.export import export
+from qcompile.cli.inspect import inspect_folder
 from qcompile.cli.quantize import quantize
 from qcompile.cli.show import show
 from qcompile.cli.study import study
@@ -71,6 +72,7 @@ def root(
 
 
 app.command("analyze")(analyze_model)
+app.command("inspect")(inspect_folder)
 for command in (compare, demo, doctor, export, formats, quantize, recipes, show, tune):
     app.command()(command)
 app.add_typer(study, name="study")

@@ -178,7 +178,7 @@ def test_a_loaded_plan_gives_the_same_outputs(net: Net, tmp_path: Path, weight: 
     assert loaded == plan
     assert loaded.decisions["up"].data_digest == plan.decisions["up"].data_digest
     assert torch.equal(run(net, loaded, x), run(net, plan, x))
-    held = load_file(tmp_path / "plan" / "plan.safetensors")["up.weight.codes"]
+    held = load_file(tmp_path / "plan" / "plan.safetensors")["up.solved.weight"]
     assert held.shape == (HIDDEN, packed_length(WIDTH, parse_spec(weight).format.bits))
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from qcompile import artifact
@@ -14,12 +16,14 @@ from qcompile.calibrate import calibrate
 from qcompile.errors import PlanError
 from qcompile.folds import Fold
 from qcompile.graph import Op
-from qcompile.numerics import QParams
+from qcompile.numerics import QParams, find_qparams
 from qcompile.observers import observe
 from qcompile.outliers import Group, find_outliers
+from qcompile.packing import pack
 from qcompile.plan import Decision, Plan
 from qcompile.recipe import Recipe, Rule
 from qcompile.smooth import Smooth
+from qcompile.solved import solved
 from qcompile.spec import parse_spec
 
 
@@ -96,7 +100,7 @@ def test_importance_is_kept(model: Net, tmp_path: Path) -> None:
     assert fc.importance is not None
     assert torch.equal(found.decisions["fc"].importance, fc.importance)
     assert found.decisions["fc"].data_digest == fc.data_digest
-    (tmp_path / "p" / "plan.safetensors").write_bytes(artifact.serialize({}))
+    (tmp_path / "p" / "plan.safetensors").write_bytes(serialize({}))
     with pytest.raises(PlanError, match=r"is broken .KeyError: 'fc\.importance'.*save it again"):
         load(tmp_path / "p")
 
@@ -108,6 +112,55 @@ def test_a_plan_whose_importance_was_lost_is_refused(model: Net, tmp_path: Path)
     path.write_text(path.read_text().replace(', "importance": true', ""))
     with pytest.raises(PlanError, match=r"'fc' with solver 'imatrix' takes the importance of 16 channels, got None"):
         load(tmp_path / "p")
+
+
+@pytest.mark.parametrize("spec", ["int4/g16/asym/bf16", "int3/channel", "nf4/g16/dq256", "lloyd4/channel"])
+def test_codes_of_schema_2_still_load(spec: str, tmp_path: Path) -> None:
+    weight = torch.randn(6, 32)
+    given = solved(weight, find_qparams(weight, parse_spec(spec)))
+    decision = Decision(name="a", op=Op.LINEAR, shape=(6, 32), weight=parse_spec(spec), solver="mse")
+    save(Plan(recipe=Recipe(name="r", rules=(Rule(),)), decisions={"a": decision}), tmp_path / "p")
+    qparams = given.qparams
+    assert qparams.codes is not None
+    parts = {"codes": pack(qparams.codes, qparams.spec.format.bits), "scale": qparams.scale}
+    parts |= {} if qparams.zero is None else {"zero": qparams.zero}
+    parts |= {} if qparams.levels is None else {"levels": qparams.levels}
+    parts |= {f"stored.{name}": tensor for name, tensor in qparams.stored.items()}
+    path = tmp_path / "p" / "plan.json"
+    table = json.loads(path.read_text())
+    table["schema"] = 2
+    table["decisions"][0] |= {"weight_qparams": sorted(parts), "solved_db": given.snr_db}
+    path.write_text(json.dumps(table))
+    held = {f"a.weight.{part}": tensor.clone() for part, tensor in parts.items()}
+    (tmp_path / "p" / "plan.safetensors").write_bytes(serialize(held))
+    found = load(tmp_path / "p").decisions["a"].solved
+    assert found == given
+    assert found is not None
+    assert torch.equal(found.qparams.codes, qparams.codes)
+
+
+def test_what_a_weight_became_is_kept_and_stored_once(tmp_path: Path) -> None:
+    weight, spec = torch.randn(6, 32), parse_spec("int4/g16/asym/bf16")
+    once = solved(weight, find_qparams(weight, spec), source="a.weight.without_1")
+    both = replace(once, columns=torch.randn(6, 2), order=torch.randperm(32))
+    decisions = {
+        name: Decision(name=name, op=op, shape=(6, 32), weight=spec, solved=found)
+        for name, op, found in (("a", Op.LINEAR, both), ("b", Op.EMBEDDING, once))
+    }
+    save(Plan(recipe=Recipe(name="r", rules=(Rule(),)), decisions=decisions), tmp_path / "p")
+    found = load(tmp_path / "p").decisions
+    assert found == decisions
+    for name, decision in decisions.items():
+        before, after = decision.solved, found[name].solved
+        assert before is not None
+        assert after is not None
+        assert (after.source, after.shape, after.digest) == (before.source, before.shape, before.digest)
+        for part in ("columns", "order"):
+            held = getattr(before, part)
+            assert held is None or torch.equal(getattr(after, part), held)
+        assert torch.equal(after.qparams.codes, before.qparams.codes)
+    stored = load_file(tmp_path / "p" / "plan.safetensors")
+    assert sorted(stored) == [f"a.solved.{part}" for part in ("columns", "order", "scale_scale", "weight", "zero")]
 
 
 def prepared() -> Plan:
@@ -163,7 +216,7 @@ def test_plans_from_before_folds_still_load(plan: Plan, tmp_path: Path) -> None:
 
 def test_a_fold_without_its_scale_is_broken(tmp_path: Path) -> None:
     save(prepared(), tmp_path / "p")
-    (tmp_path / "p" / "plan.safetensors").write_bytes(artifact.serialize({}))
+    (tmp_path / "p" / "plan.safetensors").write_bytes(serialize({}))
     with pytest.raises(PlanError, match=r"is broken .KeyError: 'fold\.0\.scale'.*save it again"):
         load(tmp_path / "p")
 
@@ -242,7 +295,7 @@ def test_a_failure_while_writing_leaves_what_was_there(
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artifact, "serialize", fail)
+    monkeypatch.setattr(artifact, "save_file", fail)
     with pytest.raises(PlanError, match="No space left on device"):
         save(plan, tmp_path / "p")
     assert [entry.name for entry in tmp_path.iterdir()] == (["p"] if existing else [])
@@ -276,8 +329,8 @@ def test_only_plans_are_saved(model: Net, tmp_path: Path) -> None:
 def test_a_newer_schema_is_refused_with_both_versions(plan: Plan, tmp_path: Path) -> None:
     save(plan, tmp_path / "p")
     path = tmp_path / "p" / "plan.json"
-    path.write_text(path.read_text().replace('"schema": 2', '"schema": 7'))
-    with pytest.raises(PlanError, match=r"has schema 7, and this version of qcompile reads up to 2; upgrade qcompile"):
+    path.write_text(path.read_text().replace('"schema": 3', '"schema": 7'))
+    with pytest.raises(PlanError, match=r"has schema 7, and this version of qcompile reads up to 3; upgrade qcompile"):
         load(tmp_path / "p")
 
 
@@ -301,7 +354,7 @@ def test_a_broken_plan_is_named(plan: Plan, tmp_path: Path, name: str, content: 
 def test_a_missing_tensor_or_file_is_named(plan: Plan, tmp_path: Path) -> None:
     save(plan, tmp_path / "p")
     tensors = tmp_path / "p" / "plan.safetensors"
-    tensors.write_bytes(artifact.serialize({}))
+    tensors.write_bytes(serialize({}))
     with pytest.raises(PlanError, match=r"is broken .KeyError: 'fc\.input\.scale'"):
         load(tmp_path / "p")
     tensors.unlink()

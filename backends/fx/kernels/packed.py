@@ -10,12 +10,9 @@ from torch import Tensor
 
 from qcompile.backends.fx.kernels.problem import Kernel
 from qcompile.backends.fx.registry import REGISTRY
-from qcompile.formats import Integer
 from qcompile.numerics import QParams, dequantize
-from qcompile.packing import pack as pack_codes
-from qcompile.packing import unpack
-from qcompile.scales import stored_minimum, stored_scale
-from qcompile.spec import Zero, parse_spec
+from qcompile.spec import parse_spec
+from qcompile.stored import restore, store
 
 REGISTRY.define(
     "linear_packed(Tensor x, Tensor[] packed, Tensor? bias, str spec, str[] names, int K) -> Tensor",
@@ -29,16 +26,7 @@ def _linear_packed(x: Tensor, packed: list[Tensor], bias: Tensor | None, spec: s
 
 def unpack_weight(packed: dict[str, Tensor], text: str, K: int, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] that `pack` packed under the spec `text`, in `dtype`."""
-    spec = parse_spec(text)
-    signed = isinstance(spec.format, Integer) and spec.symmetric
-    codes = unpack(packed["weight"], spec.format.bits, K, signed)
-    stored = {k.removeprefix("scale_"): v for k, v in packed.items() if k.startswith("scale_")}
-    groups = K // (spec.granularity.columns or K)
-    scale = stored_scale(stored, spec.scale, groups)
-    zero = packed["zero"].float() if "zero" in packed else None
-    if spec.zero is Zero.MINIMUM:
-        zero = stored_minimum(stored, spec.scale, groups)
-    qparams = QParams(spec=spec, scale=scale, zero=zero, levels=packed.get("levels"))
+    codes, qparams = restore(packed, parse_spec(text), K)
     return dequantize(codes, qparams, dtype)
 
 
@@ -46,13 +34,8 @@ REGISTRY.impl("linear_packed", _linear_packed, "CompositeImplicitAutograd")
 
 
 def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Dense codes; scales and minima as they are stored; zero points as bytes; learned levels."""
-    packed = {"weight": pack_codes(codes, qparams.spec.format.bits)}
-    packed |= {f"scale_{name}": tensor.contiguous() for name, tensor in qparams.stored.items()}
-    packed |= (
-        {"zero": qparams.zero.to(torch.uint8)} if qparams.zero is not None and qparams.spec.zero is Zero.CODE else {}
-    )
-    return packed | ({} if qparams.levels is None else {"levels": qparams.levels})
+    """As they are stored anywhere."""
+    return store(codes, qparams)
 
 
 KERNEL = Kernel(

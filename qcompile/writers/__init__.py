@@ -1,0 +1,1 @@
+"""Layouts of others that a model's weights may be written in."""

@@ -1,0 +1,90 @@
+"""`qcompile inspect` says what a folder holds, and what loads it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import qcompile
+from qcompile.cli import app
+from qcompile.graph import Op
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Embedding(50, 64), nn.Linear(64, 50, bias=False)
+        self.fc.weight = self.table.weight
+        self.up = nn.Linear(64, 64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.fc(self.up(self.table(ids)))
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.tensor([[1, 49, 4], [0, 7, 7]])
+
+
+@pytest.fixture
+def saved(ids: Tensor, tmp_path: Path) -> Path:
+    int4 = qcompile.parse_spec("int4/g64/asym/bf16")
+    int8 = {"weight": qcompile.parse_spec("int8/channel"), "input": qcompile.parse_spec("int8/token")}
+    table = qcompile.Rule(match="table", ops=(Op.EMBEDDING,), weight=int4)
+    recipe = qcompile.Recipe(name="mine", rules=(table, qcompile.Rule(match="fc", weight=int4), qcompile.Rule(**int8)))
+    with torch.no_grad():
+        fast = torch.compile(Net().eval(), backend="qcompile", options={"recipe": recipe})
+        fast(ids)
+    qcompile.save(fast, tmp_path / "m")
+    return tmp_path / "m"
+
+
+def inspect(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["inspect", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_model_is_shown_site_by_site(saved: Path) -> None:
+    text = inspect(saved, "--markdown", "--verify")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
+    # 4 bits, and of 64 columns a scale of 16 and a zero point of 8
+    assert [row[:5] for row in rows] == [
+        ["table", "50 x 64", "int4/g64/asym/bf16", "float", "4.375"],
+        ["up", "64 x 64", "int8/channel", "int8/token", "8.500"],
+        ["fc", "50 x 64", "int4/g64/asym/bf16", "float", "4.375"],
+    ]
+    assert rows[1][5] == str(64 * 64 + 64 * 4)
+    assert "a Net with its weights, recipe 'mine', schema 1, qcompile " in text
+    assert "one tensor: table.weight = fc.weight" in text
+    assert f'plan = qcompile.load("{saved}", model)' in text
+    assert "all files are as they were saved" in text
+    # the bias of `up` alone is float; the shared table is stored once
+    assert "in float: 256 bytes" in text
+    assert "2 weights, 7296 numbers" in text
+
+
+def test_a_plan_is_shown(ids: Tensor, tmp_path: Path) -> None:
+    plan = qcompile.calibrate(Net(), [ids], "int8-static", progress=False)
+    qcompile.save(plan, tmp_path / "p")
+    text = inspect(tmp_path / "p", "--markdown")
+    assert "| up | 64 x 64 | int8/channel | int8/tensor/asym | 8.500 | 4352 | round |" in text
+    assert "a plan, recipe 'int8-static', schema 3; weights come from the model" in text
+
+
+def test_what_is_broken_ends_in_one_line(saved: Path, tmp_path: Path) -> None:
+    def error(*arguments: object) -> str:
+        result = CliRunner().invoke(app, ["inspect", *map(str, arguments)])
+        assert result.exit_code == 2
+        return result.output
+
+    assert "no plan in" in error(tmp_path / "nowhere")
+    path = saved / "floats.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "it changed since" in error(saved, "--verify")
+    path.write_bytes(content[:-8])
+    assert "it was not copied whole" in error(saved)

@@ -1,0 +1,281 @@
+"""A compiled model is saved, loaded into an empty one, and computes the same; without float weights, without data."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qcompile
+from qcompile.errors import PlanError
+from qcompile.presets import PRESETS
+from qcompile.recipe import Recipe
+from tests.families import FAMILIES, build, tokens
+
+# what every family of presets does to weights: integers, groups, floats, code books, solvers, folds, splits, shifts
+RECIPES = (
+    "int8",
+    "int4-weight",
+    "hqq4",
+    "int4-imatrix",
+    "gptq4",
+    "fp8",
+    "nf4",
+    "w4a8",
+    "int4-token",
+    "mxfp4",
+    "nvfp4",
+    "fp4",
+    "fp4-weight",
+    "llm-int8",
+    "int8-smooth-split",
+    "int8-static",
+    "fp8-smooth-split-static",
+)
+
+
+def empty(family: str) -> nn.Module:
+    with torch.device("meta"):
+        return FAMILIES[family]().eval()
+
+
+def compiled(model: nn.Module, plan: qcompile.Plan, **options: Any) -> Any:
+    return torch.compile(model, backend="qcompile", options={"plan": plan, **options})
+
+
+@pytest.mark.usefixtures("graphs_only")
+@pytest.mark.parametrize(
+    ("recipe", "small"),
+    [*((recipe, False) for recipe in RECIPES), *((recipe, True) for recipe in ("int4-weight", "nf4", "fp4"))],
+)
+def test_what_is_loaded_computes_what_was_saved(recipe: str, small: bool, tmp_path: Path) -> None:
+    model, ids = build("llama"), tokens(2, 9)
+    if "split" in recipe:
+        with torch.no_grad():
+            model.model.layers[0].input_layernorm.weight[[3, 70]] *= 60
+    plan = qcompile.calibrate(model, [tokens(4, 16, seed=5)], recipe, progress=False)
+    fast = compiled(model, plan)
+    y = fast(ids).logits
+    qcompile.save(fast, tmp_path / "m")
+    other = empty("llama")
+    plan = qcompile.load(tmp_path / "m", other)
+    again = compiled(other, plan, free_weights=small)
+    # a kernel for small weights may round in another place
+    torch.testing.assert_close(again(ids).logits, y, **({"atol": 2e-2, "rtol": 0} if small else {"atol": 0, "rtol": 0}))
+    linears = [m for m in other.modules() if isinstance(m, nn.Linear)]
+    assert all(m.weight.isnan().all() and m.weight.untyped_storage().nbytes() <= 4 for m in linears)
+    before, after = ({s.name: s for s in qcompile.report(m).sites} for m in (fast, again))
+    assert {name: (s.weight, s.input) for name, s in before.items()} == {
+        n: (s.weight, s.input) for n, s in after.items()
+    }
+    # a weight with shifts is stored as it was before its columns were lowered
+    as_stored = [name for name, decision in plan.decisions.items() if not decision.shift]
+    assert [before[name].snr_db for name in as_stored] == [after[name].snr_db for name in as_stored]
+
+
+@pytest.mark.usefixtures("graphs_only")
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
+@pytest.mark.parametrize("recipe", ["int8+embeddings", "int4-weight"])
+def test_every_family_comes_back(family: str, recipe: str, tmp_path: Path) -> None:
+    model, ids = build(family), tokens(2, 9)
+    fast = torch.compile(model, backend="qcompile", options={"recipe": recipe})
+    y = fast(ids)[0]
+    qcompile.save(fast, tmp_path / "m")
+    other = empty(family)
+    again = compiled(other, qcompile.load(tmp_path / "m", other))
+    assert torch.equal(again(ids)[0], y)
+
+
+def test_every_preset_has_a_relative_here() -> None:
+    """A preset with a solver or a preparation that no test saves would be noticed."""
+    tested = [PRESETS[name.partition("+")[0]] for name in RECIPES]
+
+    def kinds(recipe: Recipe) -> set[tuple[object, ...]]:
+        rules = [replace(r, observer="", threshold=r.threshold and 1.0) for r in recipe.rules if r.weight is not None]
+        return {(r.solver, r.prepares, bool(r.threshold), type(r.weight and r.weight.format)) for r in rules}
+
+    known = set().union(*map(kinds, tested))
+    assert [name for name, recipe in PRESETS.items() if not kinds(recipe) <= known] == []
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_tied_tables_are_stored_once(tmp_path: Path) -> None:
+    model, ids = build("gpt2"), tokens(2, 9)
+    fast = torch.compile(model, backend="qcompile", options={"recipe": "int8+embeddings"})
+    y = fast(ids).logits
+    qcompile.save(fast, tmp_path / "m")
+    table = model.transformer.wte.weight
+    assert model.lm_head.weight is table
+    codes = sum(m.weight.numel() for n, m in model.named_modules() if hasattr(m, "weight") and m.weight.dim() == 2)
+    size = (tmp_path / "m" / "plan.safetensors").stat().st_size
+    assert size < 1.15 * (codes - table.numel())
+    other = empty("gpt2")
+    plan = qcompile.load(tmp_path / "m", other)
+    assert other.lm_head.weight is other.transformer.wte.weight
+    assert torch.equal(compiled(other, plan)(ids).logits, y)
+
+
+class Words(nn.Module):
+    """A table that is read twice, and tensors of every kind."""
+
+    def __init__(self, width: int = 128, tie: bool = True) -> None:
+        super().__init__()
+        self.table, self.inner, self.head = nn.Embedding(50, width), nn.Linear(width, width), nn.Linear(width, 50)
+        self.norm = nn.LayerNorm(width)
+        self.register_buffer("kept", torch.rand(width))
+        self.register_buffer("passing", torch.rand(width), persistent=False)
+        self.plain = torch.rand(width)
+        if tie:
+            self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.table(ids)) * self.kept + self.passing - self.plain
+        return self.head(self.inner(x))
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.tensor([[1, 49, 4], [0, 7, 7]])
+
+
+def words(recipe: str, ids: Tensor, folder: Path) -> tuple[Words, Tensor]:
+    model = Words().eval()
+    fast = torch.compile(model, backend="qcompile", options={"recipe": recipe})
+    y = fast(ids)
+    qcompile.save(fast, folder)
+    return model, y
+
+
+def empty_words(**options: Any) -> Words:
+    with torch.device("meta"):
+        return Words(**options).eval()
+
+
+@pytest.mark.usefixtures("graphs_only")
+@pytest.mark.parametrize("recipe", ["int8", "int8+embeddings"])
+def test_buffers_and_plain_tensors_are_kept(recipe: str, ids: Tensor, tmp_path: Path) -> None:
+    model, y = words(recipe, ids, tmp_path / "m")
+    other = empty_words()
+    plan = qcompile.load(tmp_path / "m", other)
+    assert torch.equal(compiled(other, plan)(ids), y)
+    for name in ("kept", "passing", "plain"):
+        assert torch.equal(getattr(other, name), getattr(model, name))
+    # an embedding that stays float needs its table
+    assert bool(other.table.weight.isnan().any()) is (recipe == "int8+embeddings")
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_a_loaded_model_is_saved_again(ids: Tensor, tmp_path: Path) -> None:
+    _, y = words("int4-weight+embeddings", ids, tmp_path / "m")
+    other = empty_words()
+    fast = compiled(other, qcompile.load(tmp_path / "m", other))
+    fast(ids)
+    # over the files that it reads
+    qcompile.save(fast, tmp_path / "m")
+    third = empty_words()
+    assert torch.equal(compiled(third, qcompile.load(tmp_path / "m", third))(ids), y)
+    assert torch.equal(fast(ids), y)
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_a_model_with_weights_takes_those_of_the_folder(ids: Tensor, tmp_path: Path) -> None:
+    _, y = words("int8", ids, tmp_path / "m")
+    other = Words().eval()
+    assert torch.equal(compiled(other, qcompile.load(tmp_path / "m", other))(ids), y)
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_another_recipe_or_the_reference_says_that_values_are_gone(ids: Tensor, tmp_path: Path) -> None:
+    words("int8", ids, tmp_path / "m")
+    other = empty_words()
+    plan = qcompile.load(tmp_path / "m", other)
+    for options in ({"recipe": "nf4"}, {"plan": plan, "lower": False}):
+        torch._dynamo.reset()
+        with pytest.raises(
+            Exception, match=r"(?s)WeightError.*has no float values.*qcompile\.load gave its codes alone"
+        ):
+            torch.compile(other, backend="qcompile", options=options)(ids)
+
+
+@pytest.mark.usefixtures("graphs_only")
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: empty_words(width=64), r"'table\.weight' is \[50, 64\] in it and \[50, 128\] in the folder"),
+        (
+            lambda: nn.ModuleDict({"tables": nn.Embedding(50, 128)}),
+            r"it has no 'table\.weight' \[50, 128\] \(nearest: 'tables",
+        ),
+        (lambda: nn.Sequential(empty_words()), r"is not the Words that"),
+        (lambda: _with_more(empty_words()), r"it has 'more\.weight' \[3, 3\], which is not stored"),
+    ],
+    ids=["shape", "renamed", "nested", "more"],
+)
+def test_another_model_is_refused_and_stays(model: Any, message: str, ids: Tensor, tmp_path: Path) -> None:
+    words("int8", ids, tmp_path / "m")
+    other = model()
+    before = {name: id(p) for name, p in other.named_parameters()}
+    with pytest.raises(PlanError, match=message):
+        qcompile.load(tmp_path / "m", other)
+    assert {name: id(p) for name, p in other.named_parameters()} == before
+
+
+def _with_more(model: nn.Module) -> nn.Module:
+    model.more = nn.Linear(3, 3)
+    return model
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_broken_folders_are_named(ids: Tensor, tmp_path: Path) -> None:
+    words("int8", ids, tmp_path / "m")
+    manifest, floats = tmp_path / "m" / "manifest.json", tmp_path / "m" / "floats.safetensors"
+    text, content = manifest.read_text(), floats.read_bytes()
+
+    def refused(message: str) -> None:
+        with pytest.raises(PlanError, match=message):
+            qcompile.load(tmp_path / "m", empty_words())
+
+    floats.write_bytes(content[:-5])
+    refused(rf"has {len(content) - 5} bytes, and {len(content)} when it was saved: it was not copied whole")
+    floats.write_bytes(b"\0" * len(content))
+    refused(r"floats\.safetensors' is broken .*copy it again")
+    floats.unlink()
+    refused(r"no whole model in .*give the folder that qcompile\.save wrote")
+    floats.write_bytes(content)
+    manifest.write_text(text.replace('"schema": 1', '"schema": 9'))
+    refused(r"has schema 9, and this version of qcompile reads up to 1; upgrade qcompile")
+    manifest.write_text(text[:-40])
+    refused(r"the manifest in .* is broken .JSONDecodeError.*save the model again")
+    manifest.write_text(text.replace('"float32"', '"float33"'))
+    refused(r"is broken .AttributeError")
+    manifest.write_text(text)
+    qcompile.load(tmp_path / "m", empty_words())
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_a_save_that_fails_leaves_what_was_there(ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, y = words("int8", ids, tmp_path / "m")
+
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qcompile.manifest.write_tensors", fail)
+    with pytest.raises(PlanError, match="No space left on device"):
+        words("int4-weight", ids, tmp_path / "m")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
+    other = empty_words()
+    torch._dynamo.reset()
+    assert torch.equal(compiled(other, qcompile.load(tmp_path / "m", other))(ids), y)
+
+
+@pytest.mark.usefixtures("graphs_only")
+def test_freed_weights_and_what_was_never_compiled_are_refused(ids: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(qcompile.QcompileError, match="nothing of this model was compiled by backend 'qcompile' yet"):
+        qcompile.save(Words(), tmp_path / "m")
+    fast = torch.compile(Words().eval(), backend="qcompile", options={"free_weights": True})
+    fast(ids)
+    with pytest.raises(qcompile.QcompileError, match=r"was freed by free_weights=True.*without free_weights"):
+        qcompile.save(fast, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
