@@ -112,7 +112,7 @@ def test_awq_gains_where_inputs_are_loud_and_moves_nothing_where_they_are_alike(
         plan = calibrated(model, Recipe(name=name, rules=(rule,)), data(rows=600))
         error[name] = float((run(model, plan, x, lower=False) - model(x)).norm())
     # a clip that knows which channels are loud leaves less to be gained
-    assert error["round scaled"] < 0.8 * error["round"]
+    assert error["round scaled"] < 0.95 * error["round"]
     assert error["awq scaled"] < error["awq"] < error["round"]
     assert all(fold.method.startswith("awq power=") for fold in plan.folds)
     with torch.no_grad():
