@@ -6,7 +6,10 @@ whose three bits of mantissa and four of exponent hold every such v as it is, so
 Source: LLM-FP4 (Liu 2023), equation 19, with E4M3 in place of a 4-bit format with a bias of its own for each column.
 """
 
+import math
+
 import torch
+from torch import Tensor
 
 from qcompile.graph import Graph, Op, V
 from qcompile.numerics import QParams, dequantize, quantize
@@ -42,7 +45,8 @@ def _fold(graph: Graph[V], linear: V, dequantized: V, factor: V, shift: tuple[in
     columns, qparams = graph.constant(factor), graph.qparams(dequantized)
     if source is None or weight is None or columns is None or not isinstance(qparams, QParams):
         return False
-    if not folds_octaves(qparams.spec):
+    # by the format, so that a weight of which only the shape is at hand has the same answer
+    if not folds_octaves(qparams.spec, _octaves(columns)):
         return False
     values, folded = lowered(quantize(weight, qparams), qparams, columns, shift)
     if not weight.is_meta and not torch.equal(dequantize(quantize(values, folded), folded), values):
@@ -51,3 +55,8 @@ def _fold(graph: Graph[V], linear: V, dequantized: V, factor: V, shift: tuple[in
     held = graph.add_constant(name, values.to(weight.dtype))
     graph.set_input(linear, 1, graph.add_qdq(held, folded))
     return True
+
+
+def _octaves(columns: Tensor) -> int:
+    """By how many the lowest column was lowered.  columns: powers of two."""
+    return round(-math.log2(float(columns.min())))

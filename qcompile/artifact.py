@@ -36,7 +36,7 @@ _KIND = "qcompile.plan"
 
 
 def save(plan: Plan, folder: str | Path) -> None:
-    """Write a plan to a folder, whole or not at all. A plan or model that is there already is replaced.
+    """Write a plan to a folder, whole or not at all. A plan that is there already is replaced.
 
     Raises PlanError for anything but a plan, or if the folder holds anything else, or cannot be written.
     """

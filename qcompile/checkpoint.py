@@ -112,6 +112,7 @@ def load_checkpoint(folder: str | Path, model: nn.Module, device: str | torch.de
     model = getattr(model, "_orig_mod", model)
     plan, floats = read_checkpoint(folder)
     found: list[tuple[Tensor, tuple[str, ...], Tensor | None]] = []
+    kept: list[tuple[Tensor, tuple[str, ...]]] = []
     for own, names in tensors_of(model):
         coded = any(name.removesuffix(".weight") in plan.decisions for name in names)
         stored = next((floats.pop(name) for name in names if name in floats), None)
@@ -123,6 +124,8 @@ def load_checkpoint(folder: str | Path, model: nn.Module, device: str | torch.de
             raise PlanError(_missing(names[0], own, floats, plan, folder))
         if stored is not None or coded:
             found.append((own, names, stored))
+        else:
+            kept.append((own, names))
     # before anything is changed
     plan.bind(model)
     for own, names, stored in found:
@@ -131,6 +134,8 @@ def load_checkpoint(folder: str | Path, model: nn.Module, device: str | torch.de
             continue
         tensor = stored.to(device, own.dtype if own.is_floating_point() else None)
         put(model, names, nn.Parameter(tensor, requires_grad=False) if isinstance(own, nn.Parameter) else tensor)
+    for own, names in kept:
+        put(model, names, own.to(device))
     unread = tuple(f"{name!r} of the checkpoint is not in the model" for name in floats)
     return replace(plan, notes=unread).bind(model)
 
@@ -178,7 +183,7 @@ def _is_storable(decision: Decision) -> bool:
     spec = decision.weight
     assert spec is not None
     if decision.op is not Op.EMBEDDING:
-        return not decision.shift or folds_octaves(spec)
+        return not decision.shift or folds_octaves(spec, max(decision.shift))
     N, K = decision.shape
     table = Problem(N=N, K=K, weight=spec, input=None, dtype=torch.get_default_dtype(), device="cpu")
     return embedding.why_not(table) is None

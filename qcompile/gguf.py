@@ -124,6 +124,8 @@ def save_gguf(plan: Plan, model: nn.Module, path: str | Path, *, architecture: s
             if architecture is not None and (value := getattr(_config(model), attribute, None)) is not None:
                 add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
                 add(f"{architecture}.{key}", value)
+        if architecture is not None and (theta := _rope_theta(model)) is not None:
+            writer.add_float32(f"{architecture}.rope.freq_base", theta)
         for name, parameter in model.named_parameters():
             data, kind = _data(plan.decisions.get(name.removesuffix(".weight")), name, parameter.detach().cpu())
             called = names.call(name)
@@ -171,6 +173,19 @@ def _config(model: nn.Module) -> Any:
             "architecture, or give a model of transformers"
         )
     return config
+
+
+def _rope_theta(model: nn.Module) -> float | None:
+    """The base of a model's rotary embeddings, None if it has none.  Raises UnsupportedError where they are scaled."""
+    config = _config(model)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise UnsupportedError(
+            f"rotary embeddings of type {kind!r} are not written to GGUF files: leave out architecture"
+        )
+    theta = rope.get("rope_theta", getattr(config, "rope_theta", None))
+    return None if theta is None else float(theta)
 
 
 def _names(architecture: str, number: Callable[[str], int]) -> _Names:
@@ -237,6 +252,12 @@ def _rules(decisions: Iterable[Decision]) -> Iterable[Rule]:
 
 def _data(decision: Decision | None, name: str, weight: Tensor) -> tuple[Tensor, str]:
     """What a file holds of a weight: bytes of blocks or floats, and the name of the type."""
+    if not bool(weight.isfinite().all()):
+        raise PlanError(
+            f"{name!r} holds NaN or Inf, as a weight that was freed does: give the model that has its values"
+        )
+    if decision is not None and (decision.outliers or decision.shift):
+        raise UnsupportedError(f"{name!r} has columns that are split off or lowered, for which blocks have no place")
     if decision is None or decision.weight is None:
         kinds = {dtype: kind for kind, dtype in _FLOATS.items()}
         kind = "F32" if weight.dim() < 2 else kinds[weight.dtype]

@@ -2,7 +2,7 @@
 
 from qcompile.auto import RIVALS
 from qcompile.errors import RecipeError, nearest
-from qcompile.formats import Float
+from qcompile.formats import Float, Integer
 from qcompile.graph import Op
 from qcompile.ranges import parse_observer
 from qcompile.recipe import AUTO, FLOAT, Recipe, Rule
@@ -108,8 +108,8 @@ def _budget_problem(rule: Rule) -> str:
     """What speaks against the budget of a rule, and what to do; empty if nothing does."""
     if rule.budget is None:
         return ""
-    if rule.weight is None or rule.weight.granularity.rows != 1:
-        return "no spec by channel or group says how scales are kept: write one, as weight = 'int4/g128/asym/bf16'"
+    if rule.weight is None or rule.weight.granularity.rows != 1 or not isinstance(rule.weight.format, Integer):
+        return "no spec of integers by channel or group says how scales are kept: write weight = 'int4/g128/asym/bf16'"
     if rule.ops != (Op.LINEAR,):
         return "what weights cost the outputs is measured of linears only: write a rule of its own for other ops"
     if rule.prepares or rule.format is not None or rule.threshold is not None:

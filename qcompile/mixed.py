@@ -57,6 +57,9 @@ def spend(recipe: Recipe, sites: Sequence[Site], stats: Mapping[str, Stats], mov
             continue
         mine = {s.name: s for s in sites if next((r for r in recipe.rules if r.matches(s)), None) is rule}
         where = f"rule {number} ({rule.match!r}) of recipe {recipe.name!r}"
+        if not mine and rule.optional:
+            rules.append(replace(rule, budget=None))
+            continue
         chosen, note = _chosen(rule, rule.budget, list(mine.values()), stats, moved, where)
         plain = replace(rule, budget=None)
         for spec in dict.fromkeys(chosen.values()):

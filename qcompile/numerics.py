@@ -269,7 +269,8 @@ def snr_db(reference: Tensor, approximation: Tensor) -> float:
     parts = zip(reference.reshape(-1).split(_PART), approximation.reshape(-1).split(_PART), strict=True)
     sums = [(a.double().square().sum(), (a.double() - b.double()).square().sum()) for a, b in parts]
     signal, noise = (torch.stack(terms).sum() for terms in zip(*sums, strict=True))
-    return float(10 * torch.log10(signal / noise)) if noise > 0 else float("inf")
+    # NaN is no number without noise
+    return float("inf") if noise == 0 else float(10 * torch.log10(signal / noise))
 
 
 def on_device(qparams: QParams, device: torch.device) -> QParams:

@@ -1,6 +1,7 @@
 """How far the outputs of a model move when one of its weights is replaced: runs of the model, one weight each."""
 
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any
 
 import torch
@@ -26,7 +27,13 @@ class Sensitivity:
         name: of a site.  weight: [N, K], which it reads in place of its own.
         """
         found = self._run(_Replacing(self._binding, name, weight))
-        return float((found - self._output).square().sum() / self._output.square().sum())
+        ratio = float((found - self._output).square().sum() / self._output.square().sum())
+        if not isfinite(ratio):
+            raise CalibrationError(
+                f"with the weight of {name!r} replaced, the outputs of {type(self._model).__name__} are NaN or all "
+                "0: no budget can be spent by that; calibrate on other data"
+            )
+        return ratio
 
     def _run(self, replacing: TorchFunctionMode | None) -> Tensor:
         with evaluating(self._model), torch.no_grad():
@@ -35,13 +42,17 @@ class Sensitivity:
             else:
                 with replacing:
                     made = run_batch(self._model, self._batch, 0)
-        outputs = [y for y in pytree.tree_leaves(made) if isinstance(y, Tensor) and y.is_floating_point()]
-        if not outputs:
+        found = [y for y in pytree.tree_leaves(made) if isinstance(y, Tensor) and y.is_floating_point()]
+        # a loss, or one number a row, is no place to look for noise, where there is another
+        wide = [y for y in found if y.dim() > 1 and y.shape[-1] > 1]
+        if not found:
             raise CalibrationError(
                 f"{type(self._model).__name__} gave no tensor of floats, by which a budget is spent: calibrate a model "
                 "that returns its logits or embeddings"
             )
-        return outputs[0].double() - outputs[0].double().mean(-1, keepdim=True)
+        if not wide:
+            return found[0].double()
+        return wide[0].double() - wide[0].double().mean(-1, keepdim=True)
 
 
 class _Replacing(TorchFunctionMode):

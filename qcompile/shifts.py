@@ -83,9 +83,18 @@ def lowered_importance(importance: Tensor | None, shift: Sequence[int]) -> Tenso
     return importance / torch.tensor(shift, device=importance.device).float().exp2().square()
 
 
-def folds_octaves(spec: Spec) -> bool:
-    """Whether weights of this spec whose columns are lowered may become weights of E4M3."""
-    return isinstance(spec.format, Float) and spec.scale == "fp32"
+def folds_octaves(spec: Spec, most: int) -> bool:
+    """Whether E4M3 holds every number of this spec, lowered by up to `most` octaves."""
+    fmt = spec.format
+    assert isinstance(CONTAINER, Float)
+    if not isinstance(fmt, Float) or spec.scale != "fp32" or fmt.mantissa > CONTAINER.mantissa:
+        return False
+    return fmt.step * 2.0 ** (_room(fmt) - most) >= CONTAINER.step
+
+
+def _room(fmt: Float) -> int:
+    """Octaves by which the numbers of a format can be raised in E4M3."""
+    return math.floor(math.log2(CONTAINER.max / fmt.max))
 
 
 def lowered(codes: Tensor, qparams: QParams, columns: Tensor, shift: Sequence[int]) -> tuple[Tensor, QParams]:
@@ -94,9 +103,8 @@ def lowered(codes: Tensor, qparams: QParams, columns: Tensor, shift: Sequence[in
     codes: [N, K] under qparams, of a spec of `folds_octaves`.  columns: [K], powers of two up to 1.
     shift: octaves that these are; empty where the plan did not choose them.
     """
-    # as far up as the largest number goes
-    room = math.floor(math.log2(CONTAINER.max / qparams.spec.format.max))
-    scale = qparams.scale * 2.0**-room
+    assert isinstance(qparams.spec.format, Float)
+    scale = qparams.scale * 2.0 ** -_room(qparams.spec.format)
     folded = QParams(
         spec=replace(qparams.spec, format=CONTAINER),
         scale=scale,

@@ -24,7 +24,7 @@ from qcompile.plan import Decision, Plan
 from qcompile.readers import CONFIG, SINGLE
 from qcompile.readers.compressed import INPUTS
 from qcompile.readers.integers import KINDS
-from qcompile.spec import ALL, Spec
+from qcompile.spec import ALL, Spec, Zero
 
 WRITTEN = (CONFIG, SINGLE)
 PACKED, INTEGERS, FLOATS = "pack-quantized", "int-quantized", "float-quantized"
@@ -100,7 +100,8 @@ def _layout(decision: Decision) -> str | None:
     spec = decision.weight
     assert spec is not None
     tile = spec.granularity
-    if f"/{spec.scale}".removesuffix("/fp32") not in KINDS.values():
+    # theirs have zero points, which are codes
+    if spec.zero is Zero.MINIMUM or f"/{spec.scale}".removesuffix("/fp32") not in KINDS.values():
         return None
     if isinstance(spec.format, Integer) and tile.rows == 1 and decision.input is None:
         return PACKED

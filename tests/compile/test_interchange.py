@@ -188,6 +188,7 @@ def test_smoothed_norms_are_written_as_they_became(tmp_path: Path) -> None:
     ("rules", "message"),
     [
         ([{"weight": "nf4/g64"}], r"'.*q_proj' cannot be written .* its weight is nf4/g64, which has no layout there"),
+        ([{"weight": "int4/b32/min/fp16"}], r"its weight is int4/b32/min/fp16, which has no layout there"),
         ([{"weight": "int8/channel", "input": "int8/token", "threshold": 6.0}], r"its outliers are kept apart"),
         ([{"weight": "int8/channel", "input": "int8/tensor"}], r"its input is int8/tensor; known: int8/token"),
         ([{"ops": ["embedding"], "weight": "int8/channel"}], r"'model\.embed_tokens' .* it is an embedding"),

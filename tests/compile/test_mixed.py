@@ -97,7 +97,7 @@ def test_a_preset_takes_its_bits_from_its_name() -> None:
     [
         ({"weight": SPEC, "budget": "1 bits"}, "the smallest specs come to"),
         ({"weight": SPEC, "budget": "300 dB"}, "not even the largest"),
-        ({"input": "int8/token", "budget": "4 bits"}, "no spec by channel or group"),
+        ({"input": "int8/token", "budget": "4 bits"}, "no spec of integers by channel or group"),
         ({"weight": SPEC, "budget": "4 bits", "smooth": "search"}, "chosen for one spec"),
         ({"weight": SPEC, "budget": "4 bits", "ops": ["linear", "embedding"]}, "of linears only"),
         ({"weight": SPEC, "budget": "4 bits", "match": "*nothing"}, "matches no site"),

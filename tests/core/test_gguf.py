@@ -226,3 +226,5 @@ def test_transformers_reads_what_is_written(tmp_path):
     assert len(files.load_gguf(path, ours).decisions) == len(decisions)
     for name, parameter in ours.named_parameters():
         assert torch.equal(parameter, theirs[name]), name
+    config = reading.load_gguf_checkpoint(str(path))["config"]
+    assert config["rope_theta"] == pytest.approx(model.config.rope_parameters["rope_theta"])

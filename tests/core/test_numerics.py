@@ -390,6 +390,12 @@ def test_a_weight_of_more_dimensions_has_the_codes_of_its_rows(spec):
     assert torch.equal(dequantize(codes, spread).flatten(1), dequantize(codes.flatten(1), qparams))
 
 
+def test_nan_is_not_without_noise() -> None:
+    good, bad = torch.randn(4, 8), torch.full((4, 8), torch.nan)
+    assert math.isnan(snr_db(good, bad))
+    assert math.isnan(snr_db(bad, good))
+
+
 def test_a_compiler_has_no_extremes_to_round() -> None:
     """Extremes in bfloat16 it may keep as float32 in one kernel, and round for another."""
     traced = make_fx(lambda x: find_qparams(x, parse_spec("int8/token/asym")).scale)(torch.randn(3, 8).bfloat16())
