@@ -103,8 +103,8 @@ def test_report_before_the_first_call_says_what_to_do() -> None:
 def test_dump_writes_the_graph_after_every_pass(tmp_path: Path) -> None:
     run(net(), dump=tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
-    passes = ("opened", "fold_smooth", "split_outliers", "insert_qdq", "fold_exponent_bias", "merge_qdq", "lower")
-    passes = (*passes, "freeze_weights")
+    passes = ("opened", "fold_smooth", "split_outliers", "order_channels", "insert_qdq", "fold_exponent_bias")
+    passes = (*passes, "merge_qdq", "lower", "freeze_weights")
     assert names == [f"{number:02d}_{name}.txt" for number, name in enumerate(passes)]
     assert "quantize" not in (tmp_path / names[2]).read_text()
     assert "dequantize" in (tmp_path / names[4]).read_text()

@@ -356,6 +356,7 @@ def test_refusals_say_why(weight: str, more: dict[str, object], reason: str) -> 
 
 @pytest.mark.parametrize("text", ["fp4_e2m1/b32/e8m0", "fp4_e2m1/b16/fp8_e4m3"])
 def test_inputs_in_blocks_are_multiplied_as_numbers(text: str) -> None:
+    pytest.importorskip("triton")
     spec = parse_spec(text)
     fields = {"N": 64, "K": 256, "dtype": torch.bfloat16, "device": "cuda", "capability": (9, 0)}
     assert choose(Problem(weight=spec, input=spec, **fields))[0] is weight_triton.KERNEL  # type: ignore[arg-type]
