@@ -53,7 +53,10 @@ def write_compressed(
         if written and id(tensor) not in coded:
             tensors[written[0]] = folded.get(written[0], tensor)
     for decision in quantized:
-        tensors |= {f"{decision.name}.{part}": tensor for part, tensor in _parts(decision).items()}
+        tensors |= {
+            f"{decision.name}.{part}": tensor
+            for part, tensor in _parts(decision, modules[decision.name].weight.dtype).items()
+        }
     write_tensors(folder / SINGLE, tensors)
     tied = any(len(names) > 1 and held & set(names) for _, names in tensors_of(model))
     table = _model_config(model) | ({"tie_word_embeddings": False} if tied else {})
@@ -110,11 +113,14 @@ def _layout(decision: Decision) -> str | None:
     return FLOATS if spec.format.name == _E4M3 and (tile.columns == ALL or tile.rows != 1) else None
 
 
-def _parts(decision: Decision) -> dict[str, Tensor]:
-    """The tensors of a site's weight, by last name."""
+def _parts(decision: Decision, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a site's weight, by last name.  dtype: of the weight in the model."""
     solved, layout = decision.solved, _layout(decision)
     assert solved is not None
-    qparams, scale = solved.qparams, solved.stored["scale_scale"]
+    # the library computes in the dtype of scales, and rounds to it
+    scale = solved.stored["scale_scale"]
+    scale = scale.to(torch.promote_types(scale.dtype, dtype))
+    qparams = solved.qparams
     codes, half = qparams.codes, 2 ** (solved.spec.format.bits - 1)
     assert codes is not None
     if layout == FLOATS:
