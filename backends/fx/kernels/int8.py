@@ -29,6 +29,9 @@ OFFSET = 128
 # what cuBLAS asks of an int8 matmul
 CUDA_MULTIPLE = 8
 CUDA_MIN_M = 17
+# codes that are summed at a time: torch makes int32 of them first, and between packs that stay no allocator gives the
+# memory of a whole weight back
+_SUMMED = 2**15
 
 REGISTRY.define("int_mm(Tensor codes, Tensor weight) -> Tensor")
 REGISTRY.define(
@@ -107,7 +110,9 @@ def why_not(p: Problem) -> str | None:
 def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
     """The codes as they are, one scale a channel, and the sum of each channel's codes."""
     scale = qparams.scale.expand(codes.shape[0], 1) if qparams.scale.dim() == 0 else qparams.scale
-    return {"weight": codes.contiguous(), "scale": scale.contiguous(), "sum": codes.sum(1, dtype=torch.int32)}
+    parts = codes.split(max(1, _SUMMED // codes.shape[1]))
+    total = torch.cat([part.sum(1, dtype=torch.int32) for part in parts])
+    return {"weight": codes.contiguous(), "scale": scale.contiguous(), "sum": total}
 
 
 def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: Any) -> tuple[Any, ...]:
