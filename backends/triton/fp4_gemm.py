@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.backends.triton.int4_int8_tiles import operands
+from qcompile.backends.triton.items import next_stage, place_of
 
 
 @triton.constexpr_function
@@ -38,24 +39,6 @@ def unpack_ptx(mantissa):
 
 
 @gluon.jit
-def _place(item, shape, ROWS: gl.constexpr):
-    """Row and column of an item's tile, and its blocks of K, first and behind the last."""
-    tiles_m, tiles_n, parts, blocks, B = shape
-    tile = item // parts
-    band = ROWS * tiles_n
-    top = tile // band * ROWS
-    height = gl.minimum(tiles_m - top, ROWS)
-    first = item % parts * blocks
-    return top + tile % band % height, tile % band // height, first, gl.minimum(first + blocks, B)
-
-
-@gluon.jit
-def _next(index, phase, STAGES: gl.constexpr):
-    wraps = index + 1 == STAGES
-    return gl.where(wraps, 0, index + 1), gl.where(wraps, phase ^ 1, phase)
-
-
-@gluon.jit
 def _copy_words(w, ring, index, unit, block, B, wanted, UNITS: gl.constexpr):
     """Ask for words of a stage, and let its barrier wait for them and for x."""
     xs, ws, full, _free = ring
@@ -70,7 +53,7 @@ def _copy_words(w, ring, index, unit, block, B, wanted, UNITS: gl.constexpr):
 def _copy_all(x, w, ring, shape, UNITS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr):
     xs, _ws, full, free = ring
     tiles_m, tiles_n, parts, _blocks, B = shape
-    row, column, first, end = _place(gl.program_id(0), shape, ROWS)
+    row, column, first, end = place_of(gl.program_id(0), shape, ROWS)
     # weights never change, so that they need not wait for the kernel before
     early = gl.minimum(end - first, STAGES)
     for i in range(0, early):
@@ -80,14 +63,14 @@ def _copy_all(x, w, ring, shape, UNITS: gl.constexpr, STAGES: gl.constexpr, ROWS
     index, phase = gl.to_tensor(0), gl.to_tensor(1)
     done = gl.to_tensor(0)
     for item in range(gl.program_id(0), tiles_m * tiles_n * parts, gl.num_programs(0)):
-        row, column, first, end = _place(item, shape, ROWS)
+        row, column, first, end = place_of(item, shape, ROWS)
         for block in range(first, end):
             mbarrier.wait(free.index(index), phase)
             _copy_words(w, ring, index, column * UNITS, block, B, done >= early, UNITS)
             at = [row * x.block_type.shape[0], block * x.block_type.shape[1]]
             tma.async_copy_global_to_shared(x, at, full.index(index), xs.index(index))
             done += 1
-            index, phase = _next(index, phase, STAGES)
+            index, phase = next_stage(index, phase, STAGES)
 
 
 @gluon.jit
@@ -134,14 +117,14 @@ def _multiply_all(
     gdc_wait()
     index, phase = gl.to_tensor(0), gl.to_tensor(0)
     for item in range(gl.program_id(0), tiles_m * tiles_n * parts, gl.num_programs(0)):
-        row, column, first, end = _place(item, shape, ROWS)
+        row, column, first, end = place_of(item, shape, ROWS)
         acc = gl.zeros([64, TOKENS], gl.float32, layout=mma)
         mbarrier.wait(full.index(index), phase)
         low, high = _unpacked(ws.index(index * UNITS + UNIT), MANTISSA)
         for block in range(first, end):
             x = xs.index(index).permute((1, 0))
             acc = warpgroup_mma(_operand(low, high, mma), x, acc, use_acc=block > first, is_async=True)
-            next_index, next_phase = _next(index, phase, STAGES)
+            next_index, next_phase = next_stage(index, phase, STAGES)
             mbarrier.wait(full.index(next_index), next_phase, pred=block + 1 < end)
             next_low, next_high = _unpacked(ws.index(next_index * UNITS + UNIT), MANTISSA)
             # all that the product reads, and what is unpacked while it runs

@@ -21,27 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.backends.triton.int4_int8_tiles import add, operands, take, unpacked
+from qcompile.backends.triton.items import next_stage, place_of
 
 # between the uint8 codes that `zero` counts from and the int8 codes of x
 OFFSET = gl.constexpr(128.0)
-
-
-@gluon.jit
-def _place(item, shape, ROWS: gl.constexpr):
-    """Row and column of an item's tile, and its blocks of K, first and behind the last."""
-    tiles_m, tiles_n, parts, blocks, B = shape
-    tile = item // parts
-    band = ROWS * tiles_n
-    top = tile // band * ROWS
-    height = gl.minimum(tiles_m - top, ROWS)
-    first = item % parts * blocks
-    return top + tile % band % height, tile % band // height, first, gl.minimum(first + blocks, B)
-
-
-@gluon.jit
-def _next(index, phase, STAGES: gl.constexpr):
-    wraps = index + 1 == STAGES
-    return gl.where(wraps, 0, index + 1), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon.jit
@@ -68,7 +51,7 @@ def _copy_all(
     xs, _ws, _ss, full, free = ring
     tiles_m, tiles_n, parts, _blocks, B = shape
     items = tiles_m * tiles_n * parts
-    row, column, first, end = _place(gl.program_id(0), shape, ROWS)
+    row, column, first, end = place_of(gl.program_id(0), shape, ROWS)
     # weights never change, so that they need not wait for the kernel before
     early = gl.minimum(end - first, STAGES)
     for i in range(0, early):
@@ -78,7 +61,7 @@ def _copy_all(
     index, phase = gl.to_tensor(0), gl.to_tensor(1)
     done = gl.to_tensor(0)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        row, column, first, end = _place(item, shape, ROWS)
+        row, column, first, end = place_of(item, shape, ROWS)
         for block in range(first, end):
             mbarrier.wait(free.index(index), phase)
             _copy_weight(w, s, ring, index, column * UNITS, block, B, done >= early, UNITS, PIECES)
@@ -87,7 +70,7 @@ def _copy_all(
                 x_stage = xs.index(index * PIECES + j)
                 tma.async_copy_global_to_shared(x, [at, block * x.block_type.shape[1]], full.index(index), x_stage)
             done += 1
-            index, phase = _next(index, phase, STAGES)
+            index, phase = next_stage(index, phase, STAGES)
 
 
 @gluon.jit
@@ -128,7 +111,7 @@ def _multiply_all(
     gdc_wait()
     index, phase = gl.to_tensor(0), gl.to_tensor(0)
     for item in range(gl.program_id(0), tiles_m * tiles_n * parts, gl.num_programs(0)):
-        row, column, first, end = _place(item, shape, ROWS)
+        row, column, first, end = place_of(item, shape, ROWS)
         acc = ()
         for _ in gl.static_range(SUBS):
             acc = acc + (gl.zeros([64, WIDTH], gl.float32, layout=mma),)
@@ -139,7 +122,7 @@ def _multiply_all(
             low, high = unpacked(words, zeros, GROUPS)
             weight = operands(low, high, GROUPS, gl.DotOperandLayout(0, mma, 4))
             factors = scales
-            next_index, next_phase = _next(index, phase, STAGES)
+            next_index, next_phase = next_stage(index, phase, STAGES)
             dots = ()
             for i in gl.static_range(GROUPS * SUBS):
                 x = xs.index(index * PIECES + i % SUBS // INSIDE).slice(i % INSIDE * WIDTH, WIDTH, dim=0)
