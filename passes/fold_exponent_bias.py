@@ -6,13 +6,10 @@ whose three bits of mantissa and four of exponent hold every such v as it is, so
 Source: LLM-FP4 (Liu 2023), equation 19, with E4M3 in place of a 4-bit format with a bias of its own for each column.
 """
 
-import math
-
-import torch
 from torch import Tensor
 
 from qcompile.graph import Graph, Op, V
-from qcompile.numerics import QParams, dequantize, quantize
+from qcompile.numerics import QParams, quantize
 from qcompile.plan import Plan
 from qcompile.shifts import folds_octaves, lowered
 from qcompile.sites import constant_name
@@ -46,17 +43,19 @@ def _fold(graph: Graph[V], linear: V, dequantized: V, factor: V, shift: tuple[in
     if source is None or weight is None or columns is None or not isinstance(qparams, QParams):
         return False
     # by the format, so that a weight of which only the shape is at hand has the same answer
-    if not folds_octaves(qparams.spec, _octaves(columns)):
+    most = _octaves(columns)
+    if most is None or not folds_octaves(qparams.spec, most):
         return False
     values, folded = lowered(quantize(weight, qparams), qparams, columns, shift)
-    if not weight.is_meta and not torch.equal(dequantize(quantize(values, folded), folded), values):
-        return False
     name = constant_name(graph, source).removesuffix(".raised")
     held = graph.add_constant(name, values.to(weight.dtype))
     graph.set_input(linear, 1, graph.add_qdq(held, folded))
     return True
 
 
-def _octaves(columns: Tensor) -> int:
-    """By how many the lowest column was lowered.  columns: powers of two."""
-    return round(-math.log2(float(columns.min())))
+def _octaves(columns: Tensor) -> int | None:
+    """By how many the lowest column was lowered; None if something else was done to one."""
+    octaves = -columns.double().log2()
+    if not bool((octaves == octaves.round()).all()) or bool((octaves < 0).any()):
+        return None
+    return int(octaves.max())

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qcompile.channels import tied
-from qcompile.formats import Float, parse_format
+from qcompile.formats import Float, Format, parse_format
 from qcompile.numerics import Lowered, QParams, dequantize, quantize
 from qcompile.solvers.mse import solve_mse
 from qcompile.spec import Spec
@@ -83,18 +83,23 @@ def lowered_importance(importance: Tensor | None, shift: Sequence[int]) -> Tenso
     return importance / torch.tensor(shift, device=importance.device).float().exp2().square()
 
 
+def raised(fmt: Format) -> int:
+    """Octaves by which numbers of a float can be raised until the largest reaches the top of E4M3."""
+    return math.floor(math.log2(CONTAINER.max / fmt.max))
+
+
+def room(fmt: Format) -> int:
+    """Octaves by which E4M3 holds numbers of a float, raised, when they are lowered."""
+    assert isinstance(fmt, Float)
+    assert isinstance(CONTAINER, Float)
+    return raised(fmt) + round(math.log2(fmt.step / CONTAINER.step))
+
+
 def folds_octaves(spec: Spec, most: int) -> bool:
     """Whether E4M3 holds every number of this spec, lowered by up to `most` octaves."""
     fmt = spec.format
     assert isinstance(CONTAINER, Float)
-    if not isinstance(fmt, Float) or spec.scale != "fp32" or fmt.mantissa > CONTAINER.mantissa:
-        return False
-    return fmt.step * 2.0 ** (_room(fmt) - most) >= CONTAINER.step
-
-
-def _room(fmt: Float) -> int:
-    """Octaves by which the numbers of a format can be raised in E4M3."""
-    return math.floor(math.log2(CONTAINER.max / fmt.max))
+    return isinstance(fmt, Float) and spec.scale == "fp32" and fmt.mantissa <= CONTAINER.mantissa and most <= room(fmt)
 
 
 def lowered(codes: Tensor, qparams: QParams, columns: Tensor, shift: Sequence[int]) -> tuple[Tensor, QParams]:
@@ -103,8 +108,7 @@ def lowered(codes: Tensor, qparams: QParams, columns: Tensor, shift: Sequence[in
     codes: [N, K] under qparams, of a spec of `folds_octaves`.  columns: [K], powers of two up to 1.
     shift: octaves that these are; empty where the plan did not choose them.
     """
-    assert isinstance(qparams.spec.format, Float)
-    scale = qparams.scale * 2.0 ** -_room(qparams.spec.format)
+    scale = qparams.scale * 2.0 ** -raised(qparams.spec.format)
     folded = QParams(
         spec=replace(qparams.spec, format=CONTAINER),
         scale=scale,

@@ -7,10 +7,11 @@ the codes.
 import torch
 from torch import Tensor
 
-from qcompile.backends.fx.kernels.narrow_floats import is_narrow, raised
+from qcompile.backends.fx.kernels.narrow_floats import is_narrow
 from qcompile.backends.fx.registry import REGISTRY
 from qcompile.backends.triton.ready import missing
 from qcompile.formats import Integer
+from qcompile.shifts import raised
 from qcompile.spec import Spec, parse_spec
 
 REGISTRY.define(

@@ -4,8 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from qcompile.formats import Float, parse_format
 from qcompile.numerics import dequantize, quantize
-from qcompile.shifts import lowered_importance, lowers_columns, raised_columns, shift_of, within
+from qcompile.shifts import (
+    folds_octaves,
+    lowered_importance,
+    lowers_columns,
+    raised,
+    raised_columns,
+    room,
+    shift_of,
+    within,
+)
 from qcompile.solvers.imatrix import solve_imatrix
 from qcompile.spec import parse_spec
 
@@ -85,3 +95,20 @@ def test_a_column_that_will_be_lowered_costs_less() -> None:
     assert lowered_importance(importance, (0, 1, 2)).tolist() == [3.0, 0.75, 0.5]
     assert lowered_importance(importance, ()) is importance
     assert lowered_importance(None, (1,)) is None
+
+
+@pytest.mark.parametrize("name", ["fp4_e2m1", "fp4_e1m2", "fp4_e3m0", "fp6_e3m2", "fp6_e2m3", "e2m2", "e4m3", "e1m3"])
+def test_e4m3_holds_all_numbers_up_to_the_room_and_not_beyond(name: str) -> None:
+    fmt = parse_format(name)
+    assert isinstance(fmt, Float)
+    numbers = torch.tensor(fmt.magnitudes) * 2.0 ** raised(fmt)
+    assert numbers.max() <= 448 < 2 * numbers.max()
+    held = [torch.equal((n := numbers * 2.0**-octave).to(torch.float8_e4m3fn).float(), n) for octave in range(24)]
+    assert held.index(False) == room(fmt) + 1
+    for octave, fits in enumerate(held):
+        assert folds_octaves(parse_spec(f"{name}/channel"), octave) == fits
+
+
+@pytest.mark.parametrize("text", ["fp8_e3m4/channel", "int4/channel", "fp4_e2m1/b32/e8m0"])
+def test_what_e4m3_does_not_hold_folds_nothing(text: str) -> None:
+    assert not folds_octaves(parse_spec(text), 0)

@@ -45,7 +45,7 @@ print("equal")
 
 
 def test_the_interpreter_multiplies_the_oracles_weight() -> None:
-    run_interpreted(INTERPRETED)
+    run_interpreted(INTERPRETED, loops=True)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -102,4 +102,4 @@ print("equal")
 
 
 def test_integers_in_the_interpreter() -> None:
-    run_interpreted(INTERPRETED)
+    run_interpreted(INTERPRETED, loops=True)

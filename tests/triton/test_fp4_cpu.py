@@ -13,7 +13,7 @@ pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 import qcompile
 from qcompile.backends.fx.kernels import choose as choose_kernel
 from qcompile.backends.fx.kernels import fp4, fp8
-from qcompile.backends.fx.kernels.narrow_floats import factor, is_narrow, lowered, raised, room, widened
+from qcompile.backends.fx.kernels.narrow_floats import factor, is_narrow, lowered, widened
 from qcompile.backends.fx.kernels.problem import Problem
 from qcompile.backends.fx.lower import Target, lower
 from qcompile.backends.triton.fp4_table import TABLE, Config, Tiles, Unpack, choose
@@ -23,6 +23,7 @@ from qcompile.formats import code_values, parse_format
 from qcompile.graph import graph_text
 from qcompile.numerics import Lowered, QParams, dequantize, find_qparams, quantize
 from qcompile.pipeline import quantize as quantize_graph
+from qcompile.shifts import raised, room
 from qcompile.spec import parse_spec
 from tests.hosts import FX, result
 from tests.passes.test_permute_outliers import PlainPacks

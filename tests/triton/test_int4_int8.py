@@ -11,13 +11,9 @@ from qcompile.backends.triton.int4_int8_table import TABLE
 from qcompile.numerics import QParams, dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 from tests.triton.compiled import name_of
+from tests.triton.needs import hopper
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="the kernel is for sm_90"
-    ),
-]
+pytestmark = [pytest.mark.gpu, hopper]
 
 BFLOAT16 = torch.bfloat16
 TOKENS = "int8/token/asym"

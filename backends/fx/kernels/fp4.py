@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qcompile.backends.fx.kernels.fp8 import as_e4m3, narrow_name
-from qcompile.backends.fx.kernels.narrow_floats import factor, is_narrow, lowered, raised, room
+from qcompile.backends.fx.kernels.narrow_floats import factor, is_narrow, lowered
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
 from qcompile.backends.triton import int4_int8_words
@@ -23,6 +23,7 @@ from qcompile.backends.triton.ready import missing
 from qcompile.backends.triton.widths import ROWS
 from qcompile.formats import Float, parse_format
 from qcompile.numerics import QParams, dequantize, on_device, quantize
+from qcompile.shifts import raised, room
 from qcompile.spec import ALL, Spec
 
 BITS = 4

@@ -9,7 +9,6 @@ are rows of one matmul: E4M3 has 18 bits. Sums are exact in int32, digit by digi
 Only the matmul is opaque, as in `int8`: what makes whole numbers of codes is fused with what makes the codes.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
 from qcompile.formats import CodeBook, Float, Format, Integer, parse_format
 from qcompile.numerics import QParams, decode, dequantize
+from qcompile.shifts import raised
 from qcompile.spec import ALL
 
 INT8_MAX, BASE, MOST_DIGITS = 127, 256, 3
@@ -161,7 +161,7 @@ def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tenso
         assert isinstance(narrow, Float)
         octaves = window(lowered.shift, narrow)
         # in the container, a number is as many octaves up as there is room, less its column's shift
-        step = narrow.step * 2.0 ** (math.floor(math.log2(held.max / narrow.max)) - octaves[-1])
+        step = narrow.step * 2.0 ** (raised(narrow) - octaves[-1])
         beside = torch.tensor([s not in octaves for s in lowered.shift], device=codes.device)
         if beside.any():
             packed["columns"] = dequantize(codes, qparams)[:, beside].t().contiguous()

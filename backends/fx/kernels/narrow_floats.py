@@ -5,13 +5,12 @@ to the top of E4M3's mantissa: normal and subnormal numbers alike stand for 2**(
 the lower end of E4M3; channels that are to be lowered by octaves start from its upper end.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from qcompile.formats import Float, Format, parse_format
 from qcompile.numerics import FLOAT32_BIAS
+from qcompile.shifts import raised
 
 _E4M3 = parse_format("fp8_e4m3")
 assert isinstance(_E4M3, Float)
@@ -36,18 +35,6 @@ def widened(codes: Tensor, fmt: Format) -> Tensor:
     assert isinstance(fmt, Float)
     magnitude = (codes & (2 ** (fmt.bits - 1) - 1)) << (_MANTISSA - fmt.mantissa)
     return magnitude | ((codes << (8 - fmt.bits)) & 128)
-
-
-def raised(fmt: Format) -> int:
-    """Octaves by which numbers of the format can be raised until the largest reaches the top of E4M3."""
-    return math.floor(math.log2(_E4M3.max / fmt.max))
-
-
-def room(fmt: Format) -> int:
-    """Octaves by which E4M3 holds numbers of the format, raised, when they are lowered."""
-    assert isinstance(fmt, Float)
-    # both formats' smallest numbers are subnormal
-    return raised(fmt) + (1 - fmt.bias - fmt.mantissa) - (1 - _BIAS - _MANTISSA)
 
 
 def lowered(codes: Tensor, fmt: Format, shift: Tensor) -> Tensor:
