@@ -80,7 +80,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Plan:
     folder = Path(folder)
     try:
         data = json.loads((folder / _JSON).read_text(encoding="utf-8"))
-        _require_schema(data, folder)
+        require_kind(data, _KIND, SCHEMA, folder / _JSON)
         tensors = load_file(folder / _TENSORS)
         plan = _plan(data, tensors)
     except OSError as e:
@@ -247,13 +247,15 @@ def _tensors_of(qparams: QParams) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in parts.items() if tensor is not None} | stored
 
 
-def _require_schema(data: Any, folder: Path) -> None:
-    if not isinstance(data, dict) or data.get("kind") != _KIND:
-        raise PlanError(f"{str(folder / _JSON)!r} is no plan of qcompile; give the folder that qcompile.save wrote")
-    if not isinstance(data["schema"], int) or data["schema"] > SCHEMA:
+def require_kind(data: Any, kind: str, schema: int, path: Path) -> None:
+    """Raise PlanError unless `path` held a table of this kind, of a schema up to the one that this version knows."""
+    if not isinstance(data, dict) or data.get("kind") != kind:
+        what = kind.removeprefix("qcompile.")
+        raise PlanError(f"{str(path)!r} is no {what} of qcompile; give the folder that qcompile.save wrote")
+    if not isinstance(data["schema"], int) or data["schema"] > schema:
         raise PlanError(
-            f"the plan in {str(folder)!r} has schema {data['schema']!r}, and this version of qcompile reads up to "
-            f"{SCHEMA}; upgrade qcompile, or save the plan again with this version"
+            f"{str(path)!r} has schema {data['schema']!r}, and this version of qcompile reads up to {schema}; upgrade "
+            "qcompile, or save it again with this version"
         )
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qcompile.artifact import MANIFEST, PLAN_FILES, write_plan, write_tensors
+from qcompile.artifact import MANIFEST, PLAN_FILES, require_kind, write_plan, write_tensors
 from qcompile.errors import PlanError, nearest
 from qcompile.plan import Plan
 
@@ -115,7 +115,7 @@ def read_manifest(folder: Path) -> Manifest:
     """What the folder holds.  Raises PlanError if it holds no model, is of a newer schema, or files were cut short."""
     try:
         data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        _require_schema(data, folder)
+        require_kind(data, _KIND, SCHEMA, folder / MANIFEST)
         manifest = Manifest(
             schema=data["schema"],
             version=data["qcompile"],
@@ -210,15 +210,3 @@ def _entry(table: Mapping[str, Any]) -> Entry:
         parameter=table["parameter"],
         coded=table["coded"],
     )
-
-
-def _require_schema(data: Any, folder: Path) -> None:
-    if not isinstance(data, dict) or data.get("kind") != _KIND:
-        raise PlanError(
-            f"{str(folder / MANIFEST)!r} is no manifest of qcompile; give the folder that qcompile.save wrote"
-        )
-    if not isinstance(data["schema"], int) or data["schema"] > SCHEMA:
-        raise PlanError(
-            f"the model in {str(folder)!r} has schema {data['schema']!r}, and this version of qcompile reads up to "
-            f"{SCHEMA}; upgrade qcompile, or save the model again with this version"
-        )
