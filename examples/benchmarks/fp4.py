@@ -9,23 +9,19 @@ quantized graph as the passes leave it; KL in nats a token, to the float model.
 Writes examples/benchmarks/results/fp4_<device>.json.
 """
 
-import argparse
 import copy
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
-from outliers import BATCH, WINDOW, inject, rows
-from result_files import RESULTS, device, write_result
+from language_data import arguments, language
+from outliers import inject, rows
+from result_files import RESULTS, write_result
 
 import qcompile
-from qcompile.cli.language import read_tokens
-from qcompile.cli.models import load_model
 from qcompile.graph import Op
 from qcompile.presets import PRESETS
 from qcompile.recipe import FLOAT, MOST_SHIFTED, Recipe, Rule
-from qcompile.report.quality import token_windows
 from qcompile.smooth import parse_smooth
 from qcompile.spec import parse_spec
 
@@ -118,17 +114,9 @@ def about_plan(name: str, plan: qcompile.Plan) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--tokens", type=Path, required=True)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--calibration", type=int, default=32)
-    given = parser.parse_args()
-    plain = load_model(given.model).to(given.device)
-    tokens = read_tokens(given.tokens, given.model, int(plain.config.vocab_size))
-    batches = list(token_windows(tokens, WINDOW, given.windows).to(given.device).split(BATCH))
-    calibration = list(tokens[: given.calibration * WINDOW].view(-1, WINDOW).to(given.device).split(BATCH))
+    given = arguments(__doc__, windows=32, calibration=32).parse_args()
+    data = language(given)
+    plain, batches, calibration = data.model, data.batches, data.calibration
     recipes = {name: recipe(name) for name in RECIPES}
     levels = {name: level(name) for name in LEVELS}
     injected = copy.deepcopy(plain)
@@ -136,11 +124,7 @@ def main() -> None:
     with torch.no_grad():
         result = {
             "command": "python examples/benchmarks/fp4.py --model DIR --tokens FILE",
-            "model": given.model.name,
-            "dtype": str(plain.dtype),
-            "windows": [len(batches) * BATCH, WINDOW],
-            "calibration_windows": given.calibration,
-            "machine": device(given.device),
+            **data.about,
             "injected_channels": channels,
             "plain": rows(plain, calibration, batches, recipes, about_plan),
             "injected": rows(injected, calibration, batches, recipes, about_plan),

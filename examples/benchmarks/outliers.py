@@ -11,28 +11,24 @@ before and after the injection, and before and after folding by powers of two al
 Writes examples/benchmarks/results/outliers_<device>.json.
 """
 
-import argparse
 import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from result_files import RESULTS, device, write_result
+from language_data import arguments, language
+from result_files import RESULTS, write_result
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.cli.language import read_tokens
-from qcompile.cli.models import load_model
 from qcompile.formats import Float
 from qcompile.recipe import Recipe, Rule
-from qcompile.report.quality import LanguageQuality, token_windows
+from qcompile.report.quality import LanguageQuality
 from qcompile.smooth import parse_smooth
 from qcompile.spec import parse_spec
 
-WINDOW, BATCH = 512, 16
 CHANNELS, SMALLEST, LARGEST = 6, 20.0, 60.0
 
 # weight, its solver, input, and the input of sites where that stays poor
@@ -154,18 +150,11 @@ def about_plan(name: str, plan: qcompile.Plan) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--tokens", type=Path, required=True)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--windows", type=int, default=128)
-    parser.add_argument("--calibration", type=int, default=64)
+    parser = arguments(__doc__, windows=128, calibration=64)
     parser.add_argument("--specs", default="|".join(INPUTS), help="parted by |")
     given = parser.parse_args()
-    plain = load_model(given.model).to(given.device)
-    tokens = read_tokens(given.tokens, given.model, int(plain.config.vocab_size))
-    batches = list(token_windows(tokens, WINDOW, given.windows).to(given.device).split(BATCH))
-    calibration = list(tokens[: given.calibration * WINDOW].view(-1, WINDOW).to(given.device).split(BATCH))
+    data = language(given)
+    plain, batches, calibration = data.model, data.batches, data.calibration
     recipes = {f"{spec}, {method}": recipe(spec, method) for spec in given.specs.split("|") for method in METHODS}
     injected = copy.deepcopy(plain)
     channels = inject(injected)
@@ -175,11 +164,7 @@ def main() -> None:
         assert moved < 1e-4, f"the injection changed the function by {moved}"
         result = {
             "command": "python examples/benchmarks/outliers.py --model DIR --tokens FILE",
-            "model": given.model.name,
-            "dtype": str(plain.dtype),
-            "windows": [len(batches) * BATCH, WINDOW],
-            "calibration_windows": given.calibration,
-            "machine": device(given.device),
+            **data.about,
             "injected_channels": channels,
             "difference_by_injection": moved,
             "difference_by_power_of_two_folds": identical_after_folding(injected, calibration, batches[0]),

@@ -291,9 +291,27 @@ def fp4_table() -> str:
     return under(text, ("weights and inputs", "KL", "with outliers"), rows)
 
 
+def weights_table() -> str:
+    """What solvers keep of a language model with weights of few bits."""
+    found = result("weights_cpu")
+    machine, (count, length) = found["machine"], found["windows"]
+    text = (
+        f"Weights alone: all linears of {found['model']} but the logits', {count} windows of {length} tokens, "
+        f"calibrated on {found['calibration_windows']}, torch {machine['torch']}; bits a weight with scales and zero "
+        "points, KL to float in nats a token, and the change of perplexity (`examples/benchmarks/weights.py`)."
+    )
+    rows = (
+        (*name.split(", ", 1), f"{row['bits']:.3f}", f"{row['kl']:.4f}", f"{row['change']:+.1%}")
+        for name, row in found["rows"].items()
+        if name != "float"
+    )
+    return under(text, ("weights", "solver", "bits", "KL", "perplexity"), rows)
+
+
 def tables() -> str:
     made = (
-        *(speed_table, quality_table, embedding_table, outlier_table, calibration_table, fp4_table),
+        *(speed_table, quality_table, embedding_table, outlier_table, calibration_table),
+        *(weights_table, fp4_table),
         *(onnx_table, onnx_language_table, onnx_cuda_table, triton_table, triton_peers_table, decoder_table),
     )
     return "\n\n".join(make() for make in made) + "\n"

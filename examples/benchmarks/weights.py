@@ -11,7 +11,6 @@ Writes examples/benchmarks/results/weights_<device>.json, row by row; rows that 
 of the same data and machine, so that a part may be measured at a time: --rows takes globs, parted by "|".
 """
 
-import argparse
 import time
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -19,21 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from language_data import arguments, language
 from language_quality import rows_before
 from outliers import measure, quantized
-from result_files import RESULTS, device, write_result
+from result_files import RESULTS, write_result
 
 import qcompile
-from qcompile.cli.language import read_tokens
-from qcompile.cli.models import load_model
 from qcompile.plan import Plan
 from qcompile.presets import PRESETS
 from qcompile.recipe import Recipe, Rule
-from qcompile.report.quality import token_windows
 from qcompile.smooth import parse_smooth
 from qcompile.spec import parse_spec
 
-WINDOW, BATCH = 512, 16
 HEAD = PRESETS["gptq4"].rules[0]
 # what is done to weights, by name: fields of a rule
 METHODS: dict[str, dict[str, Any]] = {
@@ -81,33 +77,22 @@ def bits(plan: Plan) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--tokens", type=Path, required=True)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--calibration", type=int, default=32)
+    parser = arguments(__doc__, windows=32, calibration=32)
     parser.add_argument("--first", type=int, default=0, help="first window to calibrate on")
     parser.add_argument("--rows", default="*", help="globs, parted by |")
     parser.add_argument("--result", type=Path)
     given = parser.parse_args()
-    model = load_model(given.model).to(given.device)
-    tokens = read_tokens(given.tokens, given.model, int(model.config.vocab_size))
-    batches = list(token_windows(tokens, WINDOW, given.windows).to(given.device).split(BATCH))
-    first = tokens[given.first * WINDOW : (given.first + given.calibration) * WINDOW]
-    inputs = [{"input_ids": b, "use_cache": False} for b in first.view(-1, WINDOW).to(given.device).split(BATCH)]
+    data = language(given, first=given.first)
+    model, batches = data.model, data.batches
+    inputs = [{"input_ids": batch, "use_cache": False} for batch in data.calibration]
     with torch.no_grad():
         reference = [model(batch, use_cache=False).logits.half() for batch in batches]
         base = measure(lambda batch, use_cache: model(batch, use_cache=use_cache), reference, batches)
     path = given.result or RESULTS / f"weights_{given.device}.json"
     about = {
         "command": "python examples/benchmarks/weights.py --model DIR --tokens FILE",
-        "model": given.model.name,
-        "dtype": str(model.dtype),
-        "windows": [len(batches) * BATCH, WINDOW],
-        "calibration_windows": given.calibration,
+        **data.about,
         "first_window": given.first,
-        "machine": device(given.device),
     }
     for recipe in recipes():
         rows = {"float": base, **rows_before(path, about)}
