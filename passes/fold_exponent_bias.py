@@ -6,6 +6,7 @@ whose three bits of mantissa and four of exponent hold every such v as it is, so
 Source: LLM-FP4 (Liu 2023), equation 19, with E4M3 in place of a 4-bit format with a bias of its own for each column.
 """
 
+import torch
 from torch import Tensor
 
 from qcompile.graph import Graph, Op, V
@@ -55,7 +56,8 @@ def _fold(graph: Graph[V], linear: V, dequantized: V, factor: V, shift: tuple[in
 
 def _octaves(columns: Tensor) -> int | None:
     """By how many the lowest column was lowered; None if something else was done to one."""
-    octaves = -columns.double().log2()
-    if not bool((octaves == octaves.round()).all()) or bool((octaves < 0).any()):
+    # to the last bit on every device, where log2 may round
+    mantissa, exponent = torch.frexp(columns.float())
+    if bool((mantissa != 0.5).any()) or bool((exponent > 1).any()):
         return None
-    return int(octaves.max())
+    return 1 - int(exponent.min())

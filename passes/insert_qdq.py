@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from qcompile.graph import Graph, Op, V
-from qcompile.numerics import QParams, over_dimensions
+from qcompile.numerics import QParams, exact_exp2, over_dimensions
 from qcompile.plan import Decision, Plan
 from qcompile.sites import SITE_OPS, Found, constant_name, find_sites, result_of, tail_owner
 from qcompile.solved import equal_qparams
@@ -89,7 +89,7 @@ def _quantize_shifted(graph: Graph[V], found: Found[V], decision: Decision) -> N
     weight = graph.inputs(found.value)[1]
     assert weight is not None
     # known even where of the weight only the shape is
-    factor = torch.tensor(decision.shift, dtype=torch.float32, device="cpu").exp2()
+    factor = exact_exp2(torch.tensor(decision.shift, device="cpu"))
     name = constant_name(graph, weight)
     raised = (found.site.weight.float() * factor.to(found.site.weight.device)).to(found.site.weight.dtype)
     dequantized = graph.add_qdq(graph.add_constant(f"{name}.raised", raised), decision.qparams_of(raised))

@@ -13,7 +13,7 @@ from qcompile.advice import Advice, Case, Kind, Remedy, advise, importance_left,
 from qcompile.errors import PlanError
 from qcompile.folds import Fold, scale_before
 from qcompile.noise import Noise, Treatment, measure_noise, probe, shares_rows
-from qcompile.numerics import QParams
+from qcompile.numerics import QParams, exact_exp2
 from qcompile.observers import Stats
 from qcompile.outliers import NORMS, Activation, Group, Outliers, find_outliers
 from qcompile.plan import Decision, Plan
@@ -208,7 +208,7 @@ def _treatment(decision: Decision, stats: Stats) -> Treatment:
         # only a weight that is quantized is split
         channels=channels if decision.weight is not None else (),
         importance=decision.importance,
-        raised=torch.tensor(decision.shift, device=stats.low.device).float().exp2() if decision.shift else None,
+        raised=exact_exp2(torch.tensor(decision.shift, device=stats.low.device)) if decision.shift else None,
     )
 
 

@@ -15,7 +15,7 @@ from qcompile.cases import Case, Choice, probe_part
 from qcompile.channels import tied
 from qcompile.formats import FORMATS, Float, Integer
 from qcompile.noise import Probe, Treatment, shares_rows
-from qcompile.numerics import QParams, qparams_of_range
+from qcompile.numerics import QParams, exact_exp2, qparams_of_range
 from qcompile.observers import Stats, importance_of
 from qcompile.ranges import parse_observer
 from qcompile.recipe import FLOAT, Rule
@@ -69,7 +69,7 @@ def choose_weight(weight: Tensor, stats: Stats, rule: Rule, shift: Tensor | None
             octaves = raised_columns(probe.weight, spec, importance).cpu()
             tried[LEAST_GAIN] = within(raised + octaves, rule.shift)
         for handicap, lowered in tried.items():
-            factor = (lowered - raised).float().exp2().to(weight.device)
+            factor = exact_exp2(lowered - raised).to(weight.device)
             snr_db = probe.after(replace(treatment, raised=factor)) - handicap
             if snr_db > most:
                 best, most = (spec, lowered if bool(lowered.any()) else None), snr_db
@@ -88,7 +88,7 @@ def rivals(spec: Spec) -> Iterator[Spec]:
 def prepared_stats(stats: Stats, choice: Choice) -> Stats:
     """The stats of what is quantized after the choice: divided by the scale, without the channels in 16 bit."""
     stats = stats if choice.scale is None else stats.divided(choice.scale)
-    stats = stats if choice.shift is None else stats.divided(choice.shift.neg().float().exp2())
+    stats = stats if choice.shift is None else stats.divided(exact_exp2(-choice.shift))
     return stats.without(_indices(choice.outliers, stats)) if choice.outliers else stats
 
 
@@ -147,9 +147,7 @@ def _shifted(case: Case, spec: Spec, most: int) -> Choice:
         shift = shift_of(case.stats.amax, case.channels, most, left_out)
         if not bool(shift.any()):
             return plain
-        return _measured(
-            case, replace(plain, shift=shift) if after else replace(plain, scale=shift.neg().float().exp2())
-        )
+        return _measured(case, replace(plain, shift=shift) if after else replace(plain, scale=exact_exp2(-shift)))
 
     coarse = {left_out: measured(left_out) for left_out in COARSE}
     best = max(coarse, key=lambda left_out: coarse[left_out].snr_db)
@@ -166,7 +164,7 @@ def _measured(case: Case, choice: Choice) -> Choice:
         input=parse_observer(case.rule.observer)(stats, spec) if _is_static(spec) else spec,
         solver=case.rule.solver,
         importance=stats.importance.to(probe.weight.device) if case.rule.weighs_columns else None,
-        factor=None if choice.shift is None else choice.shift.float().exp2().to(probe.rows.device),
+        factor=None if choice.shift is None else exact_exp2(choice.shift).to(probe.rows.device),
     )
     probe = probe if choice.scale is None else probe.scaled(choice.scale.to(probe.weight.device))
     return replace(choice, snr_db=probe.after(treatment))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qcompile.folds import fold_notes, scale_before
-from qcompile.numerics import dequantize, quantize, snr_db
+from qcompile.numerics import dequantize, exact_exp2, quantize, snr_db
 from qcompile.plan import Decision, Plan
 from qcompile.report import Report, SiteReport
 from qcompile.shifts import lowered_importance
@@ -67,7 +67,7 @@ def _snr_db(decision: Decision, weight: Tensor, plan: Plan) -> float | None:
     coded = coded.index_fill(1, torch.tensor(decision.outliers, dtype=torch.int64, device=coded.device), 0.0)
     if decision.solved is not None:
         return decision.solved.snr_db
-    factor = torch.tensor(decision.shift or 0, dtype=torch.float32, device=coded.device).exp2()
+    factor = exact_exp2(torch.tensor(decision.shift or 0, device=coded.device))
     raised = coded * factor
     importance = lowered_importance(decision.importance, decision.shift)
     qparams = SOLVERS[decision.solver](raised, decision.weight, importance)

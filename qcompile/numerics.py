@@ -24,7 +24,7 @@ from qcompile.spec import ALL, Granularity, Spec, Zero
 SMALLEST_SCALE = 2.0**-126
 FLOAT32_BIAS = 127
 # elements that are compared in float64 at a time: of a large weight, all would take many times its memory
-_PART = 2**22
+_PART = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -219,7 +219,7 @@ def encode(x: Tensor, fmt: Float | CodeBook, levels: Tensor | None = None) -> Te
     magnitude = torch.where(x.abs() < fmt.max, x.abs(), fmt.max)
     # exponent code of the binade; the lowest one holds the subnormals, equally spaced with its normal numbers
     p = ((magnitude.view(torch.int32) >> 23) - FLOAT32_BIAS + fmt.bias).clamp(min=1)
-    step = ((p - fmt.mantissa - fmt.bias + FLOAT32_BIAS) << 23).view(torch.float32)
+    step = exact_exp2(p - fmt.mantissa - fmt.bias)
     # rounding up to the next binade carries into the exponent code by itself
     code = ((p - 1) << fmt.mantissa) + (magnitude / step).round().to(torch.int32)
     return (code + (torch.signbit(x).to(torch.int32) << (fmt.bits - 1))).to(torch.uint8)
@@ -248,6 +248,14 @@ def decode(codes: Tensor, fmt: Float | CodeBook, levels: Tensor | None = None) -
         return codes.view(fmt.dtype).float()
     values = code_values(fmt).to(codes.device) if levels is None else levels
     return values[codes.long()]
+
+
+def exact_exp2(octaves: Tensor) -> Tensor:
+    """2**octaves to the last bit on every device, where exp2 may round.
+
+    octaves: integers from -126 to 127, any shape.  Returns float32, shaped alike.
+    """
+    return ((octaves.to(torch.int32) + FLOAT32_BIAS) << 23).view(torch.float32)
 
 
 def exponent_bias(scale: Tensor, fmt: Float) -> Tensor:

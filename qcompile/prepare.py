@@ -20,6 +20,7 @@ from qcompile.edges import Edge, find_edges, same_channels
 from qcompile.folds import Fold
 from qcompile.graph import Graph, Op, V
 from qcompile.noise import shares_rows
+from qcompile.numerics import exact_exp2
 from qcompile.observers import Stats
 from qcompile.outliers import Group, Outliers, find_outliers
 from qcompile.passes.detect_outliers import outlier_groups
@@ -217,7 +218,7 @@ class _Preparing(Generic[V]):
         """Raise channels of the activation by octaves, in what makes it if all that read it follow."""
         whole = may_scale and len(names) == len(edge.consumers)
         into = edge.into if whole else ""
-        self._fold(edge, Fold(sites=names, scale=shift.neg().float().exp2(), into=into, method="exponent shift"))
+        self._fold(edge, Fold(sites=names, scale=exact_exp2(-shift), into=into, method="exponent shift"))
 
     def _fold(self, edge: Edge[V], fold: Fold) -> None:
         self.folds.append(fold)

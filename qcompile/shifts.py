@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qcompile.channels import tied
 from qcompile.formats import Float, Format, parse_format
-from qcompile.numerics import Lowered, QParams, dequantize, quantize
+from qcompile.numerics import Lowered, QParams, dequantize, exact_exp2, quantize
 from qcompile.solvers.mse import solve_mse
 from qcompile.spec import Spec
 
@@ -80,7 +80,7 @@ def lowered_importance(importance: Tensor | None, shift: Sequence[int]) -> Tenso
     """What errors in each column cost before the columns are lowered by that many octaves.  importance: float32 [K]."""
     if importance is None or not shift:
         return importance
-    return importance / torch.tensor(shift, device=importance.device).float().exp2().square()
+    return importance / exact_exp2(torch.tensor(shift, device=importance.device)).square()
 
 
 def raised(fmt: Format) -> int:
@@ -121,6 +121,6 @@ def lowered(codes: Tensor, qparams: QParams, columns: Tensor, shift: Sequence[in
 
 def lowered_codes(codes: Tensor, qparams: QParams, shift: Sequence[int]) -> tuple[Tensor, QParams]:
     """Codes of E4M3, and their qparams, for a weight whose columns are lowered by these octaves; see `lowered`."""
-    columns = torch.tensor(shift, dtype=torch.float32, device=codes.device).neg().exp2()
+    columns = exact_exp2(-torch.tensor(shift, device=codes.device))
     values, folded = lowered(codes, qparams, columns, shift)
     return quantize(values, folded), folded

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import RecipeError
+from qcompile.numerics import exact_exp2
 
 # of a float16 norm weight, a larger factor could leave the range
 LARGEST = 2.0**10
@@ -105,4 +106,4 @@ def awq_scale(magnitude: Tensor, power: float, *, powers_of_two: bool = False) -
 
 
 def _kept(scale: Tensor, powers_of_two: bool) -> Tensor:
-    return (torch.exp2(scale.log2().round()) if powers_of_two else scale).float()
+    return (exact_exp2(scale.log2().round()) if powers_of_two else scale).float()

@@ -37,6 +37,9 @@ CASES = [
     ("weight-triton", "int2/channel", None),
     ("int4-int8", "int4/g32/asym/bf16", "int8/token/asym"),
     ("int4-int8", "int4/g32", "int8/token"),
+    ("fp4", "fp4_e2m1/channel", "fp8_e4m3/token"),
+    ("fp4", "fp4_e1m2/channel", "fp4_e2m1/token"),
+    ("book-triton", "dynamic8/g32", None),
     ("packed", "int3/g32/asym/bf16", None),
     ("packed", "nf4/g32/dq256", None),
 ]
@@ -61,7 +64,7 @@ def test_kernel_equals_oracle(
         dtype=dtype,
         device="cuda",
         capability=capability,
-        small=name == "packed",
+        small=name in ("packed", "book-triton"),
     )
     kernel = BY_NAME[name]
     refused = kernel.why_not(p)
@@ -78,8 +81,8 @@ def test_kernel_equals_oracle(
     y = kernel.op(*kernel.arguments(p, operands, kernel.pack(codes, qparams, dtype), bias))
     held = dequantize(codes, qparams).double()
     magnitude = wide.abs() @ held.abs().T + bias.double().abs()
-    # fp8 tensor cores keep about 14 bits of a sum; tf32 is off
-    unit = max(torch.finfo(dtype).eps, 2.0**-12 if "fp8" in name else 2.0**-21)
+    # fp8 tensor cores, which multiply floats of 4 bits too, keep about 14 bits of a sum; tf32 is off
+    unit = max(torch.finfo(dtype).eps, 2.0**-12 if name.startswith("fp") else 2.0**-21)
     assert y.dtype is dtype
     assert ((y.double() - wide @ held.T - bias.double()).abs() <= 2 * unit * magnitude).all()
 

@@ -106,7 +106,9 @@ def test_products_are_those_of_the_oracle(M: int, N: int, K: int, text: str) -> 
     y = torch.ops.qcompile.linear_book(x, tensors["codes"], tensors["levels"], tensors["scale"], bias)
     expected = x.double() @ weight.T + bias.double()
     magnitude = x.double().abs() @ weight.abs().T + bias.double().abs()
-    assert ((y.double() - expected).abs() <= 2.0**-8 * expected.abs() + 2.0**-18 * magnitude).all()
+    # beyond the kernel's rows the library multiplies, which may add parts of a sum in bfloat16
+    sums = 2.0**-18 if M <= book_triton.MOST_ROWS else 2.0**-9
+    assert ((y.double() - expected).abs() <= 2.0**-8 * expected.abs() + sums * magnitude).all()
 
 
 @pytest.mark.gpu

@@ -22,7 +22,7 @@ from qcompile.backends.triton import int4_int8_words
 from qcompile.backends.triton.ready import missing
 from qcompile.backends.triton.widths import ROWS
 from qcompile.formats import Float, parse_format
-from qcompile.numerics import QParams, dequantize, on_device, quantize
+from qcompile.numerics import QParams, dequantize, exact_exp2, on_device, quantize
 from qcompile.shifts import raised, room
 from qcompile.spec import ALL, Spec
 
@@ -136,7 +136,7 @@ def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tenso
         shift = {"shift": octaves}
         narrow = on_device(before.narrow, codes.device)
         # numbers of the grid of fewer bits, which find their codes again
-        codes, qparams = quantize(dequantize(codes, qparams) * octaves.float().exp2(), narrow), narrow
+        codes, qparams = quantize(dequantize(codes, qparams) * exact_exp2(octaves), narrow), narrow
     scale = qparams.scale.expand(codes.shape[0], 1) * factor(qparams.spec.format)
     return {"words": int4_int8_words.pack_words(codes), "scale": scale.contiguous(), **shift}
 

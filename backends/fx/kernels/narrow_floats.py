@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qcompile.formats import Float, Format, parse_format
-from qcompile.numerics import FLOAT32_BIAS
+from qcompile.numerics import exact_exp2
 from qcompile.shifts import raised
 
 _E4M3 = parse_format("fp8_e4m3")
@@ -43,7 +43,5 @@ def lowered(codes: Tensor, fmt: Format, shift: Tensor) -> Tensor:
     shift: int8 [K], from 0 to `room`.
     """
     assert isinstance(fmt, Float)
-    octaves = _BIAS - fmt.bias + raised(fmt) - shift.to(torch.int32)
-    # a power of two by its bits: exact on every device
-    powers = ((octaves + FLOAT32_BIAS) << 23).view(torch.float32)
+    powers = exact_exp2(_BIAS - fmt.bias + raised(fmt) - shift.to(torch.int32))
     return (widened(codes, fmt).view(torch.float8_e4m3fn).float() * powers).to(torch.float8_e4m3fn).view(torch.uint8)
