@@ -18,8 +18,7 @@ from qcompile.backends.fx.writes import is_written
 from qcompile.graph import Op
 from qcompile.spec import Spec
 
-# those that were measured beside Inductor, in examples/benchmarks/quantize_rows.md
-_ACTIVATIONS = (Op.SILU,)
+_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 # torch.nn.functional.layer_norm's own
 _LAYER_NORM_EPS = 1e-5
 # matmuls that take floats of fewer bits as E4M3, too: where their arguments name the format, and octaves of channels
@@ -171,20 +170,27 @@ def _activation(graph: FxGraph, value: fx.Node) -> _Before | None:
     """An activation, or the product of one with another value."""
     if not _is_alone(graph, value):
         return None
-    if graph.op(value) in _ACTIVATIONS:
+    if (kind := _kind(graph, value)) is not None:
         x = graph.inputs(value)[0]
         assert x is not None
-        return _Before(kind=graph.op(value).value, x=_strided(x), gone=(value,))
+        return _Before(kind=kind, x=_strided(x), gone=(value,))
     if graph.op(value) is not Op.MUL:
         return None
     for active, gate in (tuple(graph.inputs(value)), tuple(graph.inputs(value))[::-1]):
-        if active is None or gate is None or graph.op(active) not in _ACTIVATIONS or not _is_alone(graph, active):
+        kind = None if active is None else _kind(graph, active)
+        if active is None or gate is None or kind is None or not _is_alone(graph, active):
             continue
         x = graph.inputs(active)[0]
         if x is not None and _are_alike(value, x, gate):
-            kind = graph.op(active).value
             return _Before(kind=kind, x=_strided(x), second=_strided(gate), gone=(value, active))
     return None
+
+
+def _kind(graph: FxGraph, value: fx.Node) -> str | None:
+    """What the op calls this activation; None if it computes none such."""
+    if graph.op(value) is Op.SILU:
+        return "silu"
+    return _GELU.get(str(_argument(value, 1, "approximate", "none"))) if graph.op(value) is Op.GELU else None
 
 
 def _attention(graph: FxGraph, value: fx.Node) -> _Before | None:

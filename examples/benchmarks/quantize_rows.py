@@ -31,7 +31,7 @@ ROWS = (1, 16, 64, 2048, 8192)
 COPIES, ROUNDS, EPS = 8, 15, 1e-5
 DTYPE = torch.bfloat16
 # relative to the row: floats of another last bit may have the next code; other codes altogether are 4e-2 away
-LIMIT = 2e-2
+LIMIT = 3e-2
 # rows compared to the bit
 CHECKED = 64
 

@@ -29,6 +29,9 @@ HOPPER = (9, 0)
 K = 32
 
 
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
 def plain(
     x: Tensor,
     second: Tensor | None,
@@ -55,7 +58,8 @@ def plain(
             value = F.rms_norm(total.float(), total.shape[-1:], None, eps).to(total.dtype)
             value = value if weight is None else weight * value
         case _:
-            value = F.silu(x) if second is None else F.silu(x) * second
+            active = F.silu(x) if before == "silu" else F.gelu(x, approximate=_APPROXIMATE[before])
+            value = active if second is None else active * second
     qparams = find_qparams(value, parse_spec(spec))
     codes = quantize(value, qparams)
     assert offset == 0
@@ -130,6 +134,9 @@ CASES: dict[str, tuple[Callable[..., Any], nn.Module, str, bool, bool]] = {
     "silu": (lambda x, y, norm: F.silu(x), nn.Identity(), "silu", False, False),
     "gate": (lambda x, y, norm: F.silu(x) * y, nn.Identity(), "silu", True, False),
     "gate first": (lambda x, y, norm: y * F.silu(x), nn.Identity(), "silu", True, False),
+    "gelu": (lambda x, y, norm: F.gelu(x), nn.Identity(), "gelu", False, False),
+    "gelu, tanh": (lambda x, y, norm: F.gelu(x, approximate="tanh"), nn.Identity(), "gelu_tanh", False, False),
+    "gelu gate": (lambda x, y, norm: nn.GELU("tanh")(x) * y, nn.Identity(), "gelu_tanh", True, False),
     "two active": (lambda x, y, norm: F.silu(x) * F.silu(y), nn.Identity(), "silu", True, False),
 }
 
@@ -159,7 +166,6 @@ def test_attention_without_what_surrounds_it() -> None:
         pytest.param(lambda x, y, norm: x, id="nothing before"),
         pytest.param(lambda x, y, norm: x * y, id="another op"),
         pytest.param(lambda x, y, norm: torch.relu(x) * y, id="another activation"),
-        pytest.param(lambda x, y, norm: F.gelu(x) * y, id="gelu, not measured"),
         pytest.param(lambda x, y, norm: (v := norm(x), v), id="norm read by others"),
         pytest.param(lambda x, y, norm: (v := F.silu(x) * y, v), id="product read by others"),
         pytest.param(lambda x, y, norm: F.silu(x.select(1, 0)[:, None]) * y, id="broadcast"),
