@@ -61,10 +61,15 @@ def load(folder: str | Path, model: Any = None, device: Any = "cpu") -> Plan:
     """The plan in a folder, bound to `model` if one is given; of a folder that holds a model, its tensors go into it.
 
     model: may be on meta, as `with torch.device("meta"): model = Model(config)` makes it.  device: of its tensors.
-    folder: of `save`, or a checkpoint of GPTQ, AWQ or compressed-tensors in a folder of Hugging Face; a model is needed
-        for that.
-    See `qcompile.artifact.load`, `qcompile.checkpoint.load_model` and `qcompile.checkpoint.load_checkpoint`.
+    folder: of `save`, or a checkpoint of GPTQ, AWQ or compressed-tensors in a folder of Hugging Face, or a GGUF file; a
+        model is needed for these, for the last one with memory of its own.
+    See `qcompile.artifact.load`, `qcompile.checkpoint.load_model`, `qcompile.checkpoint.load_checkpoint` and
+    `qcompile.gguf.load_gguf`.
     """
+    if Path(folder).suffix == ".gguf" and model is not None:
+        from qcompile import gguf
+
+        return gguf.load_gguf(folder, model.to(device))
     if model is None or not (artifact.holds_model(folder) or readers.is_checkpoint(Path(folder))):
         return artifact.load(folder, model)
     from qcompile import checkpoint

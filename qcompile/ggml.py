@@ -64,13 +64,18 @@ def type_of(spec: Spec) -> BlockType | None:
     return next((one for one in TYPES.values() if one.spec == spec), None)
 
 
+def require_type(name: str) -> None:
+    """Raises SpecError if blocks of this type are not read."""
+    if name not in TYPES:
+        raise SpecError(f"blocks of type {name!r} are not read; known: {', '.join(TYPES)}")
+
+
 def from_blocks(data: Tensor, name: str) -> QParams:
     """Codes and qparams of a tensor [N, K] that is stored as blocks.
 
     data: uint8 [N, bytes].  name: of `TYPES`.  Raises SpecError for another name, or bytes that are no whole blocks.
     """
-    if name not in TYPES:
-        raise SpecError(f"blocks of type {name!r} are not read; known: {', '.join(TYPES)}")
+    require_type(name)
     kind = TYPES[name]
     if data.dim() != 2 or data.shape[1] % kind.size:
         raise SpecError(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.errors import PlanError, SpecError, UnsupportedError, nearest
-from qcompile.ggml import TYPES, from_blocks, to_blocks, type_of
+from qcompile.ggml import TYPES, from_blocks, require_type, to_blocks, type_of
 from qcompile.graph import Op
 from qcompile.numerics import QParams, dequantize, quantize
 from qcompile.plan import Decision, Plan
@@ -81,6 +81,7 @@ def load_gguf(path: str | Path, model: nn.Module) -> Plan:
     keep their dtype.  Nothing is quantized: codes and scales are the file's.
     Raises PlanError if the file is none, or lacks a parameter of the model, or has another shape or further tensors;
     SpecError for other types of blocks; UnsupportedError for an architecture whose tensors are not the model's own.
+    The model is as it was then.
     """
     reader = _opened(path)
     tensors = {one.name: one for one in reader.tensors if one.name not in _COMPUTED}
@@ -95,11 +96,15 @@ def load_gguf(path: str | Path, model: nn.Module) -> Plan:
         )
     if more := sorted(tensors.keys() - set(calls.values())):
         raise PlanError(f"{str(path)!r} has a tensor {more[0]!r} that the model lacks{_and_more(more)}")
+    # before anything is changed
+    for name, parameter in parameters.items():
+        if calls[name] in tensors:
+            _require_fit(parameter, name, tensors[calls[name]])
     held: dict[int, QParams] = {}
     for name, parameter in parameters.items():
         if calls[name] in tensors:
             order = names.order(calls[name], len(parameter))
-            found = _fill(parameter, name, tensors[calls[name]], None if order is None else order.argsort())
+            found = _fill(parameter, tensors[calls[name]], None if order is None else order.argsort())
             if found is not None:
                 held[id(parameter)] = found
     sites = {name.removesuffix(".weight"): p for name, p in parameters.items() if id(p) in held}
@@ -208,20 +213,32 @@ def _and_more(names: list[str]) -> str:
     return f", and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _fill(parameter: Tensor, name: str, tensor: Any, order: Tensor | None) -> QParams | None:
-    """Copy a tensor to a parameter.  Returns its qparams with codes, None if it is of floats.  order: of its rows."""
-    kind = tensor.tensor_type.name
-    shape = [int(size) for size in reversed(tensor.shape)]
+def _require_fit(parameter: Tensor, name: str, tensor: Any) -> None:
+    kind, shape = tensor.tensor_type.name, _shape(tensor)
+    if parameter.is_meta:
+        raise PlanError(f"{name!r} has no memory for the file's numbers: give a model that is not on meta")
     if shape != list(parameter.shape):
         raise PlanError(f"{name!r} is {list(parameter.shape)} in the model and {shape} in the file")
+    if kind in _FLOATS:
+        return
+    require_type(kind)
+    if len(shape) != 2:
+        raise SpecError(f"{name!r} has blocks of type {kind} and shape {shape}: those of matrices are read")
+
+
+def _shape(tensor: Any) -> list[int]:
+    return [int(size) for size in reversed(tensor.shape)]
+
+
+def _fill(parameter: Tensor, tensor: Any, order: Tensor | None) -> QParams | None:
+    """Copy a tensor to a parameter.  Returns its qparams with codes, None if it is of floats.  order: of its rows."""
+    kind, shape = tensor.tensor_type.name, _shape(tensor)
     raw = torch.from_numpy(np.array(tensor.data))
     if kind in _FLOATS:
         values = raw.view(torch.uint8).view(_FLOATS[kind]).reshape(shape)
         with torch.no_grad():
             parameter.copy_(values if order is None else values[order])
         return None
-    if len(shape) != 2:
-        raise SpecError(f"{name!r} has blocks of type {kind} and shape {shape}: those of matrices are read")
     raw = raw.reshape(shape[0], -1)
     qparams = from_blocks(raw if order is None else raw[order], kind)
     assert qparams.codes is not None

@@ -204,6 +204,15 @@ def test_another_recipe_or_the_reference_says_that_values_are_gone(ids: Tensor, 
 
 
 @pytest.mark.usefixtures("graphs_only")
+def test_a_model_that_was_moved_after_loading_says_where_to_load_it(ids: Tensor, tmp_path: Path) -> None:
+    words("int8-weight", ids, tmp_path / "m")
+    other = empty_words()
+    plan = qcompile.load(tmp_path / "m", other)
+    with pytest.raises(Exception, match=r"(?s)PlanError.*holds NaN.*qcompile\.load\(folder, model, device=\.\.\.\)"):
+        compiled(other.bfloat16(), plan)(ids)
+
+
+@pytest.mark.usefixtures("graphs_only")
 @pytest.mark.parametrize(
     ("model", "message"),
     [

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import qcompile
 from qcompile import artifact
 from qcompile.errors import PlanError, SpecError, UnsupportedError
 from qcompile.ggml import TYPES
@@ -135,6 +136,28 @@ def test_the_other_library_reads_what_is_written(tmp_path, name):
     again = files.load_gguf(tmp_path / "net.gguf", other)
     assert {d.weight for d in again.decisions.values()} == {spec}
     assert torch.equal(other.first.bias, model.first.bias)
+
+
+def test_load_reads_files_of_the_other_library(tmp_path):
+    write(tmp_path / "net.gguf", arrays("Q4_K", "Q6_K", "Q8_0"))
+    model, other = Net(), Net()
+    plan = qcompile.load(tmp_path / "net.gguf", model)
+    assert plan == files.load_gguf(tmp_path / "net.gguf", other)
+    assert torch.equal(model.second.weight, other.second.weight)
+
+
+def test_a_model_that_a_file_does_not_fit_is_as_it_was(tmp_path):
+    given = arrays("Q4_K", "Q6_K", "Q8_0")
+    write(tmp_path / "net.gguf", given | {"second.weight": (blocks("Q6_K", 256, 256), "Q6_K")})
+    model = Net()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(PlanError, match="in the file"):
+        qcompile.load(tmp_path / "net.gguf", model)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    with torch.device("meta"):
+        empty = Net()
+    with pytest.raises(PlanError, match="not on meta"):
+        files.load_gguf(tmp_path / "net.gguf", empty)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
