@@ -1,8 +1,8 @@
 """Which configuration runs which problem for each width of `widths`: measured on sm_90, safe elsewhere.
 
 The first entry that takes a problem runs it. The library's product of 16-bit floats is among them, as `Unpack`: where
-it was faster than the kernels, the weight is made floats for one call. examples/benchmarks/weight_widths.py measures
-what is chosen, triton_kernels.py that of 4 bits beside other libraries.
+it was faster than the kernels, the weight is made floats for one call. examples/benchmarks/triton_kernels.py measures
+what is chosen.
 """
 
 from dataclasses import dataclass

@@ -16,7 +16,8 @@ from torch import Tensor
 from qcompile.backends.fx.kernels import KERNELS, Kernel, Problem, choose, tail
 from qcompile.backends.fx.kernels.narrow_floats import raised
 from qcompile.backends.fx.ops import QUANTIZE_DYNAMIC
-from qcompile.numerics import Lowered, QParams, dequantize, fake_quantize, find_qparams, quantize
+from qcompile.ggml import TYPES
+from qcompile.numerics import Lowered, QParams, dequantize, find_qparams, quantize
 from qcompile.spec import Spec, parse_spec
 
 DTYPE = torch.bfloat16
@@ -47,6 +48,14 @@ class Format:
 
 FORMATS: Mapping[str, Format] = {
     "int4": Format(weight="int4/g128/asym/bf16"),
+    "nf4": Format(weight="nf4/g64"),
+    "q4_k": Format(weight=str(TYPES["Q4_K"].spec)),
+    "int8 weight": Format(weight="int8/channel"),
+    "int3": Format(weight="int3/g128/asym/bf16"),
+    "int2": Format(weight="int2/g64/asym/bf16"),
+    "fp8 weight": Format(weight="fp8_e4m3/channel"),
+    "fp6": Format(weight="fp6_e3m2/g128"),
+    "w4a8": Format(weight="int4/g128/asym/bf16", input="int8/token/asym", rate=EIGHT_BIT_RATE),
     "int8": Format(weight="int8/channel", input="int8/token/asym", rate=EIGHT_BIT_RATE),
     "int8 split": Format(weight="int8/channel", input="int8/token/asym", outliers=0.01, rate=EIGHT_BIT_RATE),
     "fp8": Format(weight="fp8_e4m3/channel", input="fp8_e4m3/token", rate=EIGHT_BIT_RATE),
@@ -81,13 +90,29 @@ class Weight:
     def oracle(self, x: Tensor) -> Tensor:
         """y in float32 of the same codes, each step rounded where the linear rounds it."""
         rest = self.without_outliers(x)
-        rest = rest.float() if self.input is None else fake_quantize(rest.float(), self.input)
+        rest = rest.float() if self.input is None else _rounded(rest, self.input)
         y = rest @ dequantize(self.codes, self.qparams).T
         columns = self.floats[:, self.outliers].to(DTYPE).float()
         return y + x[:, self.outliers].float() @ columns.T
 
     def without_outliers(self, x: Tensor) -> Tensor:
         return x.index_fill(1, self.outliers, 0)
+
+
+@torch.compile(dynamic=False)
+def _codes(x: Tensor, spec: str) -> tuple[Tensor, ...]:
+    """Of x [M, K]: codes, scale and, if the spec has one, zero point."""
+    return tuple(QUANTIZE_DYNAMIC(x, spec))
+
+
+def _rounded(x: Tensor, spec: Spec) -> Tensor:
+    """x [M, K] as `spec` holds it, in float32.
+
+    Compiled as in what is timed: eager torch finds scales that may differ in their last bit, and what lies between two
+    numbers of 4 bits then becomes the other one, a third larger.
+    """
+    codes, scale, *zero = _codes(x, str(spec))
+    return dequantize(codes, QParams(spec=spec, scale=scale, zero=zero[0] if zero else None))
 
 
 def random_weight(name: str, N: int, K: int) -> Weight:

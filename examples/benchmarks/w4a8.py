@@ -3,9 +3,8 @@
     python examples/benchmarks/w4a8.py [--shapes NxK ...] [--rows M ...]
 
 Each result is checked against float32 before it is timed. Times are medians of CUDA graph replays, taken in turns, so
-that all meet the same clocks; weights rotate over copies that no cache holds. `us` is the matmul of codes alone,
-`whole_us` with the dynamic quantization of its input before it, as Inductor compiles it (few launches are most of it
-where rows are few, and it is measured for the rows of WHOLE only). Writes examples/benchmarks/results/w4a8.json.
+that all meet the same clocks; weights rotate over copies that no cache holds. `us` is the matmul of codes alone;
+triton_kernels.py times it with the quantization of its input. Writes examples/benchmarks/results/w4a8.json.
 """
 
 import argparse
@@ -26,7 +25,6 @@ WEIGHT, INPUT = parse_spec("int4/g128/asym/bf16"), parse_spec("int8/token/asym")
 # of Llama-3.1-8B: gate and up, down, q and o, q and k and v
 SHAPES = ((28672, 4096), (4096, 14336), (4096, 4096), (6144, 4096))
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
-WHOLE = (1, 64, 2048, 8192)
 DTYPE = torch.bfloat16
 # what all copies of a weight fill, so that none is in the cache when its turn comes
 ROTATED = 300e6
@@ -56,14 +54,6 @@ def measure(N: int, K: int, rows: Sequence[int]) -> list[dict[str, Any]]:
     floats = [weight.to(DTYPE) for _ in range(max(2, round(ROTATED / (N * K * 2))))]
     results = []
 
-    def whole(x: Tensor, words: Tensor, scales: Tensor, sums: Tensor) -> Tensor:
-        qparams = find_qparams(x, INPUT)
-        codes = quantize(x, qparams)
-        y: Tensor = torch.ops.qcompile.linear_int4_int8(
-            codes, qparams.scale, qparams.zero, words, scales, sums, None, DTYPE
-        )
-        return y
-
     for M in rows:
         x = torch.randn(M, K, device="cuda", dtype=DTYPE)
         given = find_qparams(x, INPUT)
@@ -91,16 +81,12 @@ def measure(N: int, K: int, rows: Sequence[int]) -> list[dict[str, Any]]:
             "w4a16_us": captured(narrow, calls),
             "us": captured(product, calls),
         }
-        if M in WHOLE:
-            compiled = torch.compile(whole, dynamic=False)
-            check(f"whole, M={M}, N={N}, K={K}", compiled(x, **w4a8[0]), dequantize(stored, given), weight)
-            graphs["whole_us"] = captured(lambda i, x=x, f=compiled: f(x, **w4a8[i % copies]), calls)
         times = dict(zip(graphs, in_turns(list(graphs.values()), 20 if M <= 256 else 8), strict=True))
-        last = times.get("whole_us", times["us"])
         print(
             f"{N:6} x {K:5} M={M:5} "
             + "  ".join(f"{name} {us:8.1f}" for name, us in times.items())
-            + f"  {times['bf16_us'] / last:5.2f}x of bf16, {times['us'] / times['w4a16_us']:5.2f} of W4A16's time"
+            + f"  {times['bf16_us'] / times['us']:5.2f}x of bf16, "
+            f"{times['us'] / times['w4a16_us']:5.2f} of W4A16's time"
         )
         times = {name: round(us, 2) for name, us in times.items()}
         results.append({"N": N, "K": K, "M": M, **times, "error": float(f"{wrong:.2g}")})
