@@ -5,11 +5,13 @@
 A causal language model on 64 windows of 512 tokens, in batches of 1 and of 8 windows: `qcompile.calibrate` from start
 to plan, and before each of its batches the float model alone on the same one, so that a machine that slows down slows
 both; a batch's time is the median over all of them. What follows the last batch is the median over the rounds. Memory
-is the most that a process of its own ever holds while it calibrates on 16 and on 256 batches of one window.
+is of a process of its own that calibrates on 16 or on 256 batches of one window: the most that it ever holds, and what
+it holds before the last batch once the allocator has given back what is free, which it keeps as it happens to lie.
 Writes examples/benchmarks/results/calibration_cost.json.
 """
 
 import argparse
+import ctypes
 import resource
 import subprocess
 import sys
@@ -90,27 +92,37 @@ def time_row(model: nn.Module, windows: Tensor, size: int, rounds: int) -> dict[
     return row
 
 
-def resident_megabytes(folder: Path, tokens: Path, recipe: str, batches: int) -> float:
-    """The most that a process holds which calibrates on so many batches."""
+def resident_megabytes(folder: Path, tokens: Path, recipe: str, batches: int) -> dict[str, float]:
+    """Of a process that calibrates on so many batches: the most, and what is held before the last."""
     command = [sys.executable, __file__, "--model", str(folder), "--tokens", str(tokens)]
     command += ["--only-calibrate", recipe, "--windows", str(batches)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    most, held = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
+    return {"most": round(float(most), 1), "held": round(float(held), 1)}
 
 
 def calibrate_and_tell(folder: Path, tokens: Path, recipe: str, count: int) -> None:
-    """Print the most megabytes that this process ever held."""
+    """Print the most megabytes that this process ever held, and those before the last batch."""
     model = load_model(folder)
     ids = read_tokens(tokens, folder, int(model.config.vocab_size))
+    held = 0.0
 
     def batches() -> Iterator[dict[str, Any]]:
+        nonlocal held
         # short files are read from their start again: memory does not depend on which tokens they are
         for number in range(count):
             at = number % (len(ids) // WINDOW) * WINDOW
+            held = held_megabytes() if number == count - 1 else 0.0
             yield {"input_ids": ids[at : at + WINDOW][None], "use_cache": False}
 
     plan = qcompile.calibrate(model, batches(), recipe=recipe, progress=False)
     assert any(decision.weight is not None for decision in plan.decisions.values())
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, held)
+
+
+def held_megabytes() -> float:
+    """Resident memory without what the allocator keeps for later."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def main() -> None:
@@ -125,9 +137,7 @@ def main() -> None:
         calibrate_and_tell(given.model, given.tokens, given.only_calibrate, given.windows)
         return
     memory = {
-        recipe: {
-            str(count): round(resident_megabytes(given.model, given.tokens, recipe, count), 1) for count in (FEW, MANY)
-        }
+        recipe: {str(count): resident_megabytes(given.model, given.tokens, recipe, count) for count in (FEW, MANY)}
         for recipe in RECIPES
     }
     print(memory, flush=True)
@@ -140,7 +150,7 @@ def main() -> None:
         "model": given.model.name,
         "windows": [len(windows), WINDOW],
         "machine": machine(),
-        "most_resident_megabytes": memory,
+        "resident_megabytes": memory,
         "time": rows,
     }
     write_result(RESULTS / "calibration_cost.json", result)

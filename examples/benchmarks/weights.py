@@ -24,6 +24,8 @@ from outliers import measure, quantized
 from result_files import RESULTS, write_result
 
 import qcompile
+from qcompile.budget import Budget
+from qcompile.ggml import TYPES
 from qcompile.plan import Plan
 from qcompile.presets import PRESETS
 from qcompile.recipe import Recipe, Rule
@@ -52,6 +54,17 @@ OTHERS: dict[str, tuple[Rule, ...]] = {
     "nf4/g64/dq256, least squares": (Rule(weight=parse_spec("nf4/g64/dq256"), solver="mse"),),
     "lloyd4/g64/bf16, RTN": (Rule(weight=parse_spec("lloyd4/g64/bf16"), solver="round"),),
     "lloyd4/g64/bf16, GPTQ, act-order": (Rule(weight=parse_spec("lloyd4/g64/bf16"), solver="gptq"),),
+    **{
+        f"{kind}, {method}": (Rule(weight=TYPES[kind].spec, solver=solver),)
+        for kind in ("Q4_0", "Q4_K", "Q5_K", "Q6_K")
+        for method, solver in (("k-quants", "kquant"), ("weighted", "imatrix"), ("GPTQ, act-order", "gptq"))
+    },
+    **{
+        f"mixed/{bits:g}, GPTQ, act-order": (
+            Rule(weight=parse_spec("int4/g64/asym/bf16"), solver="gptq", budget=Budget(amount=bits)),
+        )
+        for bits in (2.5, 3, 4.25)
+    },
 }
 
 
