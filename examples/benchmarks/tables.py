@@ -187,45 +187,44 @@ def calibration_table() -> str:
     """Time beside the plain run, and memory."""
     found = result("calibration_cost")
     machine, (count, length) = found["machine"], found["windows"]
-    few, many = next(iter(found["most_resident_megabytes"].values()))
+    few, many = next(iter(found["resident_megabytes"].values()))
     text = (
         f"Calibration: {found['model']} on {count} windows of {length} tokens, {machine['processor']}, "
         f"{machine['threads']} threads, torch {machine['torch']}: time over that of running the float model, and "
-        f"the most memory that the process ever held for {few} and for {many} batches of one window "
-        "(`examples/benchmarks/calibration_cost.py`)."
+        f"the memory that the process holds before the last of {few} and of {many} batches of one window, and the most "
+        "that it ever held, free memory included that its allocator keeps (`examples/benchmarks/calibration_cost.py`)."
     )
     rows = (
         (
             recipe,
             *(f"{row[recipe]['over_plain']:.2f}x" for row in found["time"]),
-            *(f"{memory[batches]:.0f} MB" for batches in (few, many)),
+            *(f"{memory[batches]['held']:.0f} MB, at most {memory[batches]['most']:.0f}" for batches in (few, many)),
         )
-        for recipe, memory in found["most_resident_megabytes"].items()
+        for recipe, memory in found["resident_megabytes"].items()
     )
     return under(text, ("recipe", *(f"batches of {row['batch']}" for row in found["time"]), few, many), rows)
 
 
 def triton_table() -> str:
     """Microseconds of quantized linears on CUDA, and how much faster than bfloat16."""
-    found = result("triton_kernels")
+    found = result("triton_kernels_h200")
+    N, K = max((row["N"], row["K"]) for row in found["results"])
     text = (
-        f"Linears on CUDA, from bfloat16 to bfloat16, quantization of the input included: {found['device']}, torch "
-        f"{found['torch']}, Triton {found['triton']}; microseconds in a CUDA graph, weights beyond the second-level "
-        "cache, the speed-up over cuBLAS in bfloat16 in the same run, and the share of the floor, which is bytes at "
-        f"the {found['read_tb_s']:.2f} TB/s that the run read, or operations at 1979 T/s for 8 bits and the "
-        f"{found['bf16_tflop_s']:.0f} T/s of bfloat16 in the run (`examples/benchmarks/triton_kernels.py`)."
+        f"Linears on CUDA, {N} x {K}, by rows of x, from bfloat16 to bfloat16, quantization of the input included: "
+        f"{found['device']}, torch {found['torch']}, Triton {found['triton']}; microseconds in a CUDA graph, weights "
+        "beyond the second-level cache, the speed-up over cuBLAS in bfloat16 in the same run, and the share of the "
+        f"floor, which is bytes at the {found['read_tb_s']:.2f} TB/s that the run read, or operations at 1979 T/s for "
+        f"8 bits and the {found['bf16_tflop_s']:.0f} T/s of bfloat16 in the run "
+        "(`examples/benchmarks/triton_kernels.py --no-peers`; other shapes stand in the result)."
     )
-    shapes = list(dict.fromkeys((row["N"], row["K"]) for row in found["results"]))
     cells = {
-        (row["format"], row["M"], (row["N"], row["K"])): f"{row['us']:.1f} ({row['speedup']:.2f}x, "
-        f"{row['floor_us'] / row['us']:.0%})"
+        (row["format"], row["M"]): f"{row['us']:.1f} ({row['speedup']:.2f}x, {row['floor_us'] / row['us']:.0%})"
         for row in found["results"]
+        if (row["N"], row["K"]) == (N, K)
     }
-    rows = (
-        (name, str(M), *(cells[name, M, shape] for shape in shapes))
-        for name, M in dict.fromkeys((name, M) for name, M, _ in cells)
-    )
-    return under(text, ("format", "rows of x", *(f"{N} x {K}" for N, K in shapes)), rows)
+    counts = list(dict.fromkeys(M for _, M in cells))
+    rows = ((name, *(cells[name, M] for M in counts)) for name in dict.fromkeys(name for name, _ in cells))
+    return under(text, ("format", *map(str, counts)), rows)
 
 
 def triton_peers_table() -> str:
@@ -233,8 +232,9 @@ def triton_peers_table() -> str:
     found = result("triton_kernels")
     N, K = max((row["N"], row["K"]) for row in found["results"])
     text = (
-        f"The same beside others in the same run, {N} x {K}, microseconds: the library's products with everything "
-        f"around them by Inductor, tinygemm of torch, gemlite {found['gemlite']}."
+        f"The same beside others in one run on an {found['device']}, {N} x {K}, microseconds: the library's products "
+        f"with everything around them by Inductor, tinygemm of torch, gemlite {found['gemlite']} "
+        "(`examples/benchmarks/triton_kernels.py`)."
     )
     rows = (
         (
@@ -291,14 +291,31 @@ def fp4_table() -> str:
     return under(text, ("weights and inputs", "KL", "with outliers"), rows)
 
 
+def levels_table() -> str:
+    """LLM-FP4's levels: embeddings, weights and inputs of so many bits each."""
+    found = result("fp4_cpu")
+    (count, length) = found["windows"]
+    text = (
+        f"The same model with embeddings, weights and inputs of so many bits each, logits included, {count} windows of "
+        f"{length} tokens; perplexity, its change, and KL to float (`examples/benchmarks/fp4.py`)."
+    )
+    rows = (
+        (*name.split(": ", 1), f"{row['perplexity']:.2f}", f"{row['change']:+.1%}", f"{row['kl']:.3f}")
+        for name, row in found["levels"].items()
+        if name != "float"
+    )
+    return under(text, ("bits", "formats", "perplexity", "change", "KL"), rows)
+
+
 def weights_table() -> str:
     """What solvers keep of a language model with weights of few bits."""
-    found = result("weights_cpu")
+    found = result("weights_cuda")
     machine, (count, length) = found["machine"], found["windows"]
     text = (
         f"Weights alone: all linears of {found['model']} but the logits', {count} windows of {length} tokens, "
-        f"calibrated on {found['calibration_windows']}, torch {machine['torch']}; bits a weight with scales and zero "
-        "points, KL to float in nats a token, and the change of perplexity (`examples/benchmarks/weights.py`)."
+        f"calibrated on {found['calibration_windows']}, {machine['device']}, torch {machine['torch']}; bits a weight "
+        "with scales and zero points, KL to float in nats a token, and the change of perplexity "
+        "(`examples/benchmarks/weights.py`)."
     )
     rows = (
         (*name.split(", ", 1), f"{row['bits']:.3f}", f"{row['kl']:.4f}", f"{row['change']:+.1%}")
@@ -311,7 +328,7 @@ def weights_table() -> str:
 def tables() -> str:
     made = (
         *(speed_table, quality_table, embedding_table, outlier_table, calibration_table),
-        *(weights_table, fp4_table),
+        *(weights_table, fp4_table, levels_table),
         *(onnx_table, onnx_language_table, onnx_cuda_table, triton_table, triton_peers_table, decoder_table),
     )
     return "\n\n".join(make() for make in made) + "\n"
