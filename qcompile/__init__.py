@@ -57,25 +57,26 @@ def save(model: Any, folder: str | Path, layout: str = "qcompile") -> None:
     return checkpoint.save_model(model, folder, layout)
 
 
-def load(folder: str | Path, model: Any = None, device: Any = "cpu") -> Plan:
+def load(folder: str | Path, model: Any = None, device: Any = None) -> Plan:
     """The plan in a folder, bound to `model` if one is given; of a folder that holds a model, its tensors go into it.
 
-    model: may be on meta, as `with torch.device("meta"): model = Model(config)` makes it.  device: of its tensors.
+    model: may be on meta, as `with torch.device("meta"): model = Model(config)` makes it.
+    device: of its tensors; None: the CPU, or for a GGUF file, where they are.
     folder: of `save`, or a checkpoint of GPTQ, AWQ or compressed-tensors in a folder of Hugging Face, or a GGUF file; a
         model is needed for these, for the last one with memory of its own.
     See `qcompile.artifact.load`, `qcompile.checkpoint.load_model`, `qcompile.checkpoint.load_checkpoint` and
     `qcompile.gguf.load_gguf`.
     """
-    if Path(folder).suffix == ".gguf" and model is not None:
+    if Path(folder).is_file() and Path(folder).suffix == ".gguf":
         from qcompile import gguf
 
-        return gguf.load_gguf(folder, model.to(device))
+        return gguf.load_gguf(folder, model, device)
     if model is None or not (artifact.holds_model(folder) or readers.is_checkpoint(Path(folder))):
         return artifact.load(folder, model)
     from qcompile import checkpoint
 
     read = checkpoint.load_model if artifact.holds_model(folder) else checkpoint.load_checkpoint
-    return read(folder, model, device)
+    return read(folder, model, "cpu" if device is None else device)
 
 
 def quantize_onnx(*args: Any, **kwargs: Any) -> Report:

@@ -64,10 +64,10 @@ def type_of(spec: Spec) -> BlockType | None:
     return next((one for one in TYPES.values() if one.spec == spec), None)
 
 
-def require_type(name: str) -> None:
-    """Raises SpecError if blocks of this type are not read."""
+def require_type(name: str, where: str = "") -> None:
+    """Raises SpecError if blocks of this type are not read.  where: they are, for the message."""
     if name not in TYPES:
-        raise SpecError(f"blocks of type {name!r} are not read; known: {', '.join(TYPES)}")
+        raise SpecError(f"{where}blocks of type {name!r} are not read; known: {', '.join(TYPES)}")
 
 
 def from_blocks(data: Tensor, name: str) -> QParams:

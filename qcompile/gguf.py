@@ -74,15 +74,18 @@ class _Names:
         return None if heads is None else torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
 
 
-def load_gguf(path: str | Path, model: nn.Module) -> Plan:
+def load_gguf(path: str | Path, model: nn.Module, device: str | torch.device | None = None) -> Plan:
     """Give `model` the numbers of a GGUF file, and return a plan bound to it that holds the file's codes.
 
     path: of a file whose tensors are floats, or blocks of the types in `qcompile.ggml.TYPES`.  model: its parameters
-    keep their dtype.  Nothing is quantized: codes and scales are the file's.
+    keep their dtype.  device: that it goes to; None: it stays.  Nothing is quantized: codes and scales are the file's.
     Raises PlanError if the file is none, or lacks a parameter of the model, or has another shape or further tensors;
     SpecError for other types of blocks; UnsupportedError for an architecture whose tensors are not the model's own.
     The model is as it was then.
     """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"the tensors of {str(path)!r} go into a model: give one, qcompile.load({str(path)!r}, model)")
     reader = _opened(path)
     tensors = {one.name: one for one in reader.tensors if one.name not in _COMPUTED}
     names = _names_in(reader, path)
@@ -96,17 +99,16 @@ def load_gguf(path: str | Path, model: nn.Module) -> Plan:
         )
     if more := sorted(tensors.keys() - set(calls.values())):
         raise PlanError(f"{str(path)!r} has a tensor {more[0]!r} that the model lacks{_and_more(more)}")
+    given = {name: p for name, p in parameters.items() if calls[name] in tensors}
     # before anything is changed
-    for name, parameter in parameters.items():
-        if calls[name] in tensors:
-            _require_fit(parameter, name, tensors[calls[name]])
+    orders = {name: _fitting_order(p, name, tensors[calls[name]], names) for name, p in given.items()}
+    if device is not None:
+        model.to(device)
     held: dict[int, QParams] = {}
-    for name, parameter in parameters.items():
-        if calls[name] in tensors:
-            order = names.order(calls[name], len(parameter))
-            found = _fill(parameter, tensors[calls[name]], None if order is None else order.argsort())
-            if found is not None:
-                held[id(parameter)] = found
+    for name, parameter in given.items():
+        found = _fill(parameter, tensors[calls[name]], orders[name])
+        if found is not None:
+            held[id(parameter)] = found
     sites = {name.removesuffix(".weight"): p for name, p in parameters.items() if id(p) in held}
     decisions = {name: _decision(model, name, p, held[id(p)]) for name, p in sites.items()}
     recipe = Recipe(name=Path(path).stem, rules=tuple(_rules(decisions.values())), summary="as its GGUF file has it")
@@ -213,17 +215,19 @@ def _and_more(names: list[str]) -> str:
     return f", and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _require_fit(parameter: Tensor, name: str, tensor: Any) -> None:
+def _fitting_order(parameter: Tensor, name: str, tensor: Any, names: _Names) -> Tensor | None:
+    """Which row of a tensor each row of its parameter is, None for the same.  Raises if it does not fit."""
     kind, shape = tensor.tensor_type.name, _shape(tensor)
     if parameter.is_meta:
         raise PlanError(f"{name!r} has no memory for the file's numbers: give a model that is not on meta")
     if shape != list(parameter.shape):
         raise PlanError(f"{name!r} is {list(parameter.shape)} in the model and {shape} in the file")
-    if kind in _FLOATS:
-        return
-    require_type(kind)
-    if len(shape) != 2:
+    if kind not in _FLOATS:
+        require_type(kind, f"{name!r}: ")
+    if kind not in _FLOATS and len(shape) != 2:
         raise SpecError(f"{name!r} has blocks of type {kind} and shape {shape}: those of matrices are read")
+    order = names.order(tensor.name, len(parameter))
+    return None if order is None else order.argsort()
 
 
 def _shape(tensor: Any) -> list[int]:

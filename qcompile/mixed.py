@@ -22,14 +22,11 @@ from qcompile.observers import Stats
 from qcompile.recipe import Recipe, Rule
 from qcompile.sites import Site
 from qcompile.sizes import stored_bytes
-from qcompile.solvers import IN_TURN, ZERO_POINTS
-from qcompile.spec import Spec, parse_granularity, parse_spec
+from qcompile.solvers import IN_TURN
+from qcompile.spec import Spec, Zero, parse_granularity
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
-# of a scale and a minimum that are integers under one float16, as in GGML's K-quants: half a bit a weight, where a
-# bfloat16 scale and a zero point for as many take three quarters
-BLOCK = 32
 # what stands in for a solver that takes the running model
 STAND_IN = "mse"
 
@@ -103,15 +100,16 @@ def _limit(budget: Budget, slots: Sequence[Sequence[Option]], count: int) -> str
 
 
 def _specs(rule: Rule, site: Site) -> Iterator[Spec]:
-    """The rule's own kind of scale with every width, in groups that divide K, and blocks if it has zero points."""
+    """The rule's own kind of scale with every width, in groups that divide K; blocks under minima stay as they are."""
     assert rule.weight is not None
     K = site.weight.shape[1]
+    if rule.weight.zero is Zero.MINIMUM:
+        yield from (replace(rule.weight, format=parse_format(f"int{width}")) for width in WIDTHS)
+        return
     groups = [f"g{size}" for size in GROUPS if K % size == 0] or ["channel"]
     for width in WIDTHS:
         for group in groups:
             yield replace(rule.weight, format=parse_format(f"int{width}"), granularity=parse_granularity(group))
-        if K % BLOCK == 0 and not rule.weight.symmetric and rule.solver not in ZERO_POINTS:
-            yield parse_spec(f"int{width}/b{BLOCK}/min/u6x8")
 
 
 def _options(

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import isnan
 
 import torch
 from torch import Tensor
@@ -77,12 +76,12 @@ class Solved:
         found = float("-inf")
         if self.shape == tuple(weight.shape):
             found = snr_db(weight, dequantize(qparams.codes, qparams))
-            if isnan(found):
-                raise PlanError(
-                    f"the weight of {name!r} holds NaN, as weights do whose values were given up: a model that was "
-                    "loaded or freed was moved or given another dtype since; load it where it is to be, "
-                    "qcompile.load(folder, model, device=...), into a model of that dtype"
-                )
+        if self.snr_db is not None and bool(weight.isnan().all()):
+            raise PlanError(
+                f"the weight of {name!r} holds nothing but NaN, as weights do whose values were given up: a model that "
+                "was loaded or freed was moved or given another dtype since; load it where it is to be, "
+                "qcompile.load(folder, model, device=...), into a model of that dtype"
+            )
         # NaN is no number that is large enough
         if self.snr_db is not None and not found >= self.snr_db - SLACK:
             raise PlanError(

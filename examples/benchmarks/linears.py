@@ -27,6 +27,8 @@ ROTATED = 400e6
 LOUD = 30
 # relative error to float32 on the same codes that bfloat16 results may have, and to the float linear of peers
 LIMIT, PEER_LIMIT = 4e-3, 6e-2
+# share of an input's codes that may be others than those of exact division
+MOVED = 1e-3
 # operations a microsecond, dense, of the data sheets of H100 and H200
 EIGHT_BIT_RATE = 1979e6
 
@@ -112,7 +114,13 @@ def _rounded(x: Tensor, spec: Spec) -> Tensor:
     numbers of 4 bits then becomes the other one, a third larger.
     """
     codes, scale, *zero = _codes(x, str(spec))
-    return dequantize(codes, QParams(spec=spec, scale=scale, zero=zero[0] if zero else None))
+    found = QParams(spec=spec, scale=scale, zero=zero[0] if zero else None)
+    exact = find_qparams(x.float(), spec)
+    close = bool(((scale - exact.scale).abs() <= 2.0**-22 * exact.scale).all())
+    moved = float((codes != quantize(x.float(), found)).float().mean())
+    if not close or moved > MOVED:
+        raise SystemExit(f"{spec}: scales are close to the oracle's: {close}; {moved:.2g} of the codes are others")
+    return dequantize(codes, found)
 
 
 def random_weight(name: str, N: int, K: int) -> Weight:

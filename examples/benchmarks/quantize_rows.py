@@ -30,8 +30,9 @@ SPECS = ("int8/token/asym", "fp8_e4m3/token")
 ROWS = (1, 16, 64, 2048, 8192)
 COPIES, ROUNDS, EPS = 8, 15, 1e-5
 DTYPE = torch.bfloat16
-# relative to the row: floats of another last bit may have the next code; other codes altogether are 4e-2 away
-LIMIT = 3e-2
+# relative to the row: floats of another last bit may have the next code, which in fp8 is 6 % away, and some have in the
+# worst of 8192 rows; other codes altogether are 4e-2 away
+LIMIT = 2.5e-2
 # rows compared to the bit
 CHECKED = 64
 

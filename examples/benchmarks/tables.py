@@ -258,7 +258,8 @@ def decoder_table() -> str:
         f"A decoder on CUDA: {shapes['layers']} layers of {shapes['hidden']} and {shapes['inner']} channels as "
         f"Llama-3.1-8B has them, {shapes['context']} tokens in the cache, {machine['device']}, torch "
         f"{machine['torch']}; milliseconds of a step and the speed-up over `torch.compile` of the bfloat16 original in "
-        "the same run, all as CUDA graphs (`examples/benchmarks/decoder_cuda.py`)."
+        "the same run, all as CUDA graphs; recipes without what they find on data: shifts, formats, clipped scales "
+        "(`examples/benchmarks/decoder_cuda.py`)."
     )
     steps = [key for key, value in next(iter(found["rows"].values())).items() if isinstance(value, dict)]
     rows = (
@@ -291,22 +292,6 @@ def fp4_table() -> str:
     return under(text, ("weights and inputs", "KL", "with outliers"), rows)
 
 
-def levels_table() -> str:
-    """LLM-FP4's levels: embeddings, weights and inputs of so many bits each."""
-    found = result("fp4_cpu")
-    (count, length) = found["windows"]
-    text = (
-        f"The same model with embeddings, weights and inputs of so many bits each, logits included, {count} windows of "
-        f"{length} tokens; perplexity, its change, and KL to float (`examples/benchmarks/fp4.py`)."
-    )
-    rows = (
-        (*name.split(": ", 1), f"{row['perplexity']:.2f}", f"{row['change']:+.1%}", f"{row['kl']:.3f}")
-        for name, row in found["levels"].items()
-        if name != "float"
-    )
-    return under(text, ("bits", "formats", "perplexity", "change", "KL"), rows)
-
-
 def weights_table() -> str:
     """What solvers keep of a language model with weights of few bits."""
     found = result("weights_cuda")
@@ -328,7 +313,7 @@ def weights_table() -> str:
 def tables() -> str:
     made = (
         *(speed_table, quality_table, embedding_table, outlier_table, calibration_table),
-        *(weights_table, fp4_table, levels_table),
+        *(weights_table, fp4_table),
         *(onnx_table, onnx_language_table, onnx_cuda_table, triton_table, triton_peers_table, decoder_table),
     )
     return "\n\n".join(make() for make in made) + "\n"

@@ -48,5 +48,3 @@ SOLVERS: dict[str, Solver] = {
 }
 # those that ask for the importance of columns, which calibration finds
 WEIGHTED = frozenset({"imatrix"})
-# those that fit zero points, and take no minima
-ZERO_POINTS = frozenset({"hqq"})

@@ -144,6 +144,8 @@ def test_load_reads_files_of_the_other_library(tmp_path):
     plan = qcompile.load(tmp_path / "net.gguf", model)
     assert plan == files.load_gguf(tmp_path / "net.gguf", other)
     assert torch.equal(model.second.weight, other.second.weight)
+    compiled = torch.compile(Net(), backend="qcompile")
+    assert qcompile.load(tmp_path / "net.gguf", compiled) == plan
 
 
 def test_a_model_that_a_file_does_not_fit_is_as_it_was(tmp_path):
@@ -157,7 +159,9 @@ def test_a_model_that_a_file_does_not_fit_is_as_it_was(tmp_path):
     with torch.device("meta"):
         empty = Net()
     with pytest.raises(PlanError, match="not on meta"):
-        files.load_gguf(tmp_path / "net.gguf", empty)
+        qcompile.load(tmp_path / "net.gguf", empty)
+    with pytest.raises(PlanError, match="go into a model: give one"):
+        qcompile.load(tmp_path / "net.gguf")
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
@@ -174,7 +178,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         files.load_gguf(path, Net())
     odd = np.zeros((256, 512 // 256 * 50), dtype=np.uint8)
     write(path, given | {"second.weight": (odd, "IQ1_S")})
-    with pytest.raises(SpecError, match="blocks of type 'IQ1_S' are not read"):
+    with pytest.raises(SpecError, match=r"'second.weight': blocks of type 'IQ1_S' are not read"):
         files.load_gguf(path, Net())
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(PlanError, match="is no GGUF file"):

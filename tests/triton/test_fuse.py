@@ -166,6 +166,7 @@ def test_attention_without_what_surrounds_it() -> None:
         pytest.param(lambda x, y, norm: x, id="nothing before"),
         pytest.param(lambda x, y, norm: x * y, id="another op"),
         pytest.param(lambda x, y, norm: torch.relu(x) * y, id="another activation"),
+        pytest.param(lambda x, y, norm: F.gelu(x) * y, id="exact gelu times a gate, not measured"),
         pytest.param(lambda x, y, norm: (v := norm(x), v), id="norm read by others"),
         pytest.param(lambda x, y, norm: (v := F.silu(x) * y, v), id="product read by others"),
         pytest.param(lambda x, y, norm: F.silu(x.select(1, 0)[:, None]) * y, id="broadcast"),
