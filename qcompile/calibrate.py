@@ -10,12 +10,14 @@ from typing import Any
 from torch import nn
 
 from qcompile.errors import CalibrationError
+from qcompile.fisher import output_fisher
 from qcompile.methods import check_methods
 from qcompile.mixed import spend
 from qcompile.observers import Part
 from qcompile.plan import Plan, make_plan
 from qcompile.prepare import prepare
 from qcompile.presets import parse_recipe
+from qcompile.progress import shown
 from qcompile.ranges import needed_parts
 from qcompile.recipe import Recipe
 from qcompile.resume import Unfinished
@@ -44,19 +46,23 @@ def calibrate(
         data and recipe goes on where one before it was interrupted; it may be removed when that is done.
     The model runs in eval mode without gradients; its training flags are as before afterwards. For GPTQ it runs twice,
     the second time on all batches side by side, one weight after the other quantized: what lies between two of its
-    layers is then held for all of them.
+    layers is then held for all of them. For `objective = "fisher"` it runs twice, too, once with gradients: a batch
+    then takes as much memory as a step of training. Both hold all batches.
     Raises CalibrationError without batches, without sites, or if an activation is NaN or Inf; WeightError if a
     parameter has no values; and what `make_plan` and `parse_recipe` raise.
     """
     parsed = parse_recipe(recipe)
     check_methods(parsed)
     model = getattr(model, "_orig_mod", model)
-    if parsed.solves_in_turn:
+    if parsed.solves_in_turn or parsed.weighs_features:
         # the model runs twice
         require_several(batches)
         batches = list(batches)
     seen = watch(model, batches, parts_for(parsed), progress=progress)
     require_data(parsed, seen)
+    if parsed.weighs_features:
+        assert isinstance(batches, list)
+        seen = replace(seen, features=output_fisher(model, shown(batches, progress=progress)))
     notes: tuple[str, ...] = ()
     if parsed.budgets:
         mix = spend(parsed, list(seen.sites.values()), seen.stats, Sensitivity(model, seen.example).moved)

@@ -1,7 +1,7 @@
 """Cases to choose for: sites that read one activation, the rows to try choices on, and what can be chosen."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -54,7 +54,7 @@ class Case:
         if half == 0:
             return None
         first, second = (
-            Probe(weight=weight, rows=rows.to(weight.device), counts=counts.double().to(weight.device))
+            replace(self.probe, rows=rows.to(weight.device), counts=counts.double().to(weight.device))
             for rows, counts in zip(sample.rows.split(half)[:2], sample.counts.split(half)[:2], strict=True)
         )
         return first, second
@@ -84,22 +84,30 @@ class Choice:
     snr_db: float = 0.0
 
 
-def probe_part(weight: Tensor, stats: Stats, *, whole: bool) -> Probe:
-    """A part of a site that is large enough to try choices on; whole: all rows of the weight, which share scales."""
+def probe_part(weight: Tensor, stats: Stats, *, whole: bool, features: Tensor | None = None) -> Probe:
+    """A part of a site that is large enough to try choices on; whole: all rows of the weight, which share scales.
+
+    features: float32 [N], see `Probe`.
+    """
     step = 1 if whole else -(-len(weight) // FEATURES)
     # sampled rows stand in the order of their hashes, so that any first ones are a fair sample
     return Probe(
         weight=weight.detach()[::step].float(),
         rows=stats.sample.rows[:ROWS].to(weight.device),
         counts=stats.sample.counts[:ROWS].double().to(weight.device),
+        features=None if features is None else features[::step].to(weight.device),
     )
 
 
 def joined(probes: Sequence[Probe]) -> Probe:
     """One probe for sites with the same rows, in which each site's output counts the same.
 
-    A weight is divided by its output's root mean square, which no scale of a channel or token sees.
+    A weight is divided by its output's root mean square, which no scale of a channel or token sees. Where it is known
+    what features cost, they tell by themselves what each site counts.
     """
+    known = [probe.features for probe in probes if probe.features is not None]
+    if len(known) == len(probes):
+        return replace(probes[0], weight=torch.cat([probe.weight for probe in probes]), features=torch.cat(known))
     parts = [probe.weight / (probe.signal / probe.counts.sum().item()) ** 0.5 for probe in probes if probe.signal > 0]
     weight = torch.cat(parts) if parts else probes[0].weight
     return Probe(weight=weight, rows=probes[0].rows, counts=probes[0].counts)

@@ -14,11 +14,11 @@ from torch import Tensor
 from qcompile.cases import Case, Choice, probe_part
 from qcompile.channels import tied
 from qcompile.formats import FORMATS, Float, Integer
-from qcompile.noise import Probe, Treatment, shares_rows
+from qcompile.noise import Probe, Treatment, shares_rows, weight_db
 from qcompile.numerics import QParams, exact_exp2, qparams_of_range
 from qcompile.observers import Stats, importance_of
 from qcompile.ranges import parse_observer
-from qcompile.recipe import FLOAT, Rule
+from qcompile.recipe import FLOAT, WEIGHT, Rule
 from qcompile.shifts import COARSE, FINE, lowers_columns, raised_columns, shift_of, within
 from qcompile.smooth import AWQ, awq_scale, smooth_scale
 from qcompile.solvers import IN_TURN
@@ -49,17 +49,21 @@ def choose(case: Case) -> Choice:
     return rescued if rescued.snr_db > best.snr_db + RESCUE_GAIN else best
 
 
-def choose_weight(weight: Tensor, stats: Stats, rule: Rule, shift: Tensor | None) -> tuple[Spec, Tensor | None]:
-    """What gives the output the least error: the rule's spec or that of another float, and how columns are lowered.
+def choose_weight(
+    weight: Tensor, stats: Stats, rule: Rule, shift: Tensor | None, features: Tensor | None = None
+) -> tuple[Spec, Tensor | None]:
+    """What is best by the rule's objective: the rule's spec or that of another float, and how columns are lowered.
 
     weight: float32 [N, K].  stats: of what it multiplies, before the shift: int64 [K], octaves by which channels are
-        raised, None if they are not.  The other floats are tried for `format = "float"`.
+        raised, None if they are not.  The other floats are tried for `format = "float"`.  features: float32 [N], what
+        errors of output features cost, None for all alike.
     Returns with the spec int64 [K], by how many octaves exponents of columns are lowered after the weight's numbers
     were chosen: by the shift, or for a rule with one, to where the weight fits its grid better; None if by none.
     """
     assert rule.weight is not None
-    probe = probe_part(weight, stats, whole=shares_rows(rule.weight))
-    importance = stats.importance.to(weight.device) if rule.weighs_columns else None
+    probe = probe_part(weight, stats, whole=shares_rows(rule.weight), features=features)
+    own = rule.objective == WEIGHT
+    importance = stats.importance.to(weight.device) if rule.weighs_columns and not own else None
     raised = torch.zeros(weight.shape[1], dtype=torch.int64) if shift is None else shift.cpu()
     best, most = (rule.weight, shift), -inf
     for spec in rivals(rule.weight) if rule.format == FLOAT else [rule.weight]:
@@ -70,7 +74,8 @@ def choose_weight(weight: Tensor, stats: Stats, rule: Rule, shift: Tensor | None
             tried[LEAST_GAIN] = within(raised + octaves, rule.shift)
         for handicap, lowered in tried.items():
             factor = exact_exp2(lowered - raised).to(weight.device)
-            snr_db = probe.after(replace(treatment, raised=factor)) - handicap
+            case = replace(treatment, raised=factor)
+            snr_db = (weight_db(probe.weight, case) if own else probe.after(case)) - handicap
             if snr_db > most:
                 best, most = (spec, lowered if bool(lowered.any()) else None), snr_db
     return best
@@ -301,7 +306,7 @@ def _clipped(new: Probe, least: Tensor, most: Tensor) -> float:
         return 0.0
     error = new.rows.clamp(least, most) - new.rows
     hit = error.any(1).nonzero().flatten()  # mostly few rows
-    noise = (error[hit] @ new.weight.T).double().square().sum(1)
+    noise = new.squares(error[hit] @ new.weight.T)
     return float((noise * new.counts[hit]).sum()) / new.signal
 
 

@@ -83,6 +83,15 @@ def find_edges(graph: Graph[V]) -> list[Edge[V]]:
     return [search.edge(value) for value in groups]
 
 
+def is_residual(graph: Graph[V], value: V) -> bool:
+    """Whether a sum reads the value: then a norm makes the residual stream itself, as in post-norm models.
+
+    Elsewhere a multiplication would only spare others that read the norm, such as experts, the scale.
+    """
+    views = [user for user in graph.users(value) if same_channels(graph, user) == value]
+    return any(graph.op(user) is Op.ADD for user in graph.users(value)) or any(is_residual(graph, v) for v in views)
+
+
 def same_channels(graph: Graph[V], value: V) -> V | None:
     """What `value` is a view, slice or cast of, with the same channels in its last dimension; None if it is none."""
     source = next(iter(graph.inputs(value)), None)

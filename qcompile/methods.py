@@ -5,7 +5,7 @@ from qcompile.errors import RecipeError, nearest
 from qcompile.formats import Float, Integer
 from qcompile.graph import Op
 from qcompile.ranges import parse_observer
-from qcompile.recipe import AUTO, FLOAT, Recipe, Rule
+from qcompile.recipe import AUTO, FLOAT, OBJECTIVES, OUTPUT, Recipe, Rule
 from qcompile.solvers import IN_TURN, SOLVERS, WEIGHTED
 from qcompile.spec import ALL
 
@@ -38,6 +38,7 @@ def check_methods(recipe: Recipe) -> None:
             "shifts exponents or tries floats": _shift_problem(rule),
             f"gives inputs the spec {rule.input}": _input_problem(rule),
             "leaves the format open": _choice_problem(rule),
+            f"has the objective {rule.objective!r}": _objective_problem(rule),
             f"has the budget {rule.budget}": _budget_problem(rule),
             f"gives results the spec {rule.output}": _output_problem(rule),
         }
@@ -101,6 +102,15 @@ def _choice_problem(rule: Rule) -> str:
     fixed = (rule.smooth, rule.split, rule.threshold, rule.rescue, rule.output)
     if any(value is not None for value in fixed):
         return "smooth, split, threshold, rescue and output are chosen for one format: remove them, or name the format"
+    return ""
+
+
+def _objective_problem(rule: Rule) -> str:
+    """What speaks against the objective of a rule; empty if nothing does."""
+    if rule.objective not in OBJECTIVES:
+        return f"there is none such; nearest: {nearest(rule.objective, OBJECTIVES)}"
+    if rule.objective != OUTPUT and rule.format != FLOAT:
+        return "it is formats that are chosen by it: add format = 'float'"
     return ""
 
 

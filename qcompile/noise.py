@@ -4,14 +4,14 @@ The output is X @ W.T for rows X [R, K] of an activation, each standing for as m
 [N, K]. Nothing of the model runs.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf, log10
 
 import torch
 from torch import Tensor
 
-from qcompile.numerics import QParams, dequantize, find_qparams, quantize
+from qcompile.numerics import QParams, dequantize, find_qparams, quantize, snr_db
 from qcompile.observers import Stats
 from qcompile.solvers import SOLVERS
 from qcompile.spec import Spec
@@ -64,11 +64,15 @@ class Noise:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Probe:
-    """Rows and a weight to measure on.  weight: float32 [N, K].  rows: float32 [R, K].  counts: float64 [R]."""
+    """Rows and a weight to measure on.  weight: float32 [N, K].  rows: float32 [R, K].  counts: float64 [R].
+
+    features: float32 [N], what squared errors of each output feature cost; None for all alike.
+    """
 
     weight: Tensor
     rows: Tensor
     counts: Tensor
+    features: Tensor | None = None
 
     @cached_property
     def output(self) -> Tensor:
@@ -87,8 +91,13 @@ class Probe:
         return self.rows.amax(0)  # [K]
 
     def energy(self, x: Tensor) -> float:
-        """Sum of squares over tokens and features.  x: [R, ...]."""
-        return float((x.double().square().flatten(1).sum(1) * self.counts).sum())
+        """Sum of squares over tokens and features.  x: [R, N]."""
+        return float((self.squares(x) * self.counts).sum())
+
+    def squares(self, x: Tensor) -> Tensor:
+        """Their sum over features, of each row; float64 [R].  x: [R, N]."""
+        each = x.double().square()
+        return each.sum(1) if self.features is None else each @ self.features.double()
 
     def snr_db(self, noise: float) -> float:
         """inf without noise, -inf without signal."""
@@ -98,7 +107,7 @@ class Probe:
 
     def scaled(self, scale: Tensor) -> "Probe":
         """The same outputs from rows / scale and columns of the weight * scale.  scale: float32 [K]."""
-        made = Probe(weight=self.weight * scale, rows=self.rows / scale, counts=self.counts)
+        made = replace(self, weight=self.weight * scale, rows=self.rows / scale)
         # not computed again for each scale that is tried
         made.__dict__.update(output=self.output, signal=self.signal)
         return made
@@ -125,6 +134,11 @@ def probe(weight: Tensor, stats: Stats, *, whole: bool = False) -> Probe:
         rows=sample.rows.float().to(weight.device),
         counts=sample.counts.double().to(weight.device),
     )
+
+
+def weight_db(weight: Tensor, treatment: Treatment) -> float:
+    """Signal-to-noise ratio in dB of a weight [N, K] itself, quantized as the treatment says."""
+    return snr_db(weight, _weight(weight, treatment))
 
 
 def shares_rows(spec: Spec | None) -> bool:

@@ -16,7 +16,8 @@ from qcompile.artifact import save_failure
 from qcompile.backends.fx.capture import capture
 from qcompile.cases import Case, Choice, fold_method, joined, probe_part
 from qcompile.choose import choose, choose_weight, prepared_stats
-from qcompile.edges import Edge, find_edges, same_channels
+from qcompile.edges import Edge, find_edges, is_residual
+from qcompile.fisher import features_of
 from qcompile.folds import Fold
 from qcompile.graph import Graph, Op, V
 from qcompile.noise import shares_rows
@@ -27,7 +28,7 @@ from qcompile.passes.detect_outliers import outlier_groups
 from qcompile.passes.fold_smooth import fold_smooth
 from qcompile.passes.split_outliers import split_outliers
 from qcompile.plan import Decision, Plan, Preparation
-from qcompile.recipe import FLOAT, Recipe, Rule
+from qcompile.recipe import FISHER, FLOAT, Recipe, Rule
 from qcompile.sites import Found, Site
 from qcompile.smooth import MODEL, strength_of
 from qcompile.spec import ALL, Spec
@@ -161,7 +162,7 @@ class _Preparing(Generic[V]):
             self.names |= {found.site.name for found in edge.consumers}
             by_rule = self._by_rule(edge)
             # a scale serves all that read the activation: it is sought where they agree on how
-            foldable = not edge.reason or (edge.multiply and _is_residual(graph, edge.value))
+            foldable = not edge.reason or (edge.multiply and is_residual(graph, edge.value))
             may_scale = foldable and len(by_rule) == 1 and not self._others(edge, *by_rule.values())
             self.foldable |= {found.site.name: edge.channels for found in edge.consumers if foldable}
             for rule, members in by_rule.items():
@@ -190,9 +191,13 @@ class _Preparing(Generic[V]):
     def _decide(self, edge: Edge[V], rule: Rule, members: Sequence[Found[V]], *, may_scale: bool) -> None:
         stats = self._seen.stats[members[0].site.name]
         weights = [self._weight(member) for member in members]
+        probes = [
+            probe_part(weight, stats, whole=shares_rows(rule.weight), features=self._features(member, rule))
+            for member, weight in zip(members, weights, strict=True)
+        ]
         choice = choose(
             Case(
-                probe=joined([probe_part(w, stats, whole=shares_rows(rule.weight)) for w in weights]),
+                probe=joined(probes),
                 stats=stats,
                 columns=torch.stack([weight.abs().amax(0) for weight in weights]).amax(0),
                 rule=rule,
@@ -204,8 +209,8 @@ class _Preparing(Generic[V]):
         if choice.shift is not None:
             self._raise(edge, names, choice.shift, may_scale=may_scale)
         if rule.format == FLOAT or rule.shift is not None:
-            for name, weight in zip(names, weights, strict=True):
-                self._choose_weight(name, weight, stats, rule, choice)
+            for member, weight in zip(members, weights, strict=True):
+                self._choose_weight(member, weight, stats, rule, choice)
         if choice.scale is not None:
             readers = tuple(found.site.name for found in edge.consumers)
             self._fold(edge, Fold(sites=readers, scale=choice.scale, into=edge.into, method=fold_method(choice, rule)))
@@ -240,19 +245,26 @@ class _Preparing(Generic[V]):
                 rows *= torch.ones_like(rows).scatter(0, channels.cpu(), fold.scale.double().cpu())
         return rows
 
-    def _choose_weight(self, name: str, weight: Tensor, stats: Stats, rule: Rule, choice: Choice) -> None:
+    def _choose_weight(self, member: Found[V], weight: Tensor, stats: Stats, rule: Rule, choice: Choice) -> None:
         if choice.scale is not None:
             weight, stats = weight * choice.scale.to(weight.device), stats.divided(choice.scale)
-        spec, lowered = choose_weight(weight, stats, rule, choice.shift)
+        spec, lowered = choose_weight(weight, stats, rule, choice.shift, self._features(member, rule))
         if spec != rule.weight:
-            self.weights[name] = spec
+            self.weights[member.site.name] = spec
         if lowered is not None:
-            self.shifts[name] = tuple(lowered.tolist())
+            self.shifts[member.site.name] = tuple(lowered.tolist())
 
     def _weight(self, member: Found[V]) -> Tensor:
         """A site's weight as the folds chosen so far leave it, float32 [N, K]."""
         weight = member.site.weight.detach().float()
         return weight / self._rows(member).to(weight)[:, None] if member.value in self._taken else weight
+
+    def _features(self, member: Found[V], rule: Rule) -> Tensor | None:
+        """What errors of a site's output features cost as the folds chosen so far leave them, float32 [N]."""
+        if rule.objective != FISHER:
+            return None
+        found = features_of(self._seen.features, member.site.name)
+        return found * self._rows(member).to(found).square() if member.value in self._taken else found
 
     def _take(self, names: Sequence[str], stats: Stats, choice: Choice, rule: Rule) -> None:
         self.stats |= dict.fromkeys(names, prepared_stats(stats, choice))
@@ -368,15 +380,6 @@ def _groups(seen: Seen) -> Iterator[Group]:
         members.setdefault(id(stats), []).append(name)
     for names in members.values():
         yield Group(sites=tuple(names), maker=Op.OTHER, stats=seen.stats[names[0]])
-
-
-def _is_residual(graph: Graph[V], value: V) -> bool:
-    """Whether a sum reads the value: then a norm makes the residual stream itself, as in post-norm models.
-
-    Elsewhere a multiplication would only spare others that read the norm, such as experts, the scale.
-    """
-    views = [user for user in graph.users(value) if same_channels(graph, user) == value]
-    return any(graph.op(user) is Op.ADD for user in graph.users(value)) or any(_is_residual(graph, v) for v in views)
 
 
 def _hidden(sites: Sequence[str]) -> Iterator[str]:

@@ -17,6 +17,9 @@ from qcompile.solvers import IN_TURN, WEIGHTED
 from qcompile.spec import ALL, Spec, parse_spec
 
 AUTO, FLOAT = "auto", "float"
+# what formats are chosen by: errors of the site's output, of the weight itself, or of the site's output by how much
+# each of its features matters to what the model says
+OUTPUT, WEIGHT, FISHER = OBJECTIVES = ("output", "weight", "fisher")
 # the numbers of 4-bit floats, each divided by a power of two up to this one, are numbers of E4M3
 MOST_SHIFTED = 14
 
@@ -52,6 +55,9 @@ class Rule:
     # "auto": each site gets the best format with as many bits as those of the specs; "float": its weight and its input
     # get, each for itself, the best float, found with the shift
     format: str | None = None
+    # by which error `format = "float"` and its shift are chosen: one of OBJECTIVES; inputs go by the output's where
+    # weights go by their own
+    objective: str = OUTPUT
     # what the weights of the sites may cost or err together: each gets integers of a width of its own for it
     budget: Budget | None = None
     # of a convolution's result, and of what is added to it: where one kernel reads the codes that another made
@@ -99,6 +105,11 @@ class Recipe:
             or self.budgets
             or any(rule.static_input or rule.weighs_columns for rule in self.rules)
         )
+
+    @property
+    def weighs_features(self) -> bool:
+        """Whether some choice goes by how much output features matter, which takes gradients."""
+        return any(rule.objective == FISHER for rule in self.rules)
 
     @property
     def budgets(self) -> bool:
@@ -169,6 +180,7 @@ def recipe_to_table(recipe: Recipe) -> dict[str, Any]:
             **({} if rule.threshold is None else {"threshold": rule.threshold}),
             **({} if rule.rescue is None else {"rescue": str(rule.rescue)}),
             **({} if rule.format is None else {"format": rule.format}),
+            **({} if rule.objective == OUTPUT else {"objective": rule.objective}),
             **({} if rule.budget is None else {"budget": str(rule.budget)}),
             **({} if rule.output is None else {"output": str(rule.output)}),
         }
@@ -257,6 +269,7 @@ _RULE: dict[str, Callable[[Any], Any]] = {
     "threshold": _positive,
     "rescue": lambda value: parse_spec(_text(value)),
     "format": _open_format,
+    "objective": _text,
     "budget": lambda value: parse_budget(_text(value)),
     "output": lambda value: parse_spec(_text(value)),
 }

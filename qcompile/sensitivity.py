@@ -42,17 +42,24 @@ class Sensitivity:
             else:
                 with replacing:
                     made = run_batch(self._model, self._batch, 0)
-        found = [y for y in pytree.tree_leaves(made) if isinstance(y, Tensor) and y.is_floating_point()]
-        # a loss, or one number a row, is no place to look for noise, where there is another
-        wide = [y for y in found if y.dim() > 1 and y.shape[-1] > 1]
-        if not found:
-            raise CalibrationError(
-                f"{type(self._model).__name__} gave no tensor of floats, by which a budget is spent: calibrate a model "
-                "that returns its logits or embeddings"
-            )
-        if not wide:
-            return found[0].double()
-        return wide[0].double() - wide[0].double().mean(-1, keepdim=True)
+        found = output_of(made, type(self._model).__name__).double()
+        return found - found.mean(-1, keepdim=True) if found.dim() > 1 and found.shape[-1] > 1 else found
+
+
+def output_of(made: Any, model: str) -> Tensor:
+    """The tensor among what a model gives that says most: the first of several dimensions, if there is one.
+
+    model: its name, for messages.  Raises CalibrationError if no tensor is of floats.
+    """
+    found = [y for y in pytree.tree_leaves(made) if isinstance(y, Tensor) and y.is_floating_point()]
+    if not found:
+        raise CalibrationError(
+            f"{model} gave no tensor of floats, by which is told what errors cost: calibrate a model that returns its "
+            "logits or embeddings"
+        )
+    # a loss, or one number a row, is no place to look for noise, where there is another
+    wide = [y for y in found if y.dim() > 1 and y.shape[-1] > 1]
+    return (wide or found)[0]
 
 
 class _Replacing(TorchFunctionMode):

@@ -7,7 +7,7 @@ GPT-2's Conv1D alike, and the same linears that a compiler finds in the model's 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -33,6 +33,7 @@ class Seen:
 
     sites: by name. stats: of their inputs, by name; sites that always read one activation share them.
     left: weights that no site reads. batches: how many ran. example: the first of them.
+    features: what errors of each output feature cost, float32 [N] by site; only for recipes that ask for it.
     """
 
     sites: Mapping[str, Site]
@@ -40,6 +41,7 @@ class Seen:
     left: Sequence[LeftOver]
     batches: int
     example: Any
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def watch(model: nn.Module, batches: Iterable[Any], parts: Part, *, progress: bool = True) -> Seen:

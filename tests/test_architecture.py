@@ -61,6 +61,7 @@ CORE = (
     "analysis",
     "watch",
     "sensitivity",
+    "fisher",
     "sequential",
     "verify",
     "report",

@@ -21,7 +21,7 @@ from result_files import RESULTS, write_result
 import qcompile
 from qcompile.graph import Op
 from qcompile.presets import PRESETS
-from qcompile.recipe import FLOAT, MOST_SHIFTED, Recipe, Rule
+from qcompile.recipe import FISHER, FLOAT, MOST_SHIFTED, WEIGHT, Recipe, Rule
 from qcompile.smooth import parse_smooth
 from qcompile.spec import parse_spec
 
@@ -47,6 +47,13 @@ RECIPES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         {**_FREE, "shift": PAPER},
     ),
     "fp4: any float, static, shifted": (E2M1, "fp4_e2m1/tensor", "imatrix", _FREE | _SHIFT),
+    "fp4, formats of weights by their own error": (
+        E2M1,
+        "fp4_e2m1/tensor",
+        "imatrix",
+        {**_FREE, **_SHIFT, "objective": WEIGHT},
+    ),
+    "fp4, by Fisher information": (E2M1, "fp4_e2m1/tensor", "imatrix", {**_FREE, **_SHIFT, "objective": FISHER}),
     "fp4-token: any float, per token, shifted": (E2M1, "fp4_e2m1/token", "imatrix", _FREE | _SHIFT),
     "mxfp4": (MXFP4, MXFP4, "round", {}),
     "mxfp4-shift": (MXFP4, MXFP4, "imatrix", _SHIFT),
