@@ -52,7 +52,11 @@ def compiled(model: nn.Module, plan: qcompile.Plan, **options: Any) -> Any:
 @pytest.mark.usefixtures("graphs_only")
 @pytest.mark.parametrize(
     ("recipe", "small"),
-    [*((recipe, False) for recipe in RECIPES), *((recipe, True) for recipe in ("int4-weight", "nf4", "fp4"))],
+    [
+        *((recipe, False) for recipe in RECIPES),
+        *((recipe, True) for recipe in ("int4-weight", "nf4")),
+        pytest.param("fp4", True, marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_loaded_computes_what_was_saved(recipe: str, small: bool, tmp_path: Path) -> None:
     model, ids = build("llama"), tokens(2, 9)

@@ -59,8 +59,15 @@ def test_expert_weights_are_in_the_report(family: str) -> None:
 
 
 @pytest.mark.usefixtures("graphs_only")
-@pytest.mark.parametrize("family", DECODERS)
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [
+        # each family with one of them, and one with both, every time
+        pytest.param(family, cache, marks=() if family == "llama" or cache == "static" else pytest.mark.slow)
+        for family in DECODERS
+        for cache in ("dynamic", "static")
+    ],
+)
 def test_generate_gives_the_tokens_of_the_quantized_model(family: str, cache: str) -> None:
     def generate(**options: object) -> torch.Tensor:
         torch._dynamo.reset()

@@ -17,8 +17,14 @@ from tests.families import build, tokens
 pytestmark = pytest.mark.usefixtures("graphs_only")
 
 
-@pytest.mark.parametrize("recipe", ["fp4", "fp4-token"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize(
+    ("recipe", "family"),
+    [
+        *(("fp4", family) for family in ("llama", "gpt2", "bert")),
+        ("fp4-token", "llama"),
+        *(pytest.param("fp4-token", family, marks=pytest.mark.slow) for family in ("gpt2", "bert")),
+    ],
+)
 def test_a_model_runs_as_planned(recipe: str, family: str, tmp_path: Path) -> None:
     model, ids = build(family), tokens(2, 8)
     float_model = model(ids)[0].clone()
@@ -58,7 +64,9 @@ def loud(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("recipe", ["fp4", "fp4-token", "mxfp4-shift", "nvfp4-shift"])
+@pytest.mark.parametrize(
+    "recipe", ["fp4", "nvfp4-shift", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fp4-token", "mxfp4-shift"))]
+)
 def test_loud_channels_of_small_weights_cost_next_to_nothing(recipe: str) -> None:
     plain, ids, data = build("llama"), tokens(8, 16), [{"input_ids": tokens(16, 16)}]
     errors = []

@@ -34,7 +34,9 @@ def freed(model: nn.Module, **options: object) -> nn.Module:
     return torch.compile(model, backend="qcompile", options={"free_weights": True, **options})
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int4-weight", "nf4"])
+@pytest.mark.parametrize(
+    "recipe", ["int8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int4-weight", "nf4"))]
+)
 def test_memory_drops_to_the_packed_size(recipe: str) -> None:
     model, ids = build("llama"), tokens(2, 8)
     torch.manual_seed(0)

@@ -80,7 +80,7 @@ print(json.dumps([before, loaded, peaks[1]]))
 
 @pytest.mark.usefixtures("graphs_only")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads how much memory a process held from /proc")
-@pytest.mark.parametrize("recipe", ["int8+embeddings", "int4-weight+embeddings"])
+@pytest.mark.parametrize("recipe", ["int4-weight+embeddings", pytest.param("int8+embeddings", marks=pytest.mark.slow)])
 def test_loading_takes_little_more_memory_than_the_folder(recipe: str, tmp_path: Path) -> None:
     model = Stack().eval()
     fast = torch.compile(model, backend="qcompile", options={"recipe": recipe}, dynamic=False)

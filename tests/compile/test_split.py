@@ -181,7 +181,7 @@ def test_what_was_made_of_parameters_follows_them(change: object) -> None:
 
 
 @graphs_only
-@pytest.mark.parametrize("threshold", [None, 2.5])
+@pytest.mark.parametrize("threshold", [None, pytest.param(2.5, marks=pytest.mark.slow)])
 def test_freed_weights_leave_their_outliers_behind(threshold: float | None) -> None:
     model, ids = build("llama"), tokens(2, 8)
     plan = plan_of(model, ids, threshold=threshold)
