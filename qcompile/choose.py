@@ -14,7 +14,7 @@ from torch import Tensor
 from qcompile.cases import Case, Choice, probe_part
 from qcompile.channels import tied
 from qcompile.formats import FORMATS, Float, Integer
-from qcompile.noise import Probe, Treatment, shares_rows, weight_db
+from qcompile.noise import Probe, Treatment, own_db, shares_rows
 from qcompile.numerics import QParams, exact_exp2, qparams_of_range
 from qcompile.observers import Stats, importance_of
 from qcompile.ranges import parse_observer
@@ -75,7 +75,7 @@ def choose_weight(
         for handicap, lowered in tried.items():
             factor = exact_exp2(lowered - raised).to(weight.device)
             case = replace(treatment, raised=factor)
-            snr_db = (weight_db(probe.weight, case) if own else probe.after(case)) - handicap
+            snr_db = (own_db(probe.weight, case) if own else probe.after(case)) - handicap
             if snr_db > most:
                 best, most = (spec, lowered if bool(lowered.any()) else None), snr_db
     return best

@@ -25,15 +25,7 @@ from qcompile.backends.onnx.planned import Kernels, as_written
 from qcompile.backends.onnx.prove import HeldOut, Proof, numeric_outputs, outputs, prove
 from qcompile.backends.onnx.runtime import session
 from qcompile.calibrate import parts_for
-from qcompile.errors import (
-    CalibrationError,
-    CoverageError,
-    OptionsError,
-    PlanError,
-    RecipeError,
-    UnsupportedError,
-    nearest,
-)
+from qcompile.errors import CalibrationError, CoverageError, OptionsError, PlanError, UnsupportedError, nearest
 from qcompile.expected import expected_report
 from qcompile.graph import Op
 from qcompile.methods import check_methods
@@ -226,14 +218,9 @@ def _planned(
 ) -> Plan:
     """A plan for the graph, with what the batches show if there are any."""
     check_methods(recipe)
-    if recipe.weighs_features:
-        raise RecipeError(
-            f"recipe {recipe.name!r} has objective = 'fisher', which takes gradients, and onnxruntime has none: make "
-            "the plan on the PyTorch model, qcompile.calibrate(model, batches, recipe), and give that"
-        )
-    if recipe.solves_in_turn or recipe.budgets:
+    if recipe.solves_in_turn or recipe.budgets or recipe.weighs_features:
         raise CalibrationError(
-            f"recipe {recipe.name!r} chooses codes or widths while the PyTorch model runs: make a plan with "
+            f"recipe {recipe.name!r} chooses codes, widths or formats while the PyTorch model runs: make a plan with "
             "qcompile.calibrate(model, batches, recipe) on the model that the file was exported from, and give it in "
             "place of the recipe"
         )

@@ -136,7 +136,7 @@ def probe(weight: Tensor, stats: Stats, *, whole: bool = False) -> Probe:
     )
 
 
-def weight_db(weight: Tensor, treatment: Treatment) -> float:
+def own_db(weight: Tensor, treatment: Treatment) -> float:
     """Signal-to-noise ratio in dB of a weight [N, K] itself, quantized as the treatment says."""
     return snr_db(weight, _weight(weight, treatment))
 

@@ -1,6 +1,6 @@
 """What GPTQ costs a stack of a large model's layers on a GPU: seconds and memory, and what it gains over rounding.
 
-    python examples/benchmarks/gptq_stack.py [--layers 16] [--batches 64] [--device cuda]
+    python examples/benchmarks/gptq_stack.py [--layers 16] [--batches 64] [--tokens 2048] [--device cuda]
 
 Layers of Llama-3.1-8B's shapes with random weights, without embeddings and logits, calibrated on sequences of 2048
 hidden states whose channels are correlated, as those of real models are. Seconds are those of `qcompile.calibrate`,

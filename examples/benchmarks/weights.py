@@ -1,4 +1,4 @@
-"""Weights alone: what solvers and formats of 2 to 4 bits keep of a language model, at how many bits a weight.
+"""Weights alone: what solvers and formats of 2 to 6 bits keep of a language model, at how many bits a weight.
 
     python examples/benchmarks/weights.py --model DIR --tokens FILE [--device cuda] [--rows '*g128*']
 

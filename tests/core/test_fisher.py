@@ -10,7 +10,7 @@ import qcompile
 from qcompile.cases import joined
 from qcompile.errors import CalibrationError, RecipeError
 from qcompile.fisher import output_fisher
-from qcompile.noise import Probe, Treatment, weight_db
+from qcompile.noise import Probe, Treatment, own_db
 from qcompile.numerics import fake_quantize, snr_db
 from qcompile.recipe import recipe_from_table, recipe_to_table
 from qcompile.spec import parse_spec
@@ -150,7 +150,7 @@ def test_features_weigh_errors() -> None:
 
 def test_a_weights_own_error_is_the_weights() -> None:
     weight, spec = torch.randn(20, 32), parse_spec("fp4_e2m1/channel")
-    assert weight_db(weight, Treatment(weight=spec)) == snr_db(weight, fake_quantize(weight, spec))
+    assert own_db(weight, Treatment(weight=spec)) == snr_db(weight, fake_quantize(weight, spec))
 
 
 class Uneven(nn.Module):

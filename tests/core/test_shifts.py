@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from qcompile.formats import Float, parse_format
-from qcompile.numerics import dequantize, quantize
+from qcompile.numerics import dequantize, exact_exp2, quantize
 from qcompile.shifts import (
     folds_octaves,
     lowered_importance,
@@ -112,3 +112,10 @@ def test_e4m3_holds_all_numbers_up_to_the_room_and_not_beyond(name: str) -> None
 @pytest.mark.parametrize("text", ["fp8_e3m4/channel", "int4/channel", "fp4_e2m1/b32/e8m0"])
 def test_what_e4m3_does_not_hold_folds_nothing(text: str) -> None:
     assert not folds_octaves(parse_spec(text), 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float64], ids=str)
+def test_powers_of_two_are_exact(dtype: torch.dtype) -> None:
+    octaves = range(-126, 128)
+    assert exact_exp2(torch.tensor(octaves, dtype=dtype)).tolist() == [2.0**octave for octave in octaves]
+    assert exact_exp2(torch.empty(0, 3, dtype=dtype)).shape == (0, 3)

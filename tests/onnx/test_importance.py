@@ -81,7 +81,11 @@ def test_codes_that_were_chosen_on_the_torch_model_run(source: Path, tmp_path: P
         assert_close(found, model(**batch(9)), rtol=1e-4, atol=1e-5)
 
 
-def test_a_file_alone_has_no_model_that_runs(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"'gptq' chooses codes or widths while the PyTorch model runs"):
-        qcompile.quantize_onnx(source, tmp_path / "none.onnx", IN_TURN, batches=[batch(1)])
+FISHER = {"weight": "fp4_e2m1/channel", "input": "fp4_e2m1/token", "format": "float", "objective": "fisher"}
+
+
+@pytest.mark.parametrize("recipe", [IN_TURN, "mixed", {"rules": [FISHER]}], ids=["gptq", "mixed", "fisher"])
+def test_a_file_alone_has_no_model_that_runs(recipe: object, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="chooses codes, widths or formats while the PyTorch model runs"):
+        qcompile.quantize_onnx(source, tmp_path / "none.onnx", recipe, batches=[batch(1)])
     assert not (tmp_path / "none.onnx").exists()
