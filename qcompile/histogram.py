@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from qcompile.distribution import Distribution
+from qcompile.steps import step_size
 
 FLOAT32_MANTISSA = 23
 POSITIVE, NEGATIVE = 0, 1
 LARGEST = torch.finfo(torch.float32).max
-# elements and counters of one step: both stay in a second-level cache, and the calls into torch cost little beside them
+# elements and counters of one step on the CPU: both stay in a second-level cache, and calls into torch cost little
 CHUNK = 2**18
 COUNTERS = 2**17
 
@@ -142,7 +143,7 @@ def count(
     window then holds both, so that merging moves no counts.
     """
     top = _top(amax[None], resolution) if beside is None else torch.maximum(_top(amax[None], resolution), beside.top)
-    parts = rows.split(max(1, CHUNK // rows.shape[1]))
+    parts = rows.split(max(1, step_size(rows, CHUNK) // rows.shape[1]))
     counts = _counted(parts[0].float(), top, resolution, finite)
     for part in parts[1:]:
         counts += _counted(part.float(), top, resolution, finite)
@@ -157,10 +158,13 @@ def count_channels(
     top = _top(amax, resolution) if beside is None else torch.maximum(_top(amax, resolution), beside.top)
     counts = rows.new_empty(k, 2 * resolution.bins, dtype=torch.int32)
     # few columns at a time, so that their counters stay in a cache
-    width = max(1, min(CHUNK // r, COUNTERS // (2 * resolution.bins)))
+    width = max(1, min(step_size(rows, CHUNK) // r, step_size(rows, COUNTERS) // (2 * resolution.bins)))
     for start in range(0, k, width):
         block = slice(start, start + width)
-        found = sum(_counted(part.float(), top[block], resolution, finite) for part in rows[:, block].split(CHUNK))
+        found = sum(
+            _counted(part.float(), top[block], resolution, finite)
+            for part in rows[:, block].split(step_size(rows, CHUNK))
+        )
         assert isinstance(found, Tensor)
         counts[block] = found.view(-1, 2 * resolution.bins)
     return Histogram(counts=counts.view(k, 2, -1), top=top, resolution=resolution)

@@ -1,4 +1,4 @@
-"""Mixed bits: each linear gets the width and the groups that a budget for all of them is best spent on.
+"""Mixed bits: each linear gets the format and the groups that a budget for all of them is best spent on.
 
 What a site's output loses to each spec is measured on rows that calibration kept, and how much that moves the model's
 outputs once a site, with its weight alone quantized. Errors of sites add up, as if they were independent.
@@ -27,6 +27,8 @@ from qcompile.spec import Spec, Zero, parse_granularity
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
+# beside integers, under float inputs: kernels look its numbers up in place of adding a zero point, which it saves
+BOOKS = ("nf4",)
 # what stands in for a solver that takes the running model
 STAND_IN = "mse"
 
@@ -88,8 +90,8 @@ def _chosen(
         raise RecipeError(f"{where} has the budget {budget}, which no choice meets: {_limit(budget, slots, count)}")
     found = {site.name: each[i] for site, each, i in zip(sites, specs, taken, strict=True)}
     bits = sum(slot[i].cost for slot, i in zip(slots, taken, strict=True)) / count
-    widths = sorted({spec.format.bits for spec in found.values()})
-    return found, f"{bits:.3f} bits a weight, of {', '.join(map(str, widths))} bits and their scales"
+    formats = sorted({spec.format.name for spec in found.values()})
+    return found, f"{bits:.3f} bits a weight, of {', '.join(formats)} and their scales"
 
 
 def _limit(budget: Budget, slots: Sequence[Sequence[Option]], count: int) -> str:
@@ -106,10 +108,11 @@ def _specs(rule: Rule, site: Site) -> Iterator[Spec]:
     if rule.weight.zero is Zero.MINIMUM:
         yield from (replace(rule.weight, format=parse_format(f"int{width}")) for width in WIDTHS)
         return
-    groups = [f"g{size}" for size in GROUPS if K % size == 0] or ["channel"]
-    for width in WIDTHS:
-        for group in groups:
-            yield replace(rule.weight, format=parse_format(f"int{width}"), granularity=parse_granularity(group))
+    books = BOOKS if rule.input is None else ()
+    for group in [f"g{size}" for size in GROUPS if K % size == 0] or ["channel"]:
+        spec = replace(rule.weight, granularity=parse_granularity(group))
+        yield from (replace(spec, format=parse_format(f"int{width}")) for width in WIDTHS)
+        yield from (replace(spec, format=parse_format(book), zero=Zero.SYMMETRIC) for book in books)
 
 
 def _options(

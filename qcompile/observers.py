@@ -23,6 +23,7 @@ from qcompile.histogram import (
     merge_histograms,
 )
 from qcompile.sample import Sample, merge_samples, row_hashes, sample_rows
+from qcompile.steps import step_size
 
 # the magnitude of an emergent feature; source: Dettmers 2022 (LLM.int8)
 THRESHOLD = 6.0
@@ -30,7 +31,7 @@ THRESHOLD = 6.0
 BATCHES = 1024
 # magnitudes of which the largest of a channel may be, so that sums of its fourth powers are exact enough in float32
 _LEAST, _MOST = 2.0**-20, 2.0**20
-# elements of one step, so that its passes find them in a cache
+# elements of one step on the CPU, so that its passes find them in a cache
 CHUNK = 2**18
 
 
@@ -255,7 +256,7 @@ def _swept(rows: Tensor) -> tuple[Tensor, ...]:
     """
     extremes, per_row = [], []
     squares, fourths = (rows.new_zeros(rows.shape[1], dtype=torch.float64) for _ in range(2))
-    for part in rows.split(max(1, CHUNK // rows.shape[1])):
+    for part in rows.split(max(1, step_size(rows, CHUNK) // rows.shape[1])):
         chunk = part.float()
         extremes.append((chunk.amin(0), chunk.amax(0)))
         per_row.append((torch.maximum(chunk.amax(1), -chunk.amin(1)), row_hashes(chunk)))
@@ -273,7 +274,7 @@ def _careful_sums(rows: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
     # under powers of two, which are exact, neither overflows float32
     unit = torch.ldexp(torch.ones_like(amax), -torch.frexp(amax).exponent.clamp(-120, 120))
     squares, fourths = (torch.zeros_like(amax, dtype=torch.float64) for _ in range(2))
-    for part in rows.split(max(1, CHUNK // rows.shape[1])):
+    for part in rows.split(max(1, step_size(rows, CHUNK) // rows.shape[1])):
         powers = (part * unit).square_()
         squares += powers.sum(0)
         fourths += powers.square_().sum(0)
@@ -294,7 +295,7 @@ def _exceeding(rows: Tensor, amax: Tensor, channels: Histogram | None) -> Tensor
     gathered = 8 * len(large) < len(amax)
     if not gathered and channels is not None and channels.begins_at(THRESHOLD):
         return torch.where(amax >= THRESHOLD, channels.reaching(THRESHOLD), 0)
-    for part in rows.split(max(1, CHUNK // (len(large) if gathered else len(amax)))):
+    for part in rows.split(max(1, step_size(rows, CHUNK) // (len(large) if gathered else len(amax)))):
         chosen = part.index_select(1, large) if gathered else part
         found = (chosen.abs() >= THRESHOLD).float().sum(0).long()
         exceeding[large] += found if gathered else found[large]

@@ -4,13 +4,14 @@ All batches go through the model side by side, each in a thread of its own, of w
 where it reaches a weight that is not solved yet; when all stand still, the second moments of what the first of these
 weights is about to multiply are summed up, it is solved together with those that read the same, and its batches go on
 with the quantized weight. So the model runs once, whatever it is made of; only one matrix of moments [K, K] is in
-memory at a time, and of each batch what lies between two layers.
+memory at a time, and of each batch what lies between two layers: on a GPU that of one batch, and of those that stand
+still in host memory.
 """
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -22,7 +23,8 @@ from qcompile.binding import Binding
 from qcompile.errors import CalibrationError
 from qcompile.folds import rescaled, scale_before
 from qcompile.graph import Op
-from qcompile.numerics import QParams, dequantize, find_qparams, on_device, quantize
+from qcompile.numerics import QParams, dequantize, find_qparams, quantize
+from qcompile.parked import Parked
 from qcompile.plan import Decision, Plan
 from qcompile.progress import most_memory, shown
 from qcompile.solved import Solved, solved
@@ -82,8 +84,8 @@ def solve_in_turn(
     Raises CalibrationError if a site is not reached, or its moments are NaN or Inf; and what the model raises.
     """
     run = _Run(model, plan, seen, divided or {}, kept)
-    steps = run.steps(batches)
-    with evaluating(model):
+    # whatever ends this, no batch is left standing
+    with evaluating(model), closing(run.steps(batches)) as steps:
         for step in shown(steps, progress=progress, what="solve", total=run.groups, tell=str):
             _LOG.info("%d rows: %s; %s held at most", step.rows, step, most_memory())
     if run.left:
@@ -114,7 +116,7 @@ class _Run:
     """One run of all batches, and what it has solved so far.
 
     left: sites that are to be solved, each with those that read the same; groups: how many such groups there are.
-    rows: that each was solved on.
+    rows: that each was solved on.  parked: what batches that stand still hold.
     """
 
     def __init__(
@@ -133,13 +135,17 @@ class _Run:
         self._divided, self._kept, self._sites = divided, kept, seen.sites
         scales = {name: scale_before(name, plan.folds) for name in plan.decisions}
         self._scales = {name: scale for name, scale in scales.items() if scale is not None}
-        self._qparams: dict[str, QParams] = {}
+        self.parked = Parked()
         # of sites between two that are solved: all batches pass them one after the other
         self._values: dict[str, Tensor] = {}
 
-    def steps(self, batches: Sequence[Any]) -> Iterator[Step]:
+    def steps(self, batches: Sequence[Any]) -> Generator[Step, None, None]:
         """Solve group after group."""
-        threads = [_BatchThread(self, number, batch) for number, batch in enumerate(batches)]
+        # left last: most of what was parked dies with its batch
+        with self.parked:
+            yield from self._steps([_BatchThread(self, number, batch) for number, batch in enumerate(batches)])
+
+    def _steps(self, threads: Sequence["_BatchThread"]) -> Iterator[Step]:
         try:
             for thread in threads:
                 thread.go_on()
@@ -183,13 +189,18 @@ class _Run:
         if name not in self._values:
             values, decision = self._folded(name, call.weight), self._plan.decisions[name]
             if decision.weight is not None:
-                if name not in self._qparams:
-                    qparams = SOLVERS[decision.solver](values, decision.weight, decision.importance)
-                    self._qparams[name] = replace(qparams, codes=quantize(values, qparams))
-                values = dequantize(quantize(values, self._qparams[name]), self._qparams[name], call.weight.dtype)
+                qparams = self._qparams(decision, values)
+                values = dequantize(quantize(values, qparams), qparams, call.weight.dtype)
             rows = self._divided.get(name)
             self._values[name] = values if rows is None else (values * rows.to(values.device)[:, None]).to(values.dtype)
         return self._values[name]
+
+    def _qparams(self, decision: Decision, weight: Tensor) -> QParams:
+        """Of a weight; not kept, as the codes of all weights are half as large as the model."""
+        if decision.name in self.solved:
+            return self.solved[decision.name].read(weight.device)
+        assert decision.weight is not None
+        return SOLVERS[decision.solver](weight, decision.weight, decision.importance)
 
     def _folded(self, name: str, weight: Tensor) -> Tensor:
         """The weight as `fold_smooth` leaves it."""
@@ -200,7 +211,7 @@ class _Run:
         self._values.clear()
         known = {} if self._kept is None else dict(self._kept.known(names))
         # without padding, a batch at a time
-        rows = (thread.rows() for thread in waiting)
+        rows = _rows(waiting)
         count = sum(len(part) for part in rows) if known else 0
         output_db = {}
         if not known:
@@ -212,7 +223,6 @@ class _Run:
                 self._kept.keep([replace(self._plan.decisions[name], solved=known[name]) for name in names])
         for name in names:
             self.solved[name], self.rows[name] = known[name], count
-            self._qparams[name] = _there(known[name], self._sites[name].weight.device)
             del self.left[name]
         return Step(names=names, rows=count, output_db=output_db)
 
@@ -228,11 +238,11 @@ class _Run:
         return solved(weight, qparams), moments.snr_db(weight, dequantize(qparams.codes, qparams))
 
 
-def _there(found: Solved, device: torch.device) -> QParams:
-    """The qparams with their codes on a device."""
-    qparams = on_device(found.qparams, device)
-    assert qparams.codes is not None
-    return replace(qparams, codes=qparams.codes.to(device))
+def _rows(waiting: Iterable["_BatchThread"]) -> Iterator[Tensor]:
+    """What the site of each batch is about to multiply [rows, K], there until the next one is asked for."""
+    for thread in waiting:
+        with thread.rows() as rows:
+            yield rows
 
 
 def _moments(parts: Iterable[Tensor], k: int) -> Moments:
@@ -254,8 +264,8 @@ class _BatchThread(threading.Thread):
     def __init__(self, run: _Run, number: int, batch: Any) -> None:
         super().__init__(name=f"qcompile batch {number}", daemon=True)
         self.call: Call | None = None
-        self.owner = run
-        self._number, self._batch, self._mask = number, batch, mask_of(batch)
+        self.owner, self.number = run, number
+        self._batch, self._mask = batch, mask_of(batch)
         # as the caller has them
         self._settings: list[AbstractContextManager[Any]] = [
             torch.autocast(device, dtype=torch.get_autocast_dtype(device))
@@ -264,7 +274,8 @@ class _BatchThread(threading.Thread):
         ]
         self._settings.append(torch.get_default_device())
         if torch.cuda.is_available() and torch.cuda.is_initialized():
-            self._settings.append(torch.cuda.device(torch.cuda.current_device()))
+            # and its device; what one stream does is in order, whoever reads it next
+            self._settings.append(torch.cuda.stream(torch.cuda.current_stream()))
         self._x: Tensor | None = None
         self._error: BaseException | None = None
         self._stopping = False
@@ -272,6 +283,7 @@ class _BatchThread(threading.Thread):
 
     def go_on(self) -> None:
         """Run on to the next site that is to be solved, or to the end.  Raises what the model raises."""
+        self.owner.parked.bring_back(self.number)
         if self.ident is None:
             self.start()
         else:
@@ -279,6 +291,8 @@ class _BatchThread(threading.Thread):
         self._back.acquire()
         if self._error is not None:
             raise self._error
+        if self.call is not None:
+            self.owner.parked.park(self.number)
 
     def stop(self) -> None:
         """Take the batch out of the model, wherever it is."""
@@ -287,10 +301,12 @@ class _BatchThread(threading.Thread):
         if self.ident is not None:
             self.join()
 
-    def rows(self) -> Tensor:
+    @contextmanager
+    def rows(self) -> Iterator[Tensor]:
         """What the weight of the site is about to multiply, without padding, [rows, K]."""
         assert self._x is not None
-        return real_rows(self._x, self._mask)[0]
+        with self.owner.parked.lent(self._x):
+            yield real_rows(self._x, self._mask)[0]
 
     def wait(self, call: Call, x: Tensor) -> None:
         """Stand still at a site, about to multiply x; called in the thread itself."""
@@ -311,7 +327,7 @@ class _BatchThread(threading.Thread):
             with torch.no_grad(), ExitStack() as settings, _Quantizing(self):
                 for setting in self._settings:
                     settings.enter_context(setting)
-                self.owner.run(self._batch, self._number)
+                self.owner.run(self._batch, self.number)
         except _StoppedError:
             pass
         except BaseException as e:
@@ -331,12 +347,19 @@ class _Quantizing(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs, run = kwargs or {}, self._thread.owner
+        kwargs, run, thread = kwargs or {}, self._thread.owner, self._thread
+        given = (args, kwargs)
+        # another batch may have made them, and stand still
+        run.parked.bring_back_for(given)
         call = run.find(func, args, kwargs)
         if call is None:
-            return func(*args, **kwargs)
-        x = run.quantized_input(call)
-        if call.name in run.left:
-            self._thread.wait(call, x)
-        positional, named = call.arguments(args, kwargs, x, run.quantized_weight(call))
-        return func(*positional, **named)
+            result = func(*args, **kwargs)
+        else:
+            x = run.quantized_input(call)
+            if call.name in run.left:
+                run.parked.made(thread.number, x, given)
+                thread.wait(call, x)
+            positional, named = call.arguments(args, kwargs, x, run.quantized_weight(call))
+            result = func(*positional, **named)
+        run.parked.made(thread.number, result, given)
+        return result

@@ -27,8 +27,10 @@ _TAKES_NARROW: dict[object, tuple[int, int | None]] = {
     torch.ops.qcompile.linear_fp8_triton.default: (5, None),
     torch.ops.qcompile.linear_fp4.default: (7, 4),
 }
-# a matmul that takes integers with a zero as int8, less OFFSET
-_TAKES_OFFSET = (torch.ops.qcompile.linear_int8_triton.default,)
+# matmuls that take integers with a zero as int8, less OFFSET, too
+_TAKES_OFFSET = (torch.ops.qcompile.linear_int8_triton.default, torch.ops.qcompile.linear_int4_int8.default)
+# made by kernels that are not Inductor's, or before the graph runs
+_IN_MEMORY = (Op.INPUT, Op.ATTENTION, Op.LINEAR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ def _fuse(graph: FxGraph, quantize: fx.Node, capability: tuple[int, int]) -> boo
         return False
     if is_narrow(spec.format) and not _take_narrow(graph, _readers(quantize)):
         return False
-    before = _norm(graph, value) or _activation(graph, value) or _attention(graph, value)
+    before = _norm(graph, value) or _activation(graph, value) or _whole(graph, value)
     if before is None or any(is_written(node) for node in (*before.gone, before.x, before.second) if node is not None):
         return False
     _replace(graph, quantize, before, spec)
@@ -194,14 +196,14 @@ def _activation_kind(graph: FxGraph, value: fx.Node) -> str | None:
     return _GELU.get(str(_argument(value, 1, "approximate", "none"))) if graph.op(value) is Op.GELU else None
 
 
-def _attention(graph: FxGraph, value: fx.Node) -> _Before | None:
-    """What attention makes, which Inductor does not compute itself and so fuses with nothing."""
+def _whole(graph: FxGraph, value: fx.Node) -> _Before | None:
+    """What stands in memory before it is quantized: Inductor does not make it itself, and so fuses it with nothing."""
     source = value
     while graph.op(source) in (Op.RESHAPE, Op.TRANSPOSE):
         below = graph.inputs(source)[0]
         assert below is not None
         source = below
-    return _Before(kind="nothing", x=value, gone=()) if graph.op(source) is Op.ATTENTION else None
+    return _Before(kind="nothing", x=value, gone=()) if graph.op(source) in _IN_MEMORY else None
 
 
 def _summands(graph: FxGraph, value: fx.Node) -> tuple[fx.Node, fx.Node] | tuple[fx.Node, None]:

@@ -14,15 +14,10 @@ from qcompile.backends.triton.eight_bit_table import Library
 from qcompile.backends.triton.fp4_gemm import fp4_kernel
 from qcompile.backends.triton.fp4_table import Config, Tiles, Unpack, choose
 from qcompile.backends.triton.fp4_unpack import unpack
+from qcompile.backends.triton.groups import REGISTERS, UNITS
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import capability_of, on_device, processors_of
 
-# units of 64 rows of the weight, a tile: groups of warps that multiply; the kernel names two
-UNITS = 2
-# of a group that multiplies
-WARPS = 4
-# registers of a thread that multiplies, and of one that copies: 65536 by 128 threads of three kinds
-REGISTERS, COPYING = 232, 40
 # rows of tiles that walk along N together, so that they share their weights in L2
 ROWS_OF_TILES = 8
 # columns of a block of the weight
@@ -91,8 +86,8 @@ def constants(tiles: Tiles, mantissa: int, *, whole: bool) -> dict[str, int | bo
         "ROWS": ROWS_OF_TILES,
         "MANTISSA": mantissa,
         "WHOLE": whole,
-        "REGISTERS": REGISTERS,
-        "COPYING": COPYING,
+        "REGISTERS": REGISTERS[tiles.resident].multiplying,
+        "COPYING": REGISTERS[tiles.resident].copying,
     }
 
 
@@ -107,7 +102,7 @@ def _multiply(o: Operands, tiles: Tiles) -> Tensor:
     M, N = o.x.shape[0], o.scale_w.shape[0]
     units, B = o.words.shape[:2]
     tiles_m, tiles_n = triton.cdiv(M, tiles.tokens), triton.cdiv(units, UNITS)
-    programs = processors_of(o.x.device)
+    programs = processors_of(o.x.device) * tiles.resident
     parts = max(1, min(tiles.slices, B, programs // (tiles_m * tiles_n)))
     blocks = triton.cdiv(B, parts)
     parts = triton.cdiv(B, blocks)
@@ -125,7 +120,7 @@ def _multiply(o: Operands, tiles: Tiles) -> Tensor:
         (min(programs, tiles_m * tiles_n * parts), 1, 1),
         (*matrices, to, o.scale_x, o.scale_w, M, N, B, step(o.scale_x), tiles_m, tiles_n, parts, blocks),
         constants(tiles, o.mantissa, whole=whole),
-        num_warps=WARPS,
+        **REGISTERS[tiles.resident].options,
         launch_pdl=True,
     )
     if not whole:

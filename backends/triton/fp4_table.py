@@ -14,12 +14,13 @@ from qcompile.backends.triton.table import HOPPER, Entry, fitting
 class Tiles:
     """`fp4_gemm`. tokens: rows of x, a tile; stages: blocks of 128 columns in flight.
 
-    slices: into which K is cut at most.
+    slices: into which K is cut at most.  resident: programs of a multiprocessor.
     """
 
     tokens: int
     stages: int
     slices: int
+    resident: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +32,10 @@ class Unpack:
 
 Config = Tiles | Unpack
 TABLE: tuple[Entry[Config], ...] = (
-    Entry(capabilities=HOPPER, rows=8, config=Tiles(tokens=8, stages=16, slices=8)),
-    Entry(capabilities=HOPPER, rows=16, config=Tiles(tokens=16, stages=16, slices=8)),
-    Entry(capabilities=HOPPER, rows=32, config=Tiles(tokens=32, stages=12, slices=8)),
-    Entry(capabilities=HOPPER, rows=64, config=Tiles(tokens=64, stages=10, slices=8)),
+    Entry(capabilities=HOPPER, rows=8, config=Tiles(tokens=8, stages=4, slices=8, resident=2)),
+    Entry(capabilities=HOPPER, rows=16, config=Tiles(tokens=16, stages=4, slices=8, resident=2)),
+    Entry(capabilities=HOPPER, rows=32, config=Tiles(tokens=32, stages=4, slices=8, resident=2)),
+    Entry(capabilities=HOPPER, rows=64, config=Tiles(tokens=64, stages=4, slices=8, resident=2)),
     Entry(capabilities=HOPPER, rows=128, config=Tiles(tokens=128, stages=6, slices=8)),
     # few channels are few tiles, which fill more multiprocessors if they are small
     Entry(capabilities=HOPPER, rows=256, channels=8193, config=Tiles(tokens=256, stages=4, slices=2)),

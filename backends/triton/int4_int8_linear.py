@@ -10,18 +10,13 @@ from torch import Tensor
 from qcompile.backends.triton.add_parts import add_parts
 from qcompile.backends.triton.descriptors import described
 from qcompile.backends.triton.eight_bit import step
+from qcompile.backends.triton.groups import REGISTERS, UNITS
 from qcompile.backends.triton.int4_int8_gemm import int4_int8_kernel
 from qcompile.backends.triton.int4_int8_table import TABLE, Int4Int8Tiles
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import HOPPER, fitting, on_device, processors_of
 from qcompile.backends.triton.tuned import tuned_entries
 
-# units of 64 rows of the weight, a tile: groups of warps that multiply; the kernel names two
-UNITS = 2
-# of a group that multiplies
-WARPS = 4
-# registers of a thread that multiplies, and of one that copies: 65536 by 128 threads of three kinds
-REGISTERS, COPYING = 232, 40
 # rows of tiles that walk along N together, so that they share their weights in L2
 ROWS_OF_TILES = 8
 # rows of x, a copy
@@ -105,8 +100,8 @@ def constants(tiles: Int4Int8Tiles, groups: int, *, wide: bool, whole: bool) -> 
         "WIDE": wide,
         "WHOLE": whole,
         "PENDING": tiles.pending,
-        "REGISTERS": REGISTERS,
-        "COPYING": COPYING,
+        "REGISTERS": REGISTERS[tiles.resident].multiplying,
+        "COPYING": REGISTERS[tiles.resident].copying,
     }
 
 
@@ -116,7 +111,7 @@ def _multiply(o: Operands, dtype: torch.dtype, tiles: Int4Int8Tiles) -> Tensor:
     units, B = o.words.shape[:2]
     groups, planes = o.scales.shape[1] // B, o.scales.dim() - 2
     tiles_m, tiles_n = triton.cdiv(M, tiles.tokens), triton.cdiv(units, UNITS)
-    programs = processors_of(o.x.device)
+    programs = processors_of(o.x.device) * tiles.resident
     parts = max(1, min(tiles.slices, B, programs // (tiles_m * tiles_n)))
     blocks = triton.cdiv(B, parts)
     parts = triton.cdiv(B, blocks)
@@ -137,7 +132,7 @@ def _multiply(o: Operands, dtype: torch.dtype, tiles: Int4Int8Tiles) -> Tensor:
         (min(programs, tiles_m * tiles_n * parts), 1, 1),
         (*matrices, to, o.scale_x, o.zero, o.sums, o.bias, M, N, B, *steps, tiles_m, tiles_n, parts, blocks),
         constants(tiles, groups, wide=planes == 2, whole=whole),
-        num_warps=WARPS,
+        **REGISTERS[tiles.resident].options,
         launch_pdl=True,
     )
     if not whole:

@@ -13,7 +13,7 @@ class Int4Int8Tiles:
     """`int4_int8_gemm`. tokens: rows of x, a tile; stages: blocks of 128 columns in flight.
 
     width: rows of x, a product; pending: products that run while one is scaled, 0 or 1.
-    slices: into which K is cut at most.
+    slices: into which K is cut at most.  resident: programs of a multiprocessor.
     """
 
     tokens: int
@@ -21,14 +21,15 @@ class Int4Int8Tiles:
     slices: int
     width: int = 64
     pending: int = 1
+    resident: int = 1
 
 
 _LARGE = Int4Int8Tiles(tokens=256, stages=4, slices=2, pending=0)
 TABLE = (
-    Entry(capabilities=HOPPER, rows=8, config=Int4Int8Tiles(tokens=8, stages=16, slices=8)),
-    Entry(capabilities=HOPPER, rows=16, config=Int4Int8Tiles(tokens=16, stages=16, slices=8)),
-    Entry(capabilities=HOPPER, rows=32, config=Int4Int8Tiles(tokens=32, stages=12, slices=8)),
-    Entry(capabilities=HOPPER, rows=64, config=Int4Int8Tiles(tokens=64, stages=10, slices=8)),
+    Entry(capabilities=HOPPER, rows=8, config=Int4Int8Tiles(tokens=8, stages=4, slices=8, resident=2)),
+    Entry(capabilities=HOPPER, rows=16, config=Int4Int8Tiles(tokens=16, stages=4, slices=8, resident=2)),
+    Entry(capabilities=HOPPER, rows=32, config=Int4Int8Tiles(tokens=32, stages=4, slices=8, resident=2)),
+    Entry(capabilities=HOPPER, rows=64, config=Int4Int8Tiles(tokens=64, stages=4, slices=8, resident=2)),
     Entry(capabilities=HOPPER, rows=128, config=Int4Int8Tiles(tokens=128, stages=6, slices=8)),
     # few channels are few tiles, which fill more multiprocessors if they are small
     Entry(capabilities=HOPPER, rows=256, channels=8193, config=_LARGE),

@@ -1,12 +1,14 @@
 """A decoder on a GPU under each recipe, beside torch.compile of its bfloat16 original: decoding and prefill.
 
-    python examples/benchmarks/decoder_cuda.py
+    python examples/benchmarks/decoder_cuda.py [--recipes NAME ...] [--check]
 
 Layers of Llama-3.1-8B's shapes with random weights, without embeddings and logits. Decoding: one token for each of 1,
 16 and 64 sequences that have 1024 tokens in their caches; prefill: one sequence of 2048 tokens. Recipes run without
-what they find on data: shifts, formats, clipped scales. Every recipe's results are compared with those of its own Q/DQ
-graph, and both with the float model's, on two layers, before anything is timed. Times are those of replayed CUDA
-graphs, the candidates in turns; weights are larger than the card's second-level cache by far.
+what they find on data: shifts, formats, clipped scales; but budgets are spent as the prefill's data shows. Every
+recipe's results are compared with those of its own Q/DQ graph, and both with the float model's, on two layers, before
+anything is timed. Times are those of replayed CUDA graphs, the candidates in turns; weights are larger than the card's
+second-level cache by far. --check times nothing; what it compiles, later runs find in caches, so several such runs at
+once, of a recipe each, save time.
 Writes examples/benchmarks/results/decoder_cuda.json.
 """
 
@@ -22,13 +24,14 @@ from result_files import RESULTS, device, write_result
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
+import qcompile
 from qcompile.presets import parse_recipe
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD = 4096, 14336, 32, 8, 128
 CONTEXT, PREFILL = 1024, 2048
 BATCHES = (1, 16, 64)
 FLOAT = "bfloat16, torch.compile"
-RECIPES = ("int4-weight", "fp8", "int8", "w4a8", "fp4-a8", "fp4-token")
+RECIPES = ("int4-weight", "fp8", "int8", "w4a8", "fp4-a8", "fp4-token", "mixed/3", "mixed/4.25")
 # relative difference from the Q/DQ graph that bfloat16 and the order of sums explain in two layers; beyond it, as where
 # floats of 8 bits differ by a step of 6 %, results must be as near to those of the float model as the Q/DQ graph's
 ROUNDED, AS_NEAR = 3e-2, 1.05
@@ -143,7 +146,15 @@ def compiled(model: Decoder, name: str, **options: Any) -> Callable[..., Tensor]
     recipe = parse_recipe(name)
     # what is found on data takes long, and has no part in the time of a step but for an operand where channels shift
     rules = tuple(replace(rule, smooth=None, shift=None, format=None, solver="round") for rule in recipe.rules)
-    options |= {"recipe": replace(recipe, rules=rules)}
+    bare = replace(recipe, rules=rules)
+    if bare.budgets:
+        # the same data every time, so that the fast graph and its reference follow one plan
+        with torch.random.fork_rng(devices=["cuda"]):
+            torch.manual_seed(0)
+            prefill = _shape("prefill", 1, PREFILL, 0, [])
+        options |= {"plan": qcompile.calibrate(model, [prefill.inputs], bare, progress=False)}
+    else:
+        options |= {"recipe": bare}
     return torch.compile(model, dynamic=False, backend="qcompile", options=options)
 
 
@@ -205,11 +216,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
     torch._dynamo.config.recompile_limit = 64
     rows: dict[str, dict[str, Any]] = {FLOAT: {}}
     with torch.no_grad():
         rows |= {name: dict(check(name)) for name in given.recipes}
+        if given.check:
+            return
         calls: dict[str, Callable[..., Tensor]] = {}
         given_shapes = shapes(given.layers)
         graphs: dict[str, list[torch.cuda.CUDAGraph]] = {shape.name: [] for shape in given_shapes}

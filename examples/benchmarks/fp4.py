@@ -1,16 +1,22 @@
 """4 bits on both sides: what integers, 4-bit floats, blocks, and LLM-FP4's shifted exponents keep of a language model.
 
     python examples/benchmarks/fp4.py --model DIR --tokens FILE [--device cuda] [--windows 128]
+        [--rows '*per token*']
 
 All linears but the logits' with 4-bit weights and 4-bit inputs, without and with outliers injected as `outliers.py`
 does; and the levels of LLM-FP4's tables: embeddings, weights and inputs of so many bits each, logits included.
 Calibrated on windows of 512 tokens of the first half of the file, measured on windows of the second half, with the
 quantized graph as the passes leave it; KL in nats a token, to the float model.
-Writes examples/benchmarks/results/fp4_<device>.json.
+Writes examples/benchmarks/results/fp4_<device>.json, part by part; rows that are there already are kept if they are of
+the same data and machine, so that some may be measured at a time: --rows takes globs, parted by "|".
 """
 
 import copy
+import json
 from collections import Counter
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,6 +98,13 @@ LEVELS: dict[str, tuple[str, str, str | None, str, dict[str, Any]]] = {
     "4/4/4: any float, shifted": (E2M1, E2M1, "fp4_e2m1/tensor", "imatrix", _FREE | _SHIFT),
 }
 
+FLOAT_ROW = "float"
+PARTS: dict[str, tuple[str, ...]] = {
+    "plain": (FLOAT_ROW, *RECIPES),
+    "injected": (FLOAT_ROW, *RECIPES),
+    "levels": (FLOAT_ROW, *LEVELS),
+}
+
 
 def recipe(name: str) -> Recipe:
     """The recipe of one row; logits keep 8 bits, as in the presets."""
@@ -120,24 +133,37 @@ def about_plan(name: str, plan: qcompile.Plan) -> dict[str, Any]:
     }
 
 
+def merged(path: Path, about: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The result with rows that were measured before, in the order of the tables above."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    parts = {part: old.pop(part, {}) for part in PARTS}
+    kept = parts if old == about else {}
+    rows = {part: kept.get(part, {}) | found.get(part, {}) for part in PARTS}
+    return {**about, **{part: {name: rows[part][name] for name in PARTS[part] if name in rows[part]} for part in rows}}
+
+
 def main() -> None:
-    given = arguments(__doc__, windows=32, calibration=32).parse_args()
+    parser = arguments(__doc__, windows=32, calibration=32)
+    parser.add_argument("--rows", default="*", help="globs, parted by |")
+    parser.add_argument("--result", type=Path)
+    given = parser.parse_args()
     data = language(given)
-    plain, batches, calibration = data.model, data.batches, data.calibration
-    recipes = {name: recipe(name) for name in RECIPES}
-    levels = {name: level(name) for name in LEVELS}
-    injected = copy.deepcopy(plain)
+    injected = copy.deepcopy(data.model)
     channels = inject(injected)
-    with torch.no_grad():
-        result = {
-            "command": "python examples/benchmarks/fp4.py --model DIR --tokens FILE",
-            **data.about,
-            "injected_channels": channels,
-            "plain": rows(plain, calibration, batches, recipes, about_plan),
-            "injected": rows(injected, calibration, batches, recipes, about_plan),
-            "levels": rows(plain, calibration, batches, levels, about_plan),
-        }
-    write_result(RESULTS / f"fp4_{given.device}.json", result)
+    about = {
+        "command": "python examples/benchmarks/fp4.py --model DIR --tokens FILE",
+        **data.about,
+        "injected_channels": channels,
+    }
+    path = given.result or RESULTS / f"fp4_{given.device}.json"
+    for part, names in PARTS.items():
+        model = injected if part == "injected" else data.model
+        wanted = [name for name in names if any(fnmatchcase(name, glob) for glob in given.rows.split("|"))]
+        recipes = {name: level(name) if part == "levels" else recipe(name) for name in wanted if name != FLOAT_ROW}
+        if recipes:
+            with torch.no_grad():
+                found = rows(model, data.calibration, data.batches, recipes, about_plan)
+            write_result(path, merged(path, about, {part: found}))
 
 
 if __name__ == "__main__":

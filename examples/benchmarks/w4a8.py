@@ -17,6 +17,7 @@ from result_files import RESULTS, device, write_result
 from torch import Tensor
 
 from qcompile.backends.fx.kernels import int4_int8, weight_triton
+from qcompile.backends.fx.kernels.problem import Problem
 from qcompile.backends.triton.graphs import captured, in_turns
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
@@ -48,6 +49,8 @@ def measure(N: int, K: int, rows: Sequence[int]) -> list[dict[str, Any]]:
     codes = quantize(made, found)
     weight = dequantize(codes, found)
     copies = max(2, round(ROTATED / (N * K / 2)))
+    capability = torch.cuda.get_device_capability()
+    problem = Problem(N=N, K=K, weight=WEIGHT, input=None, dtype=DTYPE, device="cuda", capability=capability)
     alone, beside = (module.KERNEL.pack(codes, found, DTYPE) for module in (weight_triton, int4_int8))
     w4a16 = [{name: t.clone() for name, t in alone.items()} for _ in range(copies)]
     w4a8 = [{name: t.clone() for name, t in beside.items()} for _ in range(copies)]
@@ -69,7 +72,7 @@ def measure(N: int, K: int, rows: Sequence[int]) -> list[dict[str, Any]]:
 
         def narrow(i: int, x: Tensor = x) -> Tensor:
             packed = w4a16[i % copies]
-            y: Tensor = torch.ops.qcompile.linear_weight(x, packed["words"], packed["scales"], None, None, N, "int4")
+            y: Tensor = weight_triton.KERNEL.op(*weight_triton.KERNEL.arguments(problem, (x,), packed, None))
             return y
 
         # freed at once: what the allocator hands out next holds NaN

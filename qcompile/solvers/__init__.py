@@ -7,12 +7,13 @@ from torch import Tensor
 
 from qcompile.numerics import QParams
 from qcompile.solvers.awq import solve_awq
-from qcompile.solvers.gptq import solve_gptq
+from qcompile.solvers.gptq import DAMPING, solve_gptq
 from qcompile.solvers.hqq import solve_hqq
 from qcompile.solvers.imatrix import solve_imatrix
 from qcompile.solvers.kquant import solve_kquant
 from qcompile.solvers.moments import Moments
 from qcompile.solvers.mse import solve_mse
+from qcompile.solvers.refit import refitted
 from qcompile.solvers.round import solve_round
 from qcompile.spec import Spec
 
@@ -32,10 +33,16 @@ class InTurn(Protocol):
     def __call__(self, weight: Tensor, spec: Spec, importance: Tensor | Moments | None = None) -> QParams: ...
 
 
+def solve_gptq_refitted(weight: Tensor, spec: Spec, importance: Tensor | Moments | None = None) -> QParams:
+    """Codes of `solve_gptq`, and then the scales that fit these best."""
+    moments = Moments.of(importance, weight)
+    return refitted(weight, solve_gptq(weight, spec, moments), moments, DAMPING)
+
+
 # those that are run while the model runs with the weights before quantized
 IN_TURN: dict[str, InTurn] = {
     "awq": solve_awq,
-    "gptq": solve_gptq,
+    "gptq": solve_gptq_refitted,
     "gptq-unordered": partial(solve_gptq, ordered=False),
 }
 SOLVERS: dict[str, Solver] = {

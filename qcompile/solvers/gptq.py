@@ -7,7 +7,9 @@ stands in: scales are found beforehand, so that nothing has to be gathered at ru
 Source: Frantar 2023 (GPTQ), with the order and the static groups of its code.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from qcompile.formats import Integer
 from qcompile.numerics import QParams, code_dtype, decode, encode
 from qcompile.solvers.imatrix import solve_imatrix
-from qcompile.solvers.moments import Moments
+from qcompile.solvers.moments import Moments, upper_rows
 from qcompile.spec import ALL, Spec, Zero
 
 # of the mean of H's diagonal, added to all of it; source: the paper's percdamp
@@ -46,52 +48,113 @@ def solve_gptq(
         return replace(solve_imatrix(weight, spec), codes=torch.empty_like(weight, dtype=code_dtype(spec)))
     moments = Moments.of(importance, weight)
     found = solve_imatrix(weight, spec, moments.diagonal(damping))
-    order, upper = (part.to(weight.device) for part in moments.factored(damping, ordered=ordered))
+    order, turned = (part.to(weight.device) for part in moments.factored(damping, ordered=ordered))
     dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
-    columns = weight.to(dtype).T[order].contiguous()  # [K, N]
-    codes = _Rounding(found, len(weight)).in_turn(columns, upper.to(dtype), order, block)
+    columns = weight.T[order].to(dtype).contiguous()  # [K, N]
+    codes = _Rounding(found, order, columns, block).in_turn(columns, turned)
     return replace(found, codes=torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous())
 
 
-class _Rounding:
-    """Columns of one weight, rounded under qparams that are known."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Block:
+    """Columns [B, N] that are rounded in turn: what each is left with, and what that reads and makes.
 
-    def __init__(self, qparams: QParams, rows: int) -> None:
-        tile = qparams.spec.granularity
-        self._spec, self._levels = qparams.spec, qparams.levels
-        self._columns = tile.columns
+    upper: [B, B], of the factor.  scale, zero: [B, N], or [B, 1] of a whole tensor.  codes, errors: [B, N].
+    """
+
+    columns: Tensor
+    upper: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    codes: Tensor
+    errors: Tensor
+
+    def take(self, columns: Tensor, upper: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+        """Replace what stands here."""
+        self.columns.copy_(columns)
+        self.upper.copy_(upper)
+        self.scale.copy_(scale)
+        if self.zero is not None and zero is not None:
+            self.zero.copy_(zero)
+
+
+class _Rounding:
+    """Columns of one weight, rounded under qparams that are known.
+
+    order: which column of the weight each is.  like: columns [K, N].
+    """
+
+    def __init__(self, qparams: QParams, order: Tensor, like: Tensor, block: int) -> None:
+        tile, rows = qparams.spec.granularity, like.shape[1]
+        self._spec, self._levels, self._size = qparams.spec, qparams.levels, block
+        self._groups = order // tile.columns if tile.columns != ALL else torch.zeros_like(order)
         self._scale = _by_row(qparams.scale, tile.rows, rows)
         self._zero = None if qparams.zero is None else _by_row(qparams.zero, tile.rows, rows)
 
-    def in_turn(self, columns: Tensor, upper: Tensor, order: Tensor, block: int) -> Tensor:
-        """Codes [K, N] of columns [K, N], which are changed.  order: which column of the weight each is."""
+    def in_turn(self, columns: Tensor, turned: Tensor) -> Tensor:
+        """Codes [K, N] of columns [K, N], which are changed.  turned: as by `turned_factor`."""
         codes = torch.empty_like(columns, dtype=code_dtype(self._spec))
-        places = order.tolist()
-        for start in range(0, len(columns), block):
-            now = columns[start : start + block]
-            errors = torch.empty_like(now)
-            for i, column in enumerate(now):
-                row = upper[start + i]
-                codes[start + i], value = self._rounded(column, places[start + i])
-                torch.div(column - value, row[start + i], out=errors[i])
-                now[i + 1 :].addr_(row[start + i + 1 : start + len(now)], errors[i], alpha=-1)
-            behind = start + len(now)
-            columns[behind:].addmm_(upper[start:behind, behind:].T, errors, alpha=-1)
+        K, again = len(columns), None
+        for start in range(0, K, self._size):
+            end = min(start + self._size, K)
+            upper = upper_rows(turned, start, end).to(columns.dtype)
+            given = (columns[start:end], upper[:, : end - start], *self._parameters(start, end))
+            if again is not None and end - start == self._size:
+                done = again(*given)
+            else:
+                done = self._block(*given)
+                self._round(done)
+                again = self._recorded(done) if again is None and end + self._size <= K else again
+            codes[start:end] = done.codes
+            columns[end:].addmm_(upper[:, end - start :].T, done.errors, alpha=-1)
         return codes
 
-    def _rounded(self, column: Tensor, place: int) -> tuple[Tensor, Tensor]:
-        """Codes and values of column number `place` of the weight, as the oracle has them."""
-        group = place // self._columns if self._columns != ALL else 0
-        scale = self._scale[group]
+    def _recorded(self, block: _Block) -> Callable[..., _Block] | None:
+        """What rounds a block of that size, in one launch: each of its steps takes a GPU less time than to be launched.
+
+        None where steps are not recorded: on other devices, and of formats whose tables come from the host.
+        """
+        if block.columns.device.type != "cuda" or not isinstance(self._spec.format, Integer):
+            return None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._round(block)
+
+        def again(*given: Any) -> _Block:
+            block.take(*given)
+            graph.replay()
+            return block
+
+        return again
+
+    def _parameters(self, start: int, end: int) -> tuple[Tensor, Tensor | None]:
+        groups = self._groups[start:end]
+        return self._scale[groups], None if self._zero is None else self._zero[groups]
+
+    def _block(self, columns: Tensor, upper: Tensor, scale: Tensor, zero: Tensor | None) -> _Block:
+        codes = torch.empty_like(columns, dtype=code_dtype(self._spec))
+        errors = torch.empty_like(columns)
+        return _Block(columns=columns.clone(), upper=upper.clone(), scale=scale, zero=zero, codes=codes, errors=errors)
+
+    def _round(self, block: _Block) -> None:
+        """Codes and errors of the columns, each after what those before it leave of it."""
+        for i, column in enumerate(block.columns):
+            zero = None if block.zero is None else block.zero[i]
+            block.codes[i], value = self._rounded(column, block.scale[i], zero)
+            torch.div(column - value, block.upper[i, i], out=block.errors[i])
+            block.columns[i + 1 :].addr_(block.upper[i, i + 1 :], block.errors[i], alpha=-1)
+
+    def _rounded(self, column: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Codes and values of a column of the weight, as the oracle has them."""
         if not isinstance(self._spec.format, Integer):
             codes = encode((column / scale).float(), self._spec.format, self._levels)
             return codes, decode(codes, self._spec.format, self._levels) * scale.to(column.dtype)
-        zero = 0.0 if self._zero is None else self._zero[group]
+        point: Tensor | float = 0.0 if zero is None else zero
         if self._spec.zero is Zero.MINIMUM:
-            codes = ((column - zero) / scale).round().clamp(*self._spec.code_range)
-            return codes, codes * scale + zero
-        codes = ((column / scale).round() + zero).clamp(*self._spec.code_range)
-        return codes, (codes - zero) * scale
+            codes = ((column - point) / scale).round().clamp(*self._spec.code_range)
+            return codes, codes * scale + point
+        codes = ((column / scale).round() + point).clamp(*self._spec.code_range)
+        return codes, (codes - point) * scale
 
 
 def _by_row(parameter: Tensor, rows: int, count: int) -> Tensor:

@@ -17,9 +17,10 @@ from qcompile.errors import SpecError
 from qcompile.numerics import SMALLEST_SCALE, QParams, dequantize, over_tiles, quantize, tiles
 from qcompile.scales import keep_scale
 from qcompile.solvers.imatrix import OWN_SCALES
-from qcompile.solvers.mse import rows_of, solve_mse, step_size
+from qcompile.solvers.mse import rows_of, solve_mse
 from qcompile.solvers.round import solve_round
 from qcompile.spec import ALL, Spec, Zero
+from qcompile.steps import step_size
 
 # source of all three: the paper's code
 POWER = 0.7

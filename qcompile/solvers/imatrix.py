@@ -14,9 +14,10 @@ from qcompile.formats import Integer
 from qcompile.numerics import SMALLEST_SCALE, QParams, find_qparams
 from qcompile.scales import keep_scale
 from qcompile.solvers.kquant import solve_kquant
-from qcompile.solvers.mse import clips, solve_mse, step_size
+from qcompile.solvers.mse import clips, solve_mse
 from qcompile.solvers.round import solve_round
 from qcompile.spec import ALL, SCALES, Granularity, Spec, Zero
+from qcompile.steps import step_size
 
 # kinds of scales that do not depend on those of other tiles
 OWN_SCALES = ("fp32", "fp16", "bf16")

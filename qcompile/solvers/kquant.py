@@ -15,6 +15,7 @@ from qcompile.formats import CodeBook, Integer
 from qcompile.numerics import QParams, decode, encode, find_qparams
 from qcompile.scales import keep_minimum, keep_scale
 from qcompile.spec import ALL, SCALES, Spec, Zero
+from qcompile.steps import step_size
 
 # parts of the range that starts cover; source: ggml, whose inverse scales differ by a tenth of a code
 STARTS = tuple(1.0 + 0.025 * i for i in range(-12, 5))
@@ -52,7 +53,7 @@ def solve_kquant(weight: Tensor, spec: Spec, importance: Tensor | None = None) -
     weights = weights.float().unflatten(0, (-1, columns))
     # what is left where nothing matters
     weights = weights + 1e-6 * weights.mean().clamp(min=1e-30)
-    step = max(1, CHUNK // weight.shape[1])
+    step = max(1, step_size(weight, CHUNK) // weight.shape[1])
     found = [
         _kept(_searched(x := part.float().unflatten(1, (-1, columns)), weights, spec), x, weights, spec)
         for part in weight.split(step)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from qcompile.errors import CalibrationError
 
-# order of the columns, and the factor of the inverse in that order
+# rows or columns that are worked on at once where a whole copy of a matrix would take too much memory
+PANEL = 1024
+# order of the columns, and the factor of the inverse in that order, turned around
 _Factored = tuple[Tensor, Tensor]
 
 
@@ -49,10 +51,13 @@ class Moments:
     def snr_db(self, weight: Tensor, values: Tensor) -> float:
         """Signal-to-noise ratio in dB of outputs when `values` stand for the weight; both [N, K]."""
         matrix = self.matrix.to(weight.device, torch.float32)
-        signal, noise = (
-            float(((part @ matrix) * part).double().sum()) for part in (weight.float(), values.float() - weight.float())
-        )
-        return 10 * log10(signal / noise) if signal > 0 and noise > 0 else inf
+        signal = noise = torch.zeros((), dtype=torch.float64, device=weight.device)
+        for true, rounded in zip(weight.split(PANEL), values.split(PANEL), strict=True):
+            part = true.float()
+            apart = rounded.float() - part
+            signal = signal + ((part @ matrix) * part).double().sum()
+            noise = noise + ((apart @ matrix) * apart).double().sum()
+        return 10 * log10(float(signal / noise)) if signal > 0 and noise > 0 else inf
 
     def diagonal(self, damping: float) -> Tensor:
         """What each column costs, 1 in the mean, and `damping` more; float64 [K].
@@ -64,7 +69,7 @@ class Moments:
         return torch.where(mean == 0, 1.0, found / mean) + damping
 
     def factored(self, damping: float, *, ordered: bool) -> _Factored:
-        """Order of the columns, int64 [K], and `inverse_factor` of the moments in that order, float64 [K, K].
+        """Order of the columns, int64 [K], and `turned_factor` of the moments in that order, float64 [K, K].
 
         damping: added to the diagonal, as to `diagonal`.  ordered: largest diagonal first, else as they stand.
         Kept: it is made at the first call.  Raises CalibrationError if the moments are not positive definite.
@@ -76,28 +81,55 @@ class Moments:
             if ordered:
                 # stable, so that columns that are alike stay as they stand
                 order = diagonal.argsort(descending=True, stable=True)
-            hessian = self.matrix[order][:, order].double()
-            mean = hessian.diagonal().mean()
-            hessian /= torch.where(mean == 0, 1.0, mean)
-            hessian.diagonal().copy_(diagonal[order])
-            self._factored[key] = order, inverse_factor(hessian)
+            self._factored[key] = order, turned_factor(self._hessian(order.flip(0), diagonal))
         return self._factored[key]
 
+    def _hessian(self, order: Tensor, diagonal: Tensor) -> Tensor:
+        """The moments in another order of channels, with a mean diagonal of 1 and then this one, float64 [K, K]."""
+        mean = self.matrix.diagonal().double().mean()
+        hessian = torch.empty(self.matrix.shape, dtype=torch.float64, device=self.matrix.device)
+        for to, rows in zip(hessian.split(PANEL), order.split(PANEL), strict=True):
+            to.copy_(self.matrix[rows][:, order])
+        hessian /= torch.where(mean == 0, 1.0, mean)
+        hessian.diagonal().copy_(diagonal[order])
+        return hessian
 
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper triangular U with H^-1 = U^T U.  hessian: H, float64 [K, K].
 
-    From the Cholesky factor of H turned around, whose inverse is as good as the factor; that of H^-1 squares errors.
-    Raises CalibrationError if H is not positive definite.
+def turned_factor(hessian: Tensor) -> Tensor:
+    """The lower triangular L^-1 of H = L L^T, float64 [K, K], in the place of H, which is given up.
+
+    Of H turned around, it is the upper triangular U with H^-1 = U^T U turned around (`upper_rows`). It is as good as L;
+    a factor of H^-1 would have squared its errors.  Raises CalibrationError if H is not positive definite.
     """
-    turned, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    # as LAPACK has it, so that nothing is copied
+    lower, failed = hessian.mT, hessian.new_empty((), dtype=torch.int32)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
     if int(failed):
         raise CalibrationError(
             f"the second moments {list(hessian.shape)} of an input are not positive definite, as NaN or Inf among them "
             "or too few rows make them: calibrate with more batches that the float model gives finite values for"
         )
-    upper = turned.flip(0, 1)
-    del turned
-    unit = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-    # a matrix of many channels is large: the inverse takes the place of the unit
-    return torch.linalg.solve_triangular(upper, unit, upper=True, out=unit)
+    _invert(lower)
+    return lower
+
+
+def upper_rows(turned: Tensor, start: int, end: int) -> Tensor:
+    """Rows of U from the diagonal on, [end - start, K - start], of what `turned_factor` gave."""
+    K = len(turned)
+    return turned[K - end : K - start, : K - start].flip(0, 1)
+
+
+def _invert(lower: Tensor) -> None:
+    """Put the inverse of a lower triangular matrix in its place, without a copy: one of many channels is large."""
+    if len(lower) <= PANEL:
+        unit = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, unit, upper=False))
+        return
+    half = len(lower) // 2
+    first, last, between = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    _invert(first)
+    _invert(last)
+    for columns in between.split(PANEL, 1):
+        columns.copy_(last @ columns)
+    for rows in between.split(PANEL):
+        rows.copy_(rows @ first).neg_()

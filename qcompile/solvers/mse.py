@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qcompile.numerics import QParams, dequantize, find_qparams, qparams_of_range, quantize, tiles
 from qcompile.spec import ALL, SCALES, Spec
+from qcompile.steps import step_size
 
 # six candidates an octave; above 1, rounding may be better centred
 COARSE = tuple(1.2 * 2 ** (-i / 6) for i in range(25))
@@ -23,8 +24,6 @@ FINE = tuple(2 ** (i / 18) for i in (-2, -1, 1, 2))
 POWERS_OF_TWO = tuple(2.0**i for i in (1, 0, -1, -2, -3, -4))
 # elements of one step of the search, so that its passes find them in a cache
 CHUNK = 2**18
-# on a GPU, where to launch a pass over less takes longer than the pass
-LAUNCHED = 2**24
 
 
 def solve_mse(weight: Tensor, spec: Spec, importance: Tensor | None = None) -> QParams:
@@ -97,11 +96,6 @@ def _weighed(errors: Tensor, importance: Tensor | None) -> Tensor:
         return errors.square() if importance is None else errors.square() * importance
     blocks = errors.unflatten(1, importance.shape[:2]).transpose(0, 1)  # [K / c, rows, c]
     return (blocks @ importance * blocks).transpose(0, 1).flatten(1)
-
-
-def step_size(weight: Tensor, chunk: int) -> int:
-    """Elements of one step over a weight; chunk: on the CPU."""
-    return LAUNCHED if weight.is_cuda else chunk
 
 
 def rows_of(qparams: QParams, rows: slice) -> QParams:

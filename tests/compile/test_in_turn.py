@@ -23,8 +23,7 @@ from qcompile.pipeline import quantize
 from qcompile.plan import Plan
 from qcompile.recipe import Recipe, Rule
 from qcompile.smooth import parse_smooth
-from qcompile.solvers import IN_TURN
-from qcompile.solvers.gptq import solve_gptq
+from qcompile.solvers import IN_TURN, solve_gptq_refitted
 from qcompile.spec import parse_spec
 from tests.compile.test_importance import HIDDEN, WIDTH, Net, calibrated, codes, data, run, trained
 from tests.compile.test_sequential import SPEC, chosen, gptq
@@ -39,7 +38,7 @@ def net() -> Net:
 
 def solved_by_hand(weight: Tensor, x: Tensor, spec: str = SPEC) -> tuple[Tensor, Tensor]:
     """Codes and values."""
-    found = solve_gptq(weight, parse_spec(spec), x.t() @ x / len(x))
+    found = solve_gptq_refitted(weight, parse_spec(spec), x.t() @ x / len(x))
     return found.codes, dequantize(found.codes, found)
 
 

@@ -21,7 +21,7 @@ from qcompile.pipeline import quantize
 from qcompile.plan import Plan, make_plan
 from qcompile.recipe import Recipe, Rule, recipe_from_table
 from qcompile.sites import find_sites
-from qcompile.solvers.gptq import solve_gptq
+from qcompile.solvers import solve_gptq_refitted
 from qcompile.spec import Spec, parse_spec
 from tests.compile.test_importance import HIDDEN, WIDTH, Net, calibrated, codes, data, run, trained
 from tests.families import FAMILIES, build, tokens
@@ -55,7 +55,7 @@ def by_hand(net: Net, batches: list[Tensor], weight: str, given: Spec | None = N
         moments = torch.zeros(k, k)
         for x in inputs:
             moments.addmm_(x.t(), x)
-        found = solve_gptq(linear.weight, parse_spec(weight), moments / sum(len(x) for x in inputs))
+        found = solve_gptq_refitted(linear.weight, parse_spec(weight), moments / sum(len(x) for x in inputs))
         return found.codes, dequantize(found.codes, found)
 
     normed = [read(net.norm(x)) for x in batches]
@@ -154,9 +154,10 @@ def test_padding_is_not_counted(side: str) -> None:
     bare, found = (
         chosen(qcompile.calibrate(model, [batch], "gptq4", progress=False)) for batch in ({"input_ids": ids}, padded)
     )
-    for name, tensor in bare.items():
-        # a code that lies between two moves those behind it; padding that counts moves a fifth of all codes and more
-        assert (found[name] == tensor).float().mean() > 0.9
+    alike = torch.stack([(found[name] == tensor).float().mean() for name, tensor in bare.items()])
+    # a code or a scale that lies between two moves codes behind it; padding that counts moves two fifths of all
+    assert alike[0] > 0.99
+    assert alike.mean() > 0.85
 
 
 @pytest.mark.usefixtures("graphs_only")
@@ -281,7 +282,46 @@ def test_batches_may_take_ways_of_their_own() -> None:
     for x in batches:
         y = model.norm(x) * (1 if len(x) < 100 else 2)
         moments.addmm_(y.t(), y)
-    assert torch.equal(chosen(plan)["up"], solve_gptq(model.up.weight, parse_spec(SPEC), moments / 439).codes)
+    assert torch.equal(chosen(plan)["up"], solve_gptq_refitted(model.up.weight, parse_spec(SPEC), moments / 439).codes)
+
+
+class Again(nn.Module):
+    """Two of its three linears are called again when the weights of both are solved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = self.second(torch.tanh(self.first(x)))
+        return self.last(x)
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+@torch.no_grad()
+def test_a_site_that_is_called_again_has_the_same_weight(coarse: bool) -> None:
+    model, x = Again().eval(), data()
+    rules = (Rule(match="first", weight=parse_spec("int2/channel")), *gptq().rules)
+    plan = calibrated(model, Recipe(name="r", rules=rules[not coarse :]), x)
+
+    def solved(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+        found = solve_gptq_refitted(
+            linear.weight, parse_spec(SPEC), torch.zeros(WIDTH, WIDTH).addmm_(x.t(), x) / len(x)
+        )
+        return found.codes, dequantize(found.codes, found)
+
+    expected, first = {}, fake_quantize(model.first.weight, parse_spec("int2/channel"))
+    if not coarse:
+        expected["first"], first = solved(model.first, x)
+    hidden = torch.tanh(F.linear(x, first))
+    expected["second"], second = solved(model.second, hidden)
+    y = F.linear(torch.tanh(F.linear(F.linear(hidden, second), first)), second)
+    expected["last"], _ = solved(model.last, y)
+    found = chosen(plan)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 class Shaky(Net):

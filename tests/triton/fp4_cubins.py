@@ -8,6 +8,7 @@ from qcompile.backends.triton import fp4_linear as linear
 from qcompile.backends.triton.fp4_gemm import fp4_kernel
 from qcompile.backends.triton.fp4_table import Config, Tiles
 from qcompile.backends.triton.fp4_unpack import WARPS, unpack_kernel
+from qcompile.backends.triton.groups import REGISTERS
 from tests.triton.compiled import NAMES, compiled, described
 
 
@@ -27,5 +28,5 @@ def kernel(config: Config, capability: int, dtype: torch.dtype, mantissa: int, *
         "scale_w": "*fp32",
     }
     constants = linear.constants(config, mantissa, whole=whole)
-    options = {"num_warps": linear.WARPS}
+    options = REGISTERS[config.resident].options
     return compiled(GluonASTSource, fp4_kernel, given, constants, capability, options)

@@ -4,6 +4,7 @@ import torch
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from qcompile.backends.triton import int4_int8_linear as linear
+from qcompile.backends.triton.groups import REGISTERS
 from qcompile.backends.triton.int4_int8_gemm import int4_int8_kernel
 from qcompile.backends.triton.int4_int8_table import Int4Int8Tiles
 from tests.triton.compiled import NAMES, compiled, described
@@ -32,6 +33,6 @@ def cubin(tiles: Int4Int8Tiles, dtype: torch.dtype, groups: int, *, wide: bool, 
     given |= {"zero": "*fp32", "bias": f"*{name}"} if full else {}
     constants = {} if full else {"zero": None, "bias": None}
     constants |= linear.constants(tiles, groups, wide=wide, whole=whole)
-    kernel = compiled(GluonASTSource, int4_int8_kernel, given, constants, 90, {"num_warps": linear.WARPS})
+    kernel = compiled(GluonASTSource, int4_int8_kernel, given, constants, 90, REGISTERS[tiles.resident].options)
     assert kernel.metadata.shared <= SHARED
     return kernel.asm["cubin"]

@@ -137,6 +137,8 @@ CASES: dict[str, tuple[Callable[..., Any], nn.Module, str, bool, bool]] = {
     "gelu": (lambda x, y, norm: F.gelu(x), nn.Identity(), "gelu", False, False),
     "gelu, tanh": (lambda x, y, norm: F.gelu(x, approximate="tanh"), nn.Identity(), "gelu_tanh", False, False),
     "gelu gate": (lambda x, y, norm: nn.GELU("tanh")(x) * y, nn.Identity(), "gelu_tanh", True, False),
+    "an input": (lambda x, y, norm: x, nn.Identity(), "nothing", False, False),
+    "a linear": (lambda x, y, norm: F.linear(x, y[0, :1].expand(K, K)), nn.Identity(), "nothing", False, False),
     "two active": (lambda x, y, norm: F.silu(x) * F.silu(y), nn.Identity(), "silu", True, False),
 }
 
@@ -163,7 +165,6 @@ def test_attention_without_what_surrounds_it() -> None:
 @pytest.mark.parametrize(
     "before",
     [
-        pytest.param(lambda x, y, norm: x, id="nothing before"),
         pytest.param(lambda x, y, norm: x * y, id="another op"),
         pytest.param(lambda x, y, norm: torch.relu(x) * y, id="another activation"),
         pytest.param(lambda x, y, norm: F.gelu(x) * y, id="exact gelu times a gate, not measured"),
@@ -236,8 +237,8 @@ def test_a_lowered_gate_is_read_where_it_lies() -> None:
     lower(graph, Target(device="cuda", capability=HOPPER), JoinedPacks())
     text = graph_text(graph)
     assert "aten.clone" not in text
-    assert text.count("quantize_rows") == 1
-    (node,) = (n for n in graph.module.graph.nodes if n.target is QUANTIZE_ROWS)
+    assert text.count("quantize_rows") == 2
+    _, node = (n for n in graph.module.graph.nodes if n.target is QUANTIZE_ROWS)
     assert [operand.target for operand in node.args[:2]] == [torch.ops.aten.slice.Tensor] * 2
     # the matmul takes codes with a zero as int8
     assert node.args[7] == 128

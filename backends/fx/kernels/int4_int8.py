@@ -64,7 +64,8 @@ def _linear_int4_int8(
     dtype: torch.dtype,
 ) -> Tensor:
     N = sums.shape[0]
-    if zero is not None:
+    # a kernel that quantizes may have taken the offset off already
+    if codes.dtype is torch.uint8:
         codes = (codes.float() - int8.OFFSET).to(torch.int8)
     y = torch.ops.qcompile.int4_int8_mm(
         codes.reshape(-1, codes.shape[-1]),
