@@ -1,20 +1,22 @@
 """A decoder on a GPU under each recipe, beside torch.compile of its bfloat16 original: decoding and prefill.
 
-    python examples/benchmarks/decoder_cuda.py [--recipes NAME ...] [--check]
+    python examples/benchmarks/decoder_cuda.py [--recipes NAME ...]
 
 Layers of Llama-3.1-8B's shapes with random weights, without embeddings and logits. Decoding: one token for each of 1,
 16 and 64 sequences that have 1024 tokens in their caches; prefill: one sequence of 2048 tokens. Recipes run without
 what they find on data: shifts, formats, clipped scales; but budgets are spent as the prefill's data shows. Every
 recipe's results are compared with those of its own Q/DQ graph, and both with the float model's, on two layers, before
-anything is timed. Times are those of replayed CUDA graphs, the candidates in turns; weights are larger than the card's
-second-level cache by far. --check times nothing; what it compiles, later runs find in caches, so several such runs at
-once, of a recipe each, save time.
+anything is timed, in a process of each recipe's own. Times are those of replayed CUDA graphs, the candidates in turns;
+weights are larger than the card's second-level cache by far.
 Writes examples/benchmarks/results/decoder_cuda.json.
 """
 
 import argparse
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -149,7 +151,7 @@ def compiled(model: Decoder, name: str, **options: Any) -> Callable[..., Tensor]
     bare = replace(recipe, rules=rules)
     if bare.budgets:
         # the same data every time, so that the fast graph and its reference follow one plan
-        with torch.random.fork_rng(devices=["cuda"]):
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
             torch.manual_seed(0)
             prefill = _shape("prefill", 1, PREFILL, 0, [])
         options |= {"plan": qcompile.calibrate(model, [prefill.inputs], bare, progress=False)}
@@ -158,6 +160,7 @@ def compiled(model: Decoder, name: str, **options: Any) -> Callable[..., Tensor]
     return torch.compile(model, dynamic=False, backend="qcompile", options=options)
 
 
+@torch.no_grad()
 def check(name: str) -> dict[str, float]:
     """The largest relative differences from the recipe's Q/DQ graph and, of both, from the float model.
 
@@ -177,6 +180,13 @@ def check(name: str) -> dict[str, float]:
         now = {"difference": off, "error": error, "error_of_qdq": of_qdq}
         worst = {key: max(worst[key], round(value, 5)) for key, value in now.items()}
     return worst
+
+
+def checks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`check` of each recipe by name, side by side, as most of it is compiling."""
+    workers = min(len(names), (os.cpu_count() or 2) // 2)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return {name: dict(found) for name, found in zip(names, pool.map(check, names), strict=True)}
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
@@ -216,14 +226,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
-    parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
     torch._dynamo.config.recompile_limit = 64
     rows: dict[str, dict[str, Any]] = {FLOAT: {}}
+    rows |= checks(given.recipes)
     with torch.no_grad():
-        rows |= {name: dict(check(name)) for name in given.recipes}
-        if given.check:
-            return
         calls: dict[str, Callable[..., Tensor]] = {}
         given_shapes = shapes(given.layers)
         graphs: dict[str, list[torch.cuda.CUDAGraph]] = {shape.name: [] for shape in given_shapes}

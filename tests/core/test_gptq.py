@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import CalibrationError, SpecError
-from qcompile.numerics import QParams, dequantize, quantize
+from qcompile.numerics import QParams, dequantize, on_device, quantize
 from qcompile.solvers import SOLVERS
-from qcompile.solvers.gptq import solve_gptq
+from qcompile.solvers.gptq import _Rounding, solve_gptq
 from qcompile.solvers.moments import PANEL, turned_factor, upper_rows
 from qcompile.spec import parse_spec
 from tests.core.test_solvers import SPECS, weight
@@ -138,3 +138,21 @@ def test_codes_are_of_one_tensor_alone() -> None:
     found = solve_gptq(weight(rows=ROWS, columns=K), parse_spec("int4/channel"), moments())
     with pytest.raises(SpecError, match=r"codes of a tensor \[24, 96\], got \[3, 96\]"):
         quantize(weight(rows=3, columns=K), found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", ["int4/g128/asym/bf16", "int3/channel", "int4/g32/min/fp16", "nf4/g64"])
+@pytest.mark.parametrize("k", [5 * 128, 5 * 128 + 64])
+def test_recorded_blocks_round_as_others_do(text: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, h, spec = weight(rows=200, columns=k).cuda(), moments(k=k).cuda(), parse_spec(text)
+    if k % (spec.granularity.columns or 1):
+        pytest.skip(f"groups of {spec} do not divide {k}")
+    found = solve_gptq(x, spec, h)
+    monkeypatch.setattr(_Rounding, "_recorded", lambda *_: None)
+    plain = solve_gptq(x, spec, h)
+    assert found.codes is not None
+    assert torch.equal(found.scale, plain.scale)
+    assert torch.equal(found.codes, plain.codes)
+    x, h = x.cpu(), h.cpu()
+    elsewhere = replace(on_device(plain, x.device), codes=plain.codes.cpu())
+    assert cost(x, elsewhere, h) == pytest.approx(cost(x, solve_gptq(x, spec, h), h), rel=0.05)
