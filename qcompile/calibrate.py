@@ -46,8 +46,8 @@ def calibrate(
         data and recipe goes on where one before it was interrupted; it may be removed when that is done.
     The model runs in eval mode without gradients; its training flags are as before afterwards. For GPTQ it runs twice,
     the second time on all batches side by side, one weight after the other quantized: what lies between two of its
-    layers is then held for all of them. For `objective = "fisher"` it runs twice, too, once with gradients: a batch
-    then takes as much memory as a step of training. Both hold all batches.
+    layers is then held for all of them, in host memory if the model is on a GPU. For `objective = "fisher"` it runs
+    twice, too, once with gradients: a batch then takes as much memory as a step of training. Both hold all batches.
     Raises CalibrationError without batches, without sites, or if an activation is NaN or Inf; WeightError if a
     parameter has no values; and what `make_plan` and `parse_recipe` raise.
     """

@@ -65,12 +65,6 @@ OTHERS: dict[str, tuple[Rule, ...]] = {
         )
         for bits in (2.5, 3, 4.25)
     },
-    **{
-        f"mixed/{bits:g} in blocks, GPTQ, act-order": (
-            Rule(weight=TYPES["Q4_K"].spec, solver="gptq", budget=Budget(amount=bits)),
-        )
-        for bits in (3, 4.25)
-    },
 }
 
 

@@ -2,7 +2,7 @@
 
 codes int8 (or uint8, with zero) [..., K], scale and zero float32 [..., 1] or []; words, scales and sums as
 `qcompile.backends.triton.int4_int8_words` packs them. Products of codes are summed exactly, in int32, group by group;
-what quantizes before is plain torch, which Inductor fuses with its neighbours; M is known to the opaque op alone.
+M is known to the opaque op alone.
 """
 
 from collections.abc import Mapping

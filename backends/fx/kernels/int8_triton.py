@@ -1,7 +1,7 @@
 """W8A8 on integer units as one Triton kernel, dequantization, bias and outlier channels included.
 
 Operands and packs as for `int8`, and of a split linear: x_tail [..., n], weight_tail [n, N], both in the dtype of y.
-What quantizes before is plain torch, which Inductor fuses with its neighbours; M is known to the opaque op alone.
+M is known to the opaque op alone.
 """
 
 from collections.abc import Mapping
