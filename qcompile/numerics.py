@@ -17,7 +17,7 @@ from torch import Tensor
 from qcompile.codebooks import learned_levels
 from qcompile.errors import SpecError
 from qcompile.formats import CodeBook, Float, Integer, code_values
-from qcompile.scales import keep_minimum, keep_scale
+from qcompile.scales import keep_minimum, keep_scale, over
 from qcompile.spec import ALL, Granularity, Spec, Zero
 
 # smallest normal float32: what is below may be flushed to zero
@@ -112,12 +112,12 @@ def qparams_of_range(low: Tensor, high: Tensor, spec: Spec, *, clip: Tensor | fl
     """
     if spec.symmetric:
         amax = torch.maximum(high, -low)
-        scale = _over(clip * amax, -spec.code_range[0] if spec.zero is Zero.FULL else spec.format.max)
+        scale = over(clip * amax, -spec.code_range[0] if spec.zero is Zero.FULL else spec.format.max)
     else:
         # 0 belongs to the range, so that padding and dead weights stay exactly 0
         low = low.clamp(max=0.0)
         amax = high.clamp(min=0.0) - low
-        scale = _over(clip * amax, spec.code_range[1])
+        scale = over(clip * amax, spec.code_range[1])
     scale = torch.where(scale == 0, 1.0, scale.clamp(min=SMALLEST_SCALE))
     if spec.zero is Zero.FULL:
         # the end that reaches further gets the code that the other lacks
@@ -128,11 +128,6 @@ def qparams_of_range(low: Tensor, high: Tensor, spec: Spec, *, clip: Tensor | fl
         return QParams(spec=spec, scale=scale, zero=minimum, stored=stored | more)
     zero = None if spec.symmetric else (-clip * low / scale).round().clamp(*spec.code_range)
     return QParams(spec=spec, scale=scale, zero=zero, stored=stored)
-
-
-def _over(x: Tensor, number: float) -> Tensor:
-    """x / number, also on CUDA, where eager torch multiplies with the rounded inverse of a Python number."""
-    return x / torch.full((), number, dtype=x.dtype, device=x.device)
 
 
 def _element_max(spec: Spec) -> float:

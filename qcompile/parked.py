@@ -3,7 +3,8 @@
 The functions that a batch runs are told, and what they made is known by its storage, weakly, so that it dies as it
 would. A parked storage is empty and its tensors are as they were: views need no care, and all of them are whole once it
 is filled again. Only what a function made anew is parked. What one returns of its arguments, as views and in-place
-functions do, was there before: it belongs to the batch that made it, or to the model or the user, and stays.
+functions do, was there before: it belongs to the batch that made it, or to the model or the user, and stays. So does
+what modules keep: another batch may read it by code that tells nobody, as TorchScript and C++ extensions do.
 """
 
 from collections.abc import Collection, Iterator
@@ -13,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, UntypedStorage
+from torch import Tensor, UntypedStorage, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 # bytes of a storage; to move less costs more time than the memory is worth
@@ -35,9 +36,11 @@ class Parked:
     while it is known here.
     """
 
-    def __init__(self, devices: Collection[str] = ("cuda",), *, smallest: int = SMALLEST) -> None:
-        """devices: types of those whose memory is freed.  smallest: see `SMALLEST`."""
-        self._devices, self._smallest = frozenset(devices), smallest
+    def __init__(
+        self, model: nn.Module | None = None, devices: Collection[str] = ("cuda",), *, smallest: int = SMALLEST
+    ) -> None:
+        """model: which the batches run.  devices: types of those whose memory is freed.  smallest: see `SMALLEST`."""
+        self._model, self._devices, self._smallest = model, frozenset(devices), smallest
         self._made: dict[int, dict[int, StorageWeakRef]] = {}
         self._parked: dict[int, _Copy] = {}
 
@@ -47,6 +50,10 @@ class Parked:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for batch in list(self._made):
             self.bring_back(batch)
+        if "cuda" in self._devices and torch.cuda.is_initialized():
+            # locked host memory is kept for the next who asks for some; nobody does
+            torch.cuda.synchronize()
+            torch._C._host_emptyCache()
 
     def made(self, batch: int, result: Any, given: Any) -> None:
         """A function gave this batch its result for what it was given, both in lists, tuples and dicts or alone."""
@@ -75,16 +82,21 @@ class Parked:
         living = {key: storage for key, ref in mine.items() if (storage := _alive(ref)) is not None}
         self._made[batch] = {key: mine[key] for key in living}
         _finish({storage.device for storage in living.values()})
+        kept = self._kept_by_modules()
         for key, storage in living.items():
-            if not storage.nbytes():
-                # the model itself gave it up
+            if not storage.nbytes() or key in kept:
+                # the model itself gave it up, or has it for others
                 continue
-            pinned = storage.device.type == "cuda"
-            host = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu", pin_memory=pinned)
+            host = _host_memory(storage)
             # waits until it is there: the memory may go to any stream
             host.untyped_storage().copy_(storage)
             self._parked[key] = _Copy(batch=batch, host=host)
             storage.resize_(0)
+
+    def _kept_by_modules(self) -> set[int]:
+        modules = () if self._model is None else self._model.modules()
+        tensors = (tensor for module in modules for tensor in _tensors(vars(module)))
+        return {storage._cdata for storage in map(_storage, tensors) if storage is not None}
 
     def bring_back(self, batch: int) -> None:
         """The batch goes on: what it made and still holds is whole again."""
@@ -152,6 +164,16 @@ def _storage(tensor: Tensor) -> UntypedStorage | None:
         # inside vmap, which puts tensors into others
         inside = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         return _storage(torch._C._functorch.get_unwrapped(tensor)) if inside else None
+
+
+def _host_memory(storage: UntypedStorage) -> Tensor:
+    """As many bytes, uint8; locked where a GPU copies to them, if the system lets so many be."""
+    if storage.device.type == "cuda":
+        try:
+            return torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu", pin_memory=True)
+        except RuntimeError:
+            pass
+    return torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu")
 
 
 def _finish(devices: Collection[torch.device]) -> None:

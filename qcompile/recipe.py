@@ -58,7 +58,7 @@ class Rule:
     # by which error `format = "float"` and its shift are chosen: one of OBJECTIVES; inputs go by the output's where
     # weights go by their own
     objective: str = OUTPUT
-    # what the weights of the sites may cost or err together: each gets integers of a width of its own for it
+    # what the weights of the sites may cost or err together: each gets integers of a width of its own for it, or NF4
     budget: Budget | None = None
     # of a convolution's result, and of what is added to it: where one kernel reads the codes that another made
     output: Spec | None = None

@@ -25,6 +25,11 @@ _NOT_FINITE = 255
 DOUBLE_BLOCK = 256
 
 
+def over(x: Tensor, number: float) -> Tensor:
+    """x / number, also on CUDA, where eager torch multiplies with the rounded inverse of a Python number."""
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
+
+
 def keep_scale(
     scale: Tensor, kind: str, amax: Tensor, element_max: float, clip: Tensor | float = 1.0
 ) -> tuple[Tensor, Stored]:
@@ -111,7 +116,7 @@ def _restore_power_of_two(stored: Stored) -> Tensor:
 
 def _under_tensor_scale(scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float) -> tuple[Tensor, Stored]:
     top = amax.amax()
-    outer = torch.where(top == 0, 1.0, (top / (_E4M3 * element_max)).clamp(min=torch.finfo(torch.float32).tiny))
+    outer = torch.where(top == 0, 1.0, over(top, _E4M3 * element_max).clamp(min=torch.finfo(torch.float32).tiny))
     # a block far below the tensor's largest keeps the smallest scale there is, rather than none
     inner = (scale / outer).clamp(_E4M3_SMALLEST, _E4M3).to(torch.float8_e4m3fn)
     stored = {"code": inner.view(torch.uint8), "outer": outer}
@@ -165,7 +170,7 @@ def _integers(kind: ScaleKind, values: Tensor, *, least: int) -> tuple[Tensor, S
     largest = together.gather(-1, together.abs().argmax(-1, keepdim=True)).squeeze(-1)
     low, high = integer_range(kind)
     # the largest magnitude is the integer that is furthest from 0; of zeros alone, no negative one
-    outer, stored = _KEEP["fp16"](largest / (low or high) + 0.0, largest, 1.0, 1.0)
+    outer, stored = _KEEP["fp16"](over(largest, low or high) + 0.0, largest, 1.0, 1.0)
     exact = together / outer[..., None]
     codes = exact.round().clamp(low, high)
     sign = torch.where(exact < 0, -1.0, 1.0)

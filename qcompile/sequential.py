@@ -135,7 +135,9 @@ class _Run:
         self._divided, self._kept, self._sites = divided, kept, seen.sites
         scales = {name: scale_before(name, plan.folds) for name in plan.decisions}
         self._scales = {name: scale for name, scale in scales.items() if scale is not None}
-        self.parked = Parked()
+        self.parked = Parked(model)
+        # of weights that are solved alone: scales, and no codes, as those of all weights are half as large as the model
+        self._alone: dict[str, QParams] = {}
         # of sites between two that are solved: all batches pass them one after the other
         self._values: dict[str, Tensor] = {}
 
@@ -196,11 +198,15 @@ class _Run:
         return self._values[name]
 
     def _qparams(self, decision: Decision, weight: Tensor) -> QParams:
-        """Of a weight; not kept, as the codes of all weights are half as large as the model."""
         if decision.name in self.solved:
             return self.solved[decision.name].read(weight.device)
-        assert decision.weight is not None
-        return SOLVERS[decision.solver](weight, decision.weight, decision.importance)
+        if decision.name not in self._alone:
+            assert decision.weight is not None
+            qparams = SOLVERS[decision.solver](weight, decision.weight, decision.importance)
+            if qparams.codes is not None:
+                return qparams
+            self._alone[decision.name] = qparams
+        return self._alone[decision.name]
 
     def _folded(self, name: str, weight: Tensor) -> Tensor:
         """The weight as `fold_smooth` leaves it."""
@@ -230,7 +236,9 @@ class _Run:
         decision, weight = self._plan.decisions[name], self._folded(name, self._sites[name].weight)
         assert decision.weight is not None
         try:
-            qparams = IN_TURN[decision.solver](weight, decision.weight, moments)
+            # whatever the caller runs the model under
+            with torch.autocast(weight.device.type, enabled=False):
+                qparams = IN_TURN[decision.solver](weight, decision.weight, moments)
         except CalibrationError as e:
             e.add_note(f"while solving the weight of {name!r}")
             raise

@@ -1,4 +1,4 @@
-"""FUSE: a quantization that finds its scales while running, and the norm or activation before it, become one op."""
+"""FUSE: a quantization that finds its scales while running becomes one op, with the norm or activation before it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,8 @@ _TAKES_NARROW: dict[object, tuple[int, int | None]] = {
 }
 # matmuls that take integers with a zero as int8, less OFFSET, too
 _TAKES_OFFSET = (torch.ops.qcompile.linear_int8_triton.default, torch.ops.qcompile.linear_int4_int8.default)
-# made by kernels that are not Inductor's, or before the graph runs
+# made by kernels that are not Inductor's, or before the graph runs; those of linears that are quantized end in sums and
+# casts of Inductor's
 _IN_MEMORY = (Op.INPUT, Op.ATTENTION, Op.LINEAR)
 
 
@@ -52,7 +53,7 @@ class _Before:
 
 
 def fuse(graph: FxGraph, capability: tuple[int, int]) -> int:
-    """Replace quantizations after norms and activations for a CUDA device; returns how many."""
+    """Replace quantizations after norms, activations and what stands in memory, on CUDA; returns how many."""
     edits = 0
     for value in list(graph.values()):
         if is_call(value, ops.QUANTIZE_DYNAMIC):

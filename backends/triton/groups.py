@@ -30,5 +30,4 @@ class Registers:
 REGISTERS = {
     1: Registers(multiplying=232, copying=40),
     2: Registers(multiplying=104, copying=24, launched=80),
-    3: Registers(multiplying=72, copying=24, launched=56),
 }

@@ -94,7 +94,7 @@ def constants(tiles: Int4Int8Tiles, groups: int, *, wide: bool, whole: bool) -> 
         "UNITS": UNITS,
         "PIECES": tiles.tokens // piece,
         "WIDTH": width,
-        "STAGES": min(tiles.stages, (SHARED - results) // stage),
+        "STAGES": min(tiles.stages, (SHARED // tiles.resident - results) // stage),
         "ROWS": ROWS_OF_TILES,
         "GROUPS": groups,
         "WIDE": wide,

@@ -54,6 +54,7 @@ CHOICES: Mapping[type, Mapping[str, tuple[int, ...]]] = {
         "stages": (4, 5, 6, 8, 10, 12, 16),
         "slices": (1, 2, 4, 8),
         "pending": (0, 1),
+        "resident": (1, 2),
     },
 }
 

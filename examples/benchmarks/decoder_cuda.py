@@ -38,6 +38,8 @@ RECIPES = ("int4-weight", "fp8", "int8", "w4a8", "fp4-a8", "fp4-token", "mixed/3
 # floats of 8 bits differ by a step of 6 %, results must be as near to those of the float model as the Q/DQ graph's
 ROUNDED, AS_NEAR = 3e-2, 1.05
 CHECKED_LAYERS = 2
+# of one function that torch compiles at most, before it runs it as it is
+VARIANTS = 64
 
 
 Cache = tuple[Tensor, Tensor]
@@ -166,6 +168,7 @@ def check(name: str) -> dict[str, float]:
 
     Raises SystemExit where rounding explains neither.
     """
+    torch._dynamo.config.recompile_limit = VARIANTS
     model, worst = decoder(CHECKED_LAYERS), {"difference": 0.0, "error": 0.0, "error_of_qdq": 0.0}
     fast, reference = compiled(model, name), compiled(model, name, lower=False)
     for shape in shapes(CHECKED_LAYERS):
@@ -184,7 +187,7 @@ def check(name: str) -> dict[str, float]:
 
 def checks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """`check` of each recipe by name, side by side, as most of it is compiling."""
-    workers = min(len(names), (os.cpu_count() or 2) // 2)
+    workers = max(1, min(len(names), (os.cpu_count() or 1) // 2))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         return {name: dict(found) for name, found in zip(names, pool.map(check, names), strict=True)}
 
@@ -227,7 +230,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     given = parser.parse_args()
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.recompile_limit = VARIANTS
     rows: dict[str, dict[str, Any]] = {FLOAT: {}}
     rows |= checks(given.recipes)
     with torch.no_grad():

@@ -156,10 +156,15 @@ def main() -> None:
         "injected_channels": channels,
     }
     path = given.result or RESULTS / f"fp4_{given.device}.json"
-    for part, names in PARTS.items():
+    wanted = {
+        part: [name for name in names if any(fnmatchcase(name, glob) for glob in given.rows.split("|"))]
+        for part, names in PARTS.items()
+    }
+    if not any(wanted.values()):
+        raise SystemExit(f"no row is called {given.rows!r}; there are {', '.join([*RECIPES, *LEVELS])}")
+    for part, names in wanted.items():
         model = injected if part == "injected" else data.model
-        wanted = [name for name in names if any(fnmatchcase(name, glob) for glob in given.rows.split("|"))]
-        recipes = {name: level(name) if part == "levels" else recipe(name) for name in wanted if name != FLOAT_ROW}
+        recipes = {name: level(name) if part == "levels" else recipe(name) for name in names if name != FLOAT_ROW}
         if recipes:
             with torch.no_grad():
                 found = rows(model, data.calibration, data.batches, recipes, about_plan)

@@ -114,11 +114,18 @@ class _Rounding:
 
         None where steps are not recorded: on other devices, and of formats whose tables come from the host.
         """
-        if block.columns.device.type != "cuda" or not isinstance(self._spec.format, Integer):
+        device = block.columns.device
+        if device.type != "cuda" or not isinstance(self._spec.format, Integer):
             return None
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._round(block)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        torch.cuda.synchronize(device)
+        # not torch.cuda.graph, which gives up all free memory first, that of the host too, where batches are parked
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._round(block)
+            finally:
+                graph.capture_end()
 
         def again(*given: Any) -> _Block:
             block.take(*given)

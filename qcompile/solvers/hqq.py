@@ -26,7 +26,7 @@ from qcompile.steps import step_size
 POWER = 0.7
 BETA, GROWTH = 10.0, 1.01
 ROUNDS = 20
-# elements of one step, so that its passes find them in a cache
+# elements of one step on the CPU, so that its passes find them in a cache
 CHUNK = 2**18
 
 

@@ -28,7 +28,7 @@ AROUND = (0, -1, 1)
 REACHES = (1.5, 2.0, 2.6, 3.4, 4.5, 6.0)
 # of codes for a scale, and then the scale that fits these codes best: more of them hardly change a tile
 ROUNDS = 2
-# elements of one step, so that its passes find them in a cache
+# elements of one step on the CPU, so that its passes find them in a cache
 CHUNK = 2**18
 
 # scale and zero point of each tile, float32 [R, G]

@@ -21,7 +21,7 @@ from qcompile.steps import step_size
 STARTS = tuple(1.0 + 0.025 * i for i in range(-12, 5))
 # of codes for a scale, and then the scale and minimum for these codes
 ROUNDS = 4
-# elements of one step, so that its passes find them in a cache
+# elements of one step on the CPU, so that its passes find them in a cache
 CHUNK = 2**18
 
 # scale, minimum and weighted squared error of each tile, float32 [R, G]

@@ -84,13 +84,24 @@ class Moments:
             self._factored[key] = order, turned_factor(self._hessian(order.flip(0), diagonal))
         return self._factored[key]
 
+    def damped(self, damping: float) -> Tensor:
+        """The moments with `diagonal`, float32 [K, K]."""
+        found = (self.matrix / self._mean).float()
+        found.diagonal().copy_(self.diagonal(damping))
+        return found
+
+    @property
+    def _mean(self) -> Tensor:
+        """Of the diagonal; 1 where no input was anything but zero."""
+        mean = self.matrix.diagonal().double().mean()
+        return torch.where(mean == 0, 1.0, mean)
+
     def _hessian(self, order: Tensor, diagonal: Tensor) -> Tensor:
         """The moments in another order of channels, with a mean diagonal of 1 and then this one, float64 [K, K]."""
-        mean = self.matrix.diagonal().double().mean()
         hessian = torch.empty(self.matrix.shape, dtype=torch.float64, device=self.matrix.device)
         for to, rows in zip(hessian.split(PANEL), order.split(PANEL), strict=True):
             to.copy_(self.matrix[rows][:, order])
-        hessian /= torch.where(mean == 0, 1.0, mean)
+        hessian /= self._mean
         hessian.diagonal().copy_(diagonal[order])
         return hessian
 

@@ -34,9 +34,11 @@ def refitted(weight: Tensor, qparams: QParams, moments: Moments, damping: float)
         return qparams
     if spec.scale not in OWN_SCALES or spec.zero is Zero.MINIMUM:
         return qparams
-    hessian = _damped(moments, damping).to(weight.device)
+    hessian = moments.damped(damping).to(weight.device)
     units = replace(qparams, scale=torch.ones_like(qparams.scale), stored={})
-    step = max(1, step_size(weight, CHUNK) // weight.shape[1])
+    K, G = weight.shape[1], qparams.scale.shape[1]
+    # A is float64, and its factor as large
+    step = max(1, step_size(weight, CHUNK) // max(K, 4 * G * G))
     parts = []
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
@@ -45,15 +47,6 @@ def refitted(weight: Tensor, qparams: QParams, moments: Moments, damping: float)
         parts.append(_fitted(weight[rows].float(), u, qparams.scale[rows], hessian, qparams))
     scale, stored = keep_scale(torch.cat(parts), spec.scale, qparams.scale, spec.format.max)
     return replace(qparams, scale=scale, stored=stored)
-
-
-def _damped(moments: Moments, damping: float) -> Tensor:
-    """H, float32, with a mean diagonal of 1 and then the damping."""
-    diagonal = moments.diagonal(damping)
-    mean = moments.matrix.diagonal().double().mean()
-    hessian = (moments.matrix / torch.where(mean == 0, 1.0, mean)).float()
-    hessian.diagonal().copy_(diagonal)
-    return hessian
 
 
 def _fitted(weight: Tensor, u: Tensor, scale: Tensor, hessian: Tensor, qparams: QParams) -> Tensor:

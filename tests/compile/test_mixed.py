@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import qcompile
+from qcompile import mixed
 from qcompile.artifact import load, save
 from qcompile.errors import RecipeError
 from qcompile.numerics import snr_db
@@ -80,6 +81,27 @@ def test_blocks_stay_blocks_and_keep_more_in_fewer_bits() -> None:
             y = torch.compile(model, backend="qcompile", options={"plan": plan})(x)
             errors.append(snr_db(model(x), y))
     assert errors[0] > errors[1]
+
+
+@pytest.mark.parametrize("given", [None, "int8/token"])
+def test_weights_on_a_gpu_may_have_code_books(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if they were on one: normal weights lose least under NF4 at 4 bits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 512)).eval()
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.05 if "weight" in name else 0.0)
+    table = {"weight": SPEC, "solver": "mse", "budget": "4.5 bits", **({} if given is None else {"input": given})}
+    data, takes_books = [torch.randn(64, 256) for _ in range(4)], mixed.takes_books
+
+    def formats() -> set[str]:
+        plan = qcompile.calibrate(model, data, recipe_from_table({"rules": [table]}), progress=False)
+        found = {d.weight.format.name for d in plan.decisions.values() if d.weight is not None}
+        assert ", ".join(sorted(found)) in plan.notes[0]
+        return found
+
+    assert "nf4" not in formats()
+    monkeypatch.setattr(mixed, "takes_books", lambda rule, _: takes_books(rule, "cuda"))
+    assert ("nf4" in formats()) is (given is None)
 
 
 def test_a_target_in_decibels_is_met_by_the_sites_on_average_in_few_bits() -> None:

@@ -157,6 +157,7 @@ def test_padding_is_not_counted(side: str) -> None:
     alike = torch.stack([(found[name] == tensor).float().mean() for name, tensor in bare.items()])
     # a code or a scale that lies between two moves codes behind it; padding that counts moves two fifths of all
     assert alike[0] > 0.99
+    assert alike.min() > 0.7
     assert alike.mean() > 0.85
 
 

@@ -141,12 +141,10 @@ def test_codes_are_of_one_tensor_alone() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("text", ["int4/g128/asym/bf16", "int3/channel", "int4/g32/min/fp16", "nf4/g64"])
+@pytest.mark.parametrize("text", ["int4/g64/asym/bf16", "int3/channel", "int4/g32/min/fp16"])
 @pytest.mark.parametrize("k", [5 * 128, 5 * 128 + 64])
 def test_recorded_blocks_round_as_others_do(text: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, h, spec = weight(rows=200, columns=k).cuda(), moments(k=k).cuda(), parse_spec(text)
-    if k % (spec.granularity.columns or 1):
-        pytest.skip(f"groups of {spec} do not divide {k}")
     found = solve_gptq(x, spec, h)
     monkeypatch.setattr(_Rounding, "_recorded", lambda *_: None)
     plain = solve_gptq(x, spec, h)

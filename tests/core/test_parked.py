@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -27,7 +27,7 @@ RECIPE = Recipe(name="gptq", rules=(GPTQ,))
 
 @pytest.fixture
 def parked() -> Parked:
-    return Parked(("cpu",), smallest=0)
+    return Parked(devices=("cpu",), smallest=0)
 
 
 def is_away(x: Tensor) -> bool:
@@ -140,9 +140,28 @@ def test_lent_is_whole_and_goes_again(parked: Parked) -> None:
     assert torch.equal(x, values)
 
 
+def test_what_modules_keep_stays() -> None:
+    """Code that tells nobody what it reads may read it for another batch."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    kept, listed, alone = torch.randn(5), torch.randn(6), torch.randn(7)
+    model[1].table, model.caches = kept[1:], {"keys": [listed]}  # type: ignore[assignment]
+    parked = Parked(model, ("cpu",), smallest=0)
+    parked.made(0, (kept, listed, alone), ())
+    parked.park(0)
+    assert not is_away(kept)
+    assert not is_away(listed)
+    assert is_away(alone)
+    # as long as they do
+    del model[1].table
+    parked.park(0)
+    assert is_away(kept)
+    parked.bring_back(0)
+    assert not any(map(is_away, (kept, listed, alone)))
+
+
 def test_small_storages_and_those_of_other_devices_stay() -> None:
     small, large = torch.zeros(SMALLEST - 1, dtype=torch.uint8), torch.zeros(SMALLEST, dtype=torch.uint8)
-    here, elsewhere = Parked(("cpu",)), Parked()
+    here, elsewhere = Parked(devices=("cpu",)), Parked()
     for parked in (elsewhere, here):
         parked.made(0, [small, large], ())
         parked.park(0)
@@ -154,7 +173,7 @@ def test_small_storages_and_those_of_other_devices_stay() -> None:
 @pytest.fixture
 def parks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs on the CPU park all that they can."""
-    monkeypatch.setattr(sequential, "Parked", partial(Parked, ("cpu",), smallest=0))
+    monkeypatch.setattr(sequential, "Parked", partial(Parked, devices=("cpu",), smallest=0))
 
 
 def assert_same(model: Callable[[], nn.Module], batches: list[Any], recipe: Any = RECIPE) -> None:
@@ -162,7 +181,7 @@ def assert_same(model: Callable[[], nn.Module], batches: list[Any], recipe: Any 
     plans: list[Plan] = []
     for devices in ((), ("cpu",)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sequential, "Parked", partial(Parked, devices, smallest=0))
+            patch.setattr(sequential, "Parked", partial(Parked, devices=devices, smallest=0))
             plans.append(qcompile.calibrate(model(), batches, recipe, progress=False))
     first, second = plans
     # of codes, plans compare digests
@@ -186,16 +205,36 @@ def test_codes_are_the_same_behind_folds_and_padding(preset: str) -> None:
     assert_same(partial(build, "llama"), [{"input_ids": ids, "attention_mask": mask}, {"input_ids": ids}], preset)
 
 
+@dataclass
+class Notes:
+    last: Tensor | None = None
+    kept: list[Tensor] = field(default_factory=list)
+    seen: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+
 class Keeping(Net):
-    """Keeps tensors wherever models do, and notes what each batch makes. Its tables are the first batch's of a run."""
+    """Keeps tensors wherever models do, and notes what each batch makes. Its tables are the first batch's of a run.
+
+    Notes lie where no module has them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.in_turn: bool | None = None
         self.table = torch.empty(0)
-        self.last: Tensor | None = None
-        self.kept: list[Tensor] = []
-        self.seen: list[tuple[Tensor, ...]] = []
+        self.notes = Notes()
+
+    @property
+    def kept(self) -> list[Tensor]:
+        return self.notes.kept
+
+    @property
+    def seen(self) -> list[tuple[Tensor, ...]]:
+        return self.notes.seen
+
+    @property
+    def last(self) -> Tensor | None:
+        return self.notes.last
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         in_turn = threading.current_thread().name.startswith("qcompile batch")
@@ -203,7 +242,7 @@ class Keeping(Net):
             self.in_turn, self.table = in_turn, torch.linspace(0.5, 1.5, WIDTH)
             cached.cache_clear()
         y = self.norm(x if shift is None else x + shift) * self.table * cached(WIDTH)
-        self.last = y[1:]
+        self.notes.last = y[1:]
         hidden = self.up(y)
         self.kept.append(hidden)
         # in place, and views of it
@@ -334,7 +373,7 @@ def test_one_batch_at_a_time_is_on_the_gpu(standing: list[Callable[[], None]]) -
     for devices in (("cuda",), ()):
         at.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sequential, "Parked", partial(Parked, devices))
+            patch.setattr(sequential, "Parked", partial(Parked, devices=devices))
             plans.append(qcompile.calibrate(model, batches, RECIPE, progress=False))
         most.append(max(at))
     assert plans[0] == plans[1]

@@ -174,6 +174,16 @@ def test_codes_are_of_the_scale_that_they_are_multiplied_by(recipe: str) -> None
     assert (fast - exact).norm() < 1.05 * (reference - exact).norm()
 
 
+@pytest.mark.parametrize(
+    "text", ["int8/token/asym", "int4/g32", "fp8_e4m3/channel", "fp4_e2m1/b16/fp8_e4m3", "int4/g32/u6x8"]
+)
+def test_scales_are_those_of_the_cpu(text: str) -> None:
+    x, spec = torch.randn(300, 512), parse_spec(text)
+    found, expected = find_qparams(x.cuda(), spec), find_qparams(x, spec)
+    assert torch.equal(found.scale.cpu(), expected.scale)
+    assert torch.equal(quantize(x.cuda(), found).cpu(), quantize(x, expected))
+
+
 @pytest.mark.parametrize("recipe", ["int8", "nf4"])
 def test_memory_is_freed(recipe: str) -> None:
     torch._dynamo.reset()

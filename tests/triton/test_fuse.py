@@ -244,6 +244,17 @@ def test_a_lowered_gate_is_read_where_it_lies() -> None:
     assert node.args[7] == 128
 
 
+def test_w4a8_takes_codes_from_the_pass_that_quantizes() -> None:
+    graph = FX.open(nn.Linear(256, 64).bfloat16(), torch.randn(3, 256).bfloat16())
+    quantize_graph(graph, parse_recipe("w4a8"))
+    lower(graph, Target(device="cuda", capability=HOPPER), PlainPacks())
+    (rows,) = (n for n in graph.module.graph.nodes if n.target is QUANTIZE_ROWS)
+    assert any(n.target is torch.ops.qcompile.linear_int4_int8.default for n in graph.module.graph.nodes)
+    assert rows.args[4] == "nothing"
+    assert rows.args[7] == 128
+    assert rows.meta["example_value"][0].dtype is torch.int8
+
+
 def test_a_graph_for_another_device_is_not_fused() -> None:
     graph = FX.open(Gated(), torch.randn(3, K).bfloat16())
     quantize_graph(graph, parse_recipe("int8"))
