@@ -11,6 +11,7 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from qcompile.cli import app
+from tests.variants import variants
 
 
 def run(*arguments: object) -> Result:
@@ -65,7 +66,10 @@ def test_an_exported_program_becomes_a_quantized_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("target", "dtype", "expected"),
-    [("ort-cuda", None, "FLOAT16"), ("ort-cuda", "float32", "FLOAT"), ("portable", "float16", "FLOAT16")],
+    variants(
+        [("ort-cuda", None, "FLOAT16"), ("ort-cuda", "float32", "FLOAT"), ("portable", "float16", "FLOAT16")],
+        quick=[("ort-cuda", None, "FLOAT16")],
+    ),
 )
 def test_what_stays_float_has_the_dtype_of_the_target_or_the_users(
     target: str, dtype: str | None, expected: str, tiny_llama: Path, tmp_path: Path

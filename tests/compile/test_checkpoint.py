@@ -1,6 +1,7 @@
 """A compiled model is saved, loaded into an empty one, and computes the same; without float weights, without data."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from qcompile.errors import PlanError
 from qcompile.presets import PRESETS
 from qcompile.recipe import Recipe
 from tests.families import FAMILIES, build, tokens
+from tests.variants import variants
 
 # what every family of presets does to weights: integers, groups, floats, code books, solvers, folds, splits, shifts
 RECIPES = (
@@ -39,6 +41,9 @@ RECIPES = (
     "fp8-smooth-split-static",
 )
 
+# others of these go the same ways
+ALIKE = ("q3_k", "mxfp4", "fp4-weight", "int8-static", "fp8-smooth-split-static")
+
 
 def empty(family: str) -> nn.Module:
     with torch.device("meta"):
@@ -53,9 +58,8 @@ def compiled(model: nn.Module, plan: qcompile.Plan, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("recipe", "small"),
     [
-        *((recipe, False) for recipe in RECIPES),
-        *((recipe, True) for recipe in ("int4-weight", "nf4")),
-        pytest.param("fp4", True, marks=pytest.mark.slow),
+        *variants(product(RECIPES, (False,)), quick=[(recipe, False) for recipe in RECIPES if recipe not in ALIKE]),
+        *variants(product(("int4-weight", "nf4", "fp4"), (True,)), quick=(("int4-weight", True), ("nf4", True))),
     ],
 )
 def test_what_is_loaded_computes_what_was_saved(recipe: str, small: bool, tmp_path: Path) -> None:
@@ -84,8 +88,13 @@ def test_what_is_loaded_computes_what_was_saved(recipe: str, small: bool, tmp_pa
 
 
 @pytest.mark.usefixtures("graphs_only")
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
-@pytest.mark.parametrize("recipe", ["int8+embeddings", "int4-weight"])
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    variants(
+        product([family for family in FAMILIES if family != "llama"], ("int8+embeddings", "int4-weight")),
+        quick=(("qwen2-moe", "int8+embeddings"), ("gpt2", "int8+embeddings"), ("bert", "int4-weight")),
+    ),
+)
 def test_every_family_comes_back(family: str, recipe: str, tmp_path: Path) -> None:
     model, ids = build(family), tokens(2, 9)
     fast = torch.compile(model, backend="qcompile", options={"recipe": recipe})

@@ -1,10 +1,13 @@
 """Whole models of six families through torch.compile: one graph, right results, few compilations, same tokens."""
 
+from itertools import product
+
 import pytest
 import torch
 
 import qcompile
 from tests.families import DECODERS, FAMILIES, build, tokens
+from tests.variants import variants
 
 # the compiled graph and the Q/DQ graph round in different places: almost everywhere they differ by float32 rounding,
 # and where a value lies on the edge between two codes by a step of one code in 256, or by another choice of expert
@@ -25,7 +28,7 @@ def graphs() -> int:
 
 
 @pytest.mark.usefixtures("graphs_only")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", variants(FAMILIES, quick=("llama", "bert", "qwen2-moe")))
 def test_one_graph_and_at_most_one_more(family: str) -> None:
     model = build(family)
     fast, reference = compiled(model), compiled(model, lower=False)
@@ -61,12 +64,10 @@ def test_expert_weights_are_in_the_report(family: str) -> None:
 @pytest.mark.usefixtures("graphs_only")
 @pytest.mark.parametrize(
     ("family", "cache"),
-    [
-        # each family with one of them, and one with both, every time
-        pytest.param(family, cache, marks=() if family == "llama" or cache == "static" else pytest.mark.slow)
-        for family in DECODERS
-        for cache in ("dynamic", "static")
-    ],
+    variants(
+        product(DECODERS, ("dynamic", "static")),
+        quick=(("llama", "dynamic"), ("llama", "static"), ("qwen2-moe", "static")),
+    ),
 )
 def test_generate_gives_the_tokens_of_the_quantized_model(family: str, cache: str) -> None:
     def generate(**options: object) -> torch.Tensor:
@@ -79,9 +80,7 @@ def test_generate_gives_the_tokens_of_the_quantized_model(family: str, cache: st
     assert torch.equal(generate(), generate(lower=False))
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "llama"] + ["llama"]
-)
+@pytest.mark.parametrize("family", variants(FAMILIES, quick=("llama",)))
 def test_generated_code(family: str) -> None:
     model = build(family)
     fast, reference = compiled(model), compiled(model, lower=False)

@@ -1,6 +1,7 @@
 """LLM-FP4 from calibration to the compiled model: every site shifted, folded and run."""
 
 import copy
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,17 +14,16 @@ from qcompile.presets import PRESETS
 from qcompile.recipe import recipe_from_table, recipe_to_table
 from qcompile.spec import parse_spec
 from tests.families import build, tokens
+from tests.variants import variants
 
 pytestmark = pytest.mark.usefixtures("graphs_only")
 
 
 @pytest.mark.parametrize(
     ("recipe", "family"),
-    [
-        *(("fp4", family) for family in ("llama", "gpt2", "bert")),
-        ("fp4-token", "llama"),
-        *(pytest.param("fp4-token", family, marks=pytest.mark.slow) for family in ("gpt2", "bert")),
-    ],
+    variants(
+        product(("fp4", "fp4-token"), ("llama", "gpt2", "bert")), quick=(("fp4", "llama"), ("fp4-token", "llama"))
+    ),
 )
 def test_a_model_runs_as_planned(recipe: str, family: str, tmp_path: Path) -> None:
     model, ids = build(family), tokens(2, 8)
@@ -65,7 +65,7 @@ def loud(model: nn.Module, seed: int) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["fp4", "nvfp4-shift", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fp4-token", "mxfp4-shift"))]
+    "recipe", variants(("fp4", "nvfp4-shift", "fp4-token", "mxfp4-shift"), quick=("fp4", "nvfp4-shift"))
 )
 def test_loud_channels_of_small_weights_cost_next_to_nothing(recipe: str) -> None:
     plain, ids, data = build("llama"), tokens(8, 16), [{"input_ids": tokens(16, 16)}]

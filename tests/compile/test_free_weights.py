@@ -10,6 +10,7 @@ import qcompile
 from qcompile import quantized
 from qcompile.numerics import snr_db
 from tests.families import build, tokens
+from tests.variants import variants
 
 pytestmark = pytest.mark.usefixtures("graphs_only")
 
@@ -34,9 +35,7 @@ def freed(model: nn.Module, **options: object) -> nn.Module:
     return torch.compile(model, backend="qcompile", options={"free_weights": True, **options})
 
 
-@pytest.mark.parametrize(
-    "recipe", ["int8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int4-weight", "nf4"))]
-)
+@pytest.mark.parametrize("recipe", variants(("int8", "int4-weight", "nf4"), quick=("int8",)))
 def test_memory_drops_to_the_packed_size(recipe: str) -> None:
     model, ids = build("llama"), tokens(2, 8)
     torch.manual_seed(0)

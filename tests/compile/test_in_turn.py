@@ -29,6 +29,7 @@ from tests.compile.test_importance import HIDDEN, WIDTH, Net, calibrated, codes,
 from tests.compile.test_sequential import SPEC, chosen, gptq
 from tests.families import FAMILIES, build, tokens
 from tests.hosts import FX, ONNX
+from tests.variants import variants
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def outputs(model: nn.Module, plan: Plan, x: Any, **options: object) -> Tensor:
 
 
 @pytest.mark.usefixtures("graphs_only")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", variants(FAMILIES, quick=("llama", "qwen2-moe")))
 def test_awq_equals_its_reference_in_every_family(family: str) -> None:
     model, ids = build(family), tokens(2, 8)
     plan = calibrated(model, "awq4", tokens(4, 16, seed=3), tokens(2, 16, seed=4))

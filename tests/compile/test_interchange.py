@@ -16,6 +16,7 @@ from qcompile.errors import PlanError, UnsupportedError
 from qcompile.numerics import dequantize
 from tests.core.test_readers import along_n, expected, fields, integers, interleaved
 from tests.families import build, tokens
+from tests.variants import variants
 
 pytestmark = pytest.mark.usefixtures("graphs_only")
 GROUP = 32
@@ -138,7 +139,7 @@ def weights_of(fast: Any) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", variants(RECIPES, quick=("int4", "w8a8-asym", "fp8-blocks")))
 def test_compressed_tensors_are_read_back(name: str, tmp_path: Path) -> None:
     fast, y = written([RECIPES[name]], tmp_path / "c")
     other = fresh()

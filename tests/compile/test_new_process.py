@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import qcompile
 from tests.trained import MODEL, first_windows, language_model, needs_model
+from tests.variants import variants
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,7 +81,9 @@ print(json.dumps([before, loaded, peaks[1]]))
 
 @pytest.mark.usefixtures("graphs_only")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads how much memory a process held from /proc")
-@pytest.mark.parametrize("recipe", ["int4-weight+embeddings", pytest.param("int8+embeddings", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "recipe", variants(("int4-weight+embeddings", "int8+embeddings"), quick=("int4-weight+embeddings",))
+)
 def test_loading_takes_little_more_memory_than_the_folder(recipe: str, tmp_path: Path) -> None:
     model = Stack().eval()
     fast = torch.compile(model, backend="qcompile", options={"recipe": recipe}, dynamic=False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from qcompile.backends.fx.kernels import tail
 from qcompile.graph import Op
 from qcompile.plan import Plan
 from tests.families import DECODERS, build, tokens
+from tests.variants import variants
 
 graphs_only = pytest.mark.usefixtures("graphs_only")
 
@@ -82,9 +84,14 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int8-static"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_compiled_code_equals_the_graph(recipe: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "recipe"),
+    variants(
+        product((torch.float32, torch.bfloat16), ("int8", "int8-static")),
+        quick=((torch.float32, "int8"), (torch.bfloat16, "int8-static")),
+    ),
+)
+def test_compiled_code_equals_the_graph(dtype: torch.dtype, recipe: str) -> None:
     model, inputs = Stack(1).eval().to(dtype), [torch.randn(*shape, 32, dtype=dtype) for shape in ((3, 5), (2, 9))]
     plan = plan_of(model, inputs[0], recipe)
     expected = [reference(model, x, plan) for x in inputs]
@@ -219,7 +226,7 @@ def test_plain_and_split_plans_keep_their_own_packs() -> None:
 
 
 @graphs_only
-@pytest.mark.parametrize("family", [*DECODERS, "bert"])
+@pytest.mark.parametrize("family", variants((*DECODERS, "bert"), quick=("llama", "qwen2-moe")))
 def test_families(family: str) -> None:
     model, ids = build(family), tokens(2, 8)
     plan = plan_of(model, ids)

@@ -74,7 +74,7 @@ def test_silent_inputs_leave_all_columns_alike(solver: str) -> None:
 def test_moments_are_factored_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made, spec, h = [], parse_spec("int4/g32/asym"), moments()
     factor = torch.linalg.cholesky_ex
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda x: made.append(x) or factor(x))
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda x, **more: made.append(x) or factor(x, **more))
     one = Moments(matrix=h)
     weights = [weight(seed, rows=ROWS, columns=K) for seed in range(3)]
     shared = [IN_TURN["gptq"](x, spec, one).codes for x in weights]

@@ -11,6 +11,7 @@ from qcompile.backends.fx.kernels.problem import Problem
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 from tests.families import build, tokens
+from tests.variants import variants
 
 SPECS = ("int8/channel", "int4/channel/asym", "int4/g32/asym/bf16", "int3/g32", "nf4/g64", "fp8_e4m3/channel")
 
@@ -42,7 +43,7 @@ def test_tables_that_must_be_read_whole(spec: str, words: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", variants(("llama", "gpt2"), quick=("llama",)))
 def test_a_model_reads_its_embedding_by_rows(family: str) -> None:
     model, ids = build(family), tokens(2, 8)
     options = {"recipe": "int8+embeddings"}

@@ -17,6 +17,7 @@ from qcompile.backends.onnx.files import read_model
 from qcompile.errors import ModelError, UnsupportedError
 from tests.families import build, tokens
 from tests.onnx.files import snapshot
+from tests.variants import variants
 
 # rounding of float32 in other orders of sums, far below what one wrong op costs
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -36,9 +37,7 @@ def shape(value: Any) -> list[Any]:
     return [size if isinstance(size, int) else size.value for size in value.shape]
 
 
-@pytest.mark.parametrize(
-    "family", ["llama", "bert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt2", "opt"))]
-)
+@pytest.mark.parametrize("family", variants(("llama", "bert", "gpt2", "opt"), quick=("llama", "bert")))
 def test_a_family(tmp_path: Path, family: str) -> None:
     original = build(family).train()
     path = tmp_path / "m.onnx"
@@ -68,7 +67,7 @@ def test_a_family(tmp_path: Path, family: str) -> None:
         assert_close(run(path, inputs)[0], wanted, **TOLERANCE)
 
 
-@pytest.mark.parametrize("opset", [18, *(pytest.param(n, marks=pytest.mark.slow) for n in (21, 22, 24))])
+@pytest.mark.parametrize("opset", variants((18, 21, 22, 24), quick=(18,)))
 def test_the_opset_is_what_was_asked_for(opset: int) -> None:
     assert export_model(build("llama"), batch(), opset=opset).opset_imports[""] == opset
 
@@ -104,7 +103,7 @@ def test_one_tensor_for_two_inputs_stays_two_inputs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "length"),
-    [(1, 1), (2, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 9), (9, 1), (2, 1), (3, 3)))],
+    variants(((1, 1), (2, 2), (1, 9), (9, 1), (2, 1), (3, 3)), quick=((1, 1), (2, 2))),
 )
 def test_sizes_of_the_example_are_no_constants(rows: int, length: int) -> None:
     exported = export_model(build("bert"), batch(rows, length))
