@@ -292,6 +292,22 @@ def fp4_table() -> str:
     return under(text, ("weights and inputs", "KL", "with outliers"), rows)
 
 
+def levels_table() -> str:
+    """Divergence of a language model with embeddings, weights and inputs of so many bits."""
+    found = result("fp4_cpu")
+    text = (
+        "The levels of LLM-FP4's tables, on the same windows: embeddings, weights and inputs of so many bits each, "
+        "logits included, every weight with one scale a row, every input with one calibrated scale; KL to float in "
+        "nats a token, and the change of perplexity (`examples/benchmarks/fp4.py`)."
+    )
+    rows = (
+        (*name.split(": ", 1), f"{row['kl']:.4f}", f"{row['change']:+.1%}")
+        for name, row in found["levels"].items()
+        if name != "float"
+    )
+    return under(text, ("bits", "formats", "KL", "perplexity"), rows)
+
+
 def weights_table() -> str:
     """What solvers keep of a language model with weights of few bits."""
     found = result("weights_cuda")
@@ -313,7 +329,7 @@ def weights_table() -> str:
 def tables() -> str:
     made = (
         *(speed_table, quality_table, embedding_table, outlier_table, calibration_table),
-        *(weights_table, fp4_table),
+        *(weights_table, fp4_table, levels_table),
         *(onnx_table, onnx_language_table, onnx_cuda_table, triton_table, triton_peers_table, decoder_table),
     )
     return "\n\n".join(make() for make in made) + "\n"
