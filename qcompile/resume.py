@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import qcompile.solvers
 from qcompile.artifact import load, save
 from qcompile.plan import Decision, Plan
 from qcompile.solved import Solved
@@ -46,6 +47,9 @@ class Unfinished:
 def _fingerprint(model: nn.Module, plan: Plan, batches: Iterable[Any]) -> str:
     """Tells apart all that the codes depend on."""
     digest = hashlib.sha256(repr(plan.recipe).encode())
+    # one version and the next may choose other codes
+    for source in sorted(Path(qcompile.solvers.__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
     for decision in plan.decisions.values():
         # ranges and importance follow from the data
         digest.update(repr((decision.name, decision.weight, decision.input, decision.solver)).encode())
