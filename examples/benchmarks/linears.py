@@ -31,8 +31,8 @@ ROTATED = 400e6
 LOUD = 30
 # relative error to float32 on the same codes that bfloat16 results may have, and to the float linear of peers
 LIMIT, PEER_LIMIT = 4e-3, 6e-2
-# share of an input's codes that may be others than those of exact division: what lies between two codes is one in a
-# thousand numbers of bfloat16, and more where a row's scale is close to a power of two
+# share of an input's codes that may be others than those of exact division, where Inductor divides: 0.0011 of int8's
+# were on an H200, and of 4096 columns
 MOVED = 2e-3
 # operations a microsecond, dense, of the data sheets of H100 and H200
 EIGHT_BIT_RATE = 1979e6

@@ -5,7 +5,7 @@ python examples/benchmarks/tables.py     # writes them into README.md
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,16 @@ def result(name: str) -> dict[str, Any]:
 def under(text: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """What was measured and where, and the table."""
     return f"{text}\n\n{markdown_table(columns, list(rows))}"
+
+
+def quantized(rows: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All rows but the float model's, with their names."""
+    return ((name, row) for name, row in rows.items() if name != "float")
+
+
+def remark(found: Mapping[str, Any]) -> str:
+    """What a result says of the code that it was measured with, where that has changed since."""
+    return f" {found['remark']}." if "remark" in found else ""
 
 
 def speed_table() -> str:
@@ -64,8 +74,7 @@ def quality_table() -> str:
             " -> ".join(f"{size / 1e6:.0f}" for size in row["weight_bytes"]),
             ", ".join(row["kernels"]),
         )
-        for name, row in found["rows"].items()
-        if name != "float"
+        for name, row in quantized(found["rows"])
     )
     return under(text, ("recipe", "perplexity", "KL to float, nats a token", "weights, MB", "runs as"), rows)
 
@@ -82,8 +91,7 @@ def outlier_table() -> str:
     )
     rows = (
         (*name.rsplit(", ", 1), f"{row['kl']:.4f} ({row['change']:+.2%})", f"{found['plain'][name]['kl']:.4f}")
-        for name, row in found["injected"].items()
-        if name != "float"
+        for name, row in quantized(found["injected"])
     )
     return under(text, ("input", "method", "with outliers", "without"), rows)
 
@@ -259,7 +267,7 @@ def decoder_table() -> str:
         f"Llama-3.1-8B has them, {shapes['context']} tokens in the cache, {machine['device']}, torch "
         f"{machine['torch']}; milliseconds of a step and the speed-up over `torch.compile` of the bfloat16 original in "
         "the same run, all as CUDA graphs; recipes without what they find on data: shifts, formats, clipped scales "
-        "(`examples/benchmarks/decoder_cuda.py`)."
+        f"(`examples/benchmarks/decoder_cuda.py`).{remark(found)}"
     )
     steps = [key for key, value in next(iter(found["rows"].values())).items() if isinstance(value, dict)]
     rows = (
@@ -286,8 +294,7 @@ def fp4_table() -> str:
     )
     rows = (
         (name, f"{row['kl']:.3f} ({row['change']:+.0%})", f"{found['injected'][name]['kl']:.3f}")
-        for name, row in found["plain"].items()
-        if name != "float"
+        for name, row in quantized(found["plain"])
     )
     return under(text, ("weights and inputs", "KL", "with outliers"), rows)
 
@@ -301,9 +308,7 @@ def levels_table() -> str:
         "nats a token, and the change of perplexity (`examples/benchmarks/fp4.py`)."
     )
     rows = (
-        (*name.split(": ", 1), f"{row['kl']:.4f}", f"{row['change']:+.1%}")
-        for name, row in found["levels"].items()
-        if name != "float"
+        (*name.split(": ", 1), f"{row['kl']:.4f}", f"{row['change']:+.1%}") for name, row in quantized(found["levels"])
     )
     return under(text, ("bits", "formats", "KL", "perplexity"), rows)
 
@@ -316,12 +321,11 @@ def weights_table() -> str:
         f"Weights alone: all linears of {found['model']} but the logits', {count} windows of {length} tokens, "
         f"calibrated on {found['calibration_windows']}, {machine['device']}, torch {machine['torch']}; bits a weight "
         "with scales and zero points, KL to float in nats a token, and the change of perplexity "
-        "(`examples/benchmarks/weights.py`)."
+        f"(`examples/benchmarks/weights.py`).{remark(found)}"
     )
     rows = (
         (*name.split(", ", 1), f"{row['bits']:.3f}", f"{row['kl']:.4f}", f"{row['change']:+.1%}")
-        for name, row in found["rows"].items()
-        if name != "float"
+        for name, row in quantized(found["rows"])
     )
     return under(text, ("weights", "solver", "bits", "KL", "perplexity"), rows)
 

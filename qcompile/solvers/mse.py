@@ -22,7 +22,7 @@ OCTAVES = {2: 4, 3: 3, 4: 2}
 # between two neighbours of the coarse search
 FINE = tuple(2 ** (i / 18) for i in (-2, -1, 1, 2))
 POWERS_OF_TWO = tuple(2.0**i for i in (1, 0, -1, -2, -3, -4))
-# elements of one step on the CPU of the search, so that its passes find them in a cache
+# elements of one step of the search on the CPU, so that its passes find them in a cache
 CHUNK = 2**18
 
 

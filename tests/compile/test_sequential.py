@@ -151,14 +151,15 @@ def test_padding_is_not_counted(side: str) -> None:
         "attention_mask": mask,
         "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
     }
+    # scales that are fitted to codes, and rounded then, would carry the smallest difference on to the layers behind
+    rule = Rule(weight=parse_spec("int4/g128/bf16"), solver="gptq-unordered")
     bare, found = (
-        chosen(qcompile.calibrate(model, [batch], "gptq4", progress=False)) for batch in ({"input_ids": ids}, padded)
+        chosen(qcompile.calibrate(model, [batch], Recipe(name="plain", rules=(rule,)), progress=False))
+        for batch in ({"input_ids": ids}, padded)
     )
-    alike = torch.stack([(found[name] == tensor).float().mean() for name, tensor in bare.items()])
-    # a code or a scale that lies between two moves codes behind it; padding that counts moves two fifths of all
-    assert alike[0] > 0.99
-    assert alike.min() > 0.7
-    assert alike.mean() > 0.85
+    for name, tensor in bare.items():
+        # a code that lies between two moves those behind it; padding that counts moves a fifth of all codes and more
+        assert (found[name] == tensor).float().mean() > 0.9
 
 
 @pytest.mark.usefixtures("graphs_only")
