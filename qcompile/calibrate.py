@@ -1,19 +1,20 @@
 """Calibration: what a recipe needs to know of a model from data, prepared and decided, as a plan."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qcompile.errors import CalibrationError
 from qcompile.fisher import output_fisher
 from qcompile.methods import check_methods
 from qcompile.mixed import spend
 from qcompile.observers import Part
+from qcompile.outliers import Outliers
 from qcompile.plan import Plan, make_plan
 from qcompile.prepare import prepare
 from qcompile.presets import parse_recipe
@@ -22,7 +23,7 @@ from qcompile.ranges import needed_parts
 from qcompile.recipe import Recipe
 from qcompile.resume import Unfinished
 from qcompile.sensitivity import Sensitivity
-from qcompile.sequential import solve_in_turn
+from qcompile.sequential import Weights, solve_in_turn
 from qcompile.watch import Seen, require_several, watch
 
 
@@ -37,7 +38,8 @@ def calibrate(
 ) -> Plan:
     """The plan of a recipe for a model, with ranges, folds and outliers found from data; it is bound to the model.
 
-    batches: what the model takes: dicts of keyword arguments, tuples of positional ones, or single tensors. Where a
+    batches: what the model takes: dicts of keyword arguments, tuples of positional ones, or single tensors. Those in
+        host memory go to the device of a model that is on one, one batch at a time. Where a
         dict has an attention_mask [B, T], rows of activations that are padding (0) are not counted.
     progress: show a bar, if standard error is a terminal.
     failures: a folder for the parts of the graph where a pass changed the model's outputs and was undone; by default
@@ -58,22 +60,48 @@ def calibrate(
         # the model runs twice
         require_several(batches)
         batches = list(batches)
-    seen = watch(model, batches, parts_for(parsed), progress=progress)
-    require_data(parsed, seen)
-    if parsed.weighs_features:
-        assert isinstance(batches, list)
-        seen = replace(seen, features=output_fisher(model, shown(batches, progress=progress)))
-    notes: tuple[str, ...] = ()
-    if parsed.budgets:
-        mix = spend(parsed, list(seen.sites.values()), seen.stats, Sensitivity(model, seen.example).moved)
-        parsed, notes = mix.recipe, mix.notes
-    prepared = prepare(model, seen, parsed, failures=failures)
-    plan = make_plan(list(seen.sites.values()), parsed, prepared.stats, seen.left, prepared=prepared.decided)
+    decided = _decided(model, batches, parsed, progress=progress, failures=failures)
+    plan = decided.plan
     if parsed.solves_in_turn:
         assert isinstance(batches, list)
         kept = None if resume is None else Unfinished(resume, model, plan, batches)
-        plan = solve_in_turn(model, batches, plan, seen, divided=prepared.divided, kept=kept, progress=progress)
-    return replace(plan, outliers=prepared.outliers, notes=(*notes, *plan.notes)).bind(model)
+        plan = solve_in_turn(
+            model, batches, plan, decided.weights, divided=decided.divided, kept=kept, progress=progress
+        )
+    return replace(plan, outliers=decided.outliers, notes=(*decided.notes, *plan.notes)).bind(model)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Decided:
+    """What data decided in one run: a plan without the codes that are solved in turn, and what these need.
+
+    notes: to stand before those of the plan.  divided: see `Prepared`.
+    """
+
+    plan: Plan
+    weights: Weights
+    outliers: Outliers
+    notes: tuple[str, ...]
+    divided: Mapping[str, Tensor]
+
+
+def _decided(
+    model: nn.Module, batches: Iterable[Any], recipe: Recipe, *, progress: bool, failures: str | Path | None
+) -> _Decided:
+    seen = watch(model, batches, parts_for(recipe), progress=progress)
+    require_data(recipe, seen)
+    if recipe.weighs_features:
+        assert isinstance(batches, list)
+        seen = replace(seen, features=output_fisher(model, shown(batches, progress=progress)))
+    notes: tuple[str, ...] = ()
+    if recipe.budgets:
+        mix = spend(recipe, list(seen.sites.values()), seen.stats, Sensitivity(model, seen.example).moved)
+        recipe, notes = mix.recipe, mix.notes
+    prepared = prepare(model, seen, recipe, failures=failures)
+    plan = make_plan(list(seen.sites.values()), recipe, prepared.stats, seen.left, prepared=prepared.decided)
+    return _Decided(
+        plan=plan, weights=Weights.of(seen), outliers=prepared.outliers, notes=notes, divided=prepared.divided
+    )
 
 
 def parts_for(recipe: Recipe) -> Part:

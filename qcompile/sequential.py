@@ -27,6 +27,7 @@ from qcompile.numerics import QParams, dequantize, find_qparams, quantize
 from qcompile.parked import Parked
 from qcompile.plan import Decision, Plan
 from qcompile.progress import most_memory, shown
+from qcompile.sites import Site
 from qcompile.solved import Solved, solved
 from qcompile.solvers import IN_TURN, SOLVERS
 from qcompile.solvers.moments import Moments
@@ -48,6 +49,23 @@ class Kept(Protocol):
         """These are solved, together."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Weights:
+    """What is known of a model's weights before they are solved; no statistics, which would fill a GPU meanwhile.
+
+    sites: by name.  read: by name, a number of the activation that a site reads; sites that share one are alike.
+    """
+
+    sites: Mapping[str, Site]
+    read: Mapping[str, int]
+
+    @classmethod
+    def of(cls, seen: Seen) -> "Weights":
+        """Those that running the float model on the batches showed."""
+        numbers = {id(stats): number for number, stats in enumerate(seen.stats.values())}
+        return cls(sites=seen.sites, read={name: numbers[id(stats)] for name, stats in seen.stats.items()})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """Sites that were solved together, on so many rows.  output_db: signal-to-noise ratio of their outputs there."""
@@ -66,7 +84,7 @@ def solve_in_turn(
     model: nn.Module,
     batches: Sequence[Any],
     plan: Plan,
-    seen: Seen,
+    weights: "Weights",
     *,
     divided: Mapping[str, Tensor] | None = None,
     kept: Kept | None = None,
@@ -75,7 +93,7 @@ def solve_in_turn(
     """The plan, with the codes of all weights whose solver is run in turn.
 
     batches: see `qcompile.calibrate`; one thread each.  plan: says which weights these are, and what else is quantized.
-    seen: what running the float model on the batches showed.  divided: by site, what the plan's folds divide the rows
+    divided: by site, what the plan's folds divide the rows
         of its weight by, float64 [N].  kept: what an earlier run solved is taken from there, and what this one solves
         is put there.
     Whatever the plan quantizes is quantized on the way, inputs too, behind its folds. A site that is called several
@@ -83,7 +101,7 @@ def solve_in_turn(
     channels is not all. The log has the error of each site.
     Raises CalibrationError if a site is not reached, or its moments are NaN or Inf; and what the model raises.
     """
-    run = _Run(model, plan, seen, divided or {}, kept)
+    run = _Run(model, plan, weights, divided or {}, kept)
     # whatever ends this, no batch is left standing
     with evaluating(model), closing(run.steps(batches)) as steps:
         for step in shown(steps, progress=progress, what="solve", total=run.groups, tell=str):
@@ -120,19 +138,19 @@ class _Run:
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, seen: Seen, divided: Mapping[str, Tensor], kept: Kept | None
+        self, model: nn.Module, plan: Plan, weights: "Weights", divided: Mapping[str, Tensor], kept: Kept | None
     ) -> None:
         wanted = [d.name for d in plan.decisions.values() if d.weight is not None and d.solver in IN_TURN]
         members: dict[int, list[str]] = {}
         for name in wanted:
-            members.setdefault(id(seen.stats[name]), []).append(name)
-        self.left = {name: members[id(seen.stats[name])] for name in wanted}
+            members.setdefault(weights.read[name], []).append(name)
+        self.left = {name: members[weights.read[name]] for name in wanted}
         self.groups = len(members)
         self.solved: dict[str, Solved] = {}
         self.rows: dict[str, int] = {}
         self._order = {name: number for number, name in enumerate(wanted)}
         self._model, self._plan, self._binding = model, plan, Binding(model)
-        self._divided, self._kept, self._sites = divided, kept, seen.sites
+        self._divided, self._kept, self._sites = divided, kept, weights.sites
         scales = {name: scale_before(name, plan.folds) for name in plan.decisions}
         self._scales = {name: scale for name, scale in scales.items() if scale is not None}
         self.parked = Parked(model)
@@ -224,7 +242,7 @@ class _Run:
             moments = _moments(rows, self._sites[names[0]].weight.shape[1])
             count = moments.rows
             for name in names:
-                known[name], output_db[name] = self._solve_one(name, moments)
+                known[name], output_db[name] = self._solve_one(name, moments, last=name == names[-1])
             if self._kept is not None:
                 self._kept.keep([replace(self._plan.decisions[name], solved=known[name]) for name in names])
         for name in names:
@@ -232,7 +250,7 @@ class _Run:
             del self.left[name]
         return Step(names=names, rows=count, output_db=output_db)
 
-    def _solve_one(self, name: str, moments: Moments) -> tuple[Solved, float]:
+    def _solve_one(self, name: str, moments: Moments, *, last: bool) -> tuple[Solved, float]:
         decision, weight = self._plan.decisions[name], self._folded(name, self._sites[name].weight)
         assert decision.weight is not None
         try:
@@ -243,6 +261,8 @@ class _Run:
             e.add_note(f"while solving the weight of {name!r}")
             raise
         assert qparams.codes is not None
+        if last:
+            moments.forget()
         return solved(weight, qparams), moments.snr_db(weight, dequantize(qparams.codes, qparams))
 
 
@@ -335,6 +355,9 @@ class _BatchThread(threading.Thread):
             with torch.no_grad(), ExitStack() as settings, _Quantizing(self):
                 for setting in self._settings:
                     settings.enter_context(setting)
+                if torch.cuda.is_initialized():
+                    # cuBLAS warns in threads that have used the device for nothing else yet
+                    torch.cuda.synchronize()
                 self.owner.run(self._batch, self.number)
         except _StoppedError:
             pass

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qcompile.binding import Binding, require_values
@@ -310,12 +311,16 @@ def real_rows(x: Tensor, mask: Tensor | None) -> tuple[Tensor, bool]:
 
 
 def run_batch(model: Callable[..., Any], batch: Any, index: int) -> Any:
-    """What the model gives for a batch.  Raises CalibrationError for a batch of a wrong type; index: for messages."""
+    """What the model gives for a batch.  Raises CalibrationError for a batch of a wrong type; index: for messages.
+
+    A batch that lies as a whole in host memory is moved to the device that the whole model is on.
+    """
     if not isinstance(batch, Mapping | tuple | list | Tensor):
         raise CalibrationError(
             f"batch {index} is {type(batch).__name__}, not a dict of keyword arguments, a tuple of positional ones, "
             "or a tensor"
         )
+    batch = _beside(model, batch)
     try:
         if isinstance(batch, Mapping):
             return model(**batch)
@@ -323,6 +328,19 @@ def run_batch(model: Callable[..., Any], batch: Any, index: int) -> Any:
     except Exception as error:
         error.add_note(f"while qcompile.calibrate ran batch {index} through {type(model).__name__}")
         raise
+
+
+def _beside(model: Callable[..., Any], batch: Any) -> Any:
+    """The batch where the model is; as it is where some of it is there already, since the rest may belong elsewhere."""
+    devices = {p.device for p in model.parameters()} if isinstance(model, nn.Module) else set()
+    values = dict(batch) if isinstance(batch, Mapping) else batch
+    tensors = [x for x in pytree.tree_leaves(values) if isinstance(x, Tensor)]
+    if len(devices) != 1 or any(x.device.type != "cpu" for x in tensors):
+        return batch
+    (device,) = devices
+    if device.type in ("cpu", "meta"):
+        return batch
+    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, values)
 
 
 def first_rows(batch: Any) -> Any:

@@ -3,10 +3,10 @@
     python examples/benchmarks/gptq_stack.py [--layers 16] [--batches 64] [--tokens 2048] [--device cuda]
 
 Layers of Llama-3.1-8B's shapes with random weights, without embeddings and logits, calibrated on sequences of 2048
-hidden states whose channels are correlated, as those of real models are. Seconds are those of `qcompile.calibrate`,
-from the float model to the plan; memory is the most that PyTorch ever held meanwhile, beyond the float model. Codes are
-checked on a sequence that was not among the data: what they make of it must be nearer to the float model's result than
-what rounding makes of it.
+hidden states whose channels are correlated, as those of real models are, in host memory. Seconds are those of
+`qcompile.calibrate`, from the float model to the plan; memory is the most that PyTorch ever held meanwhile on the
+device, beyond the float model. Codes are checked on a sequence that was not among the data: what they make of it must
+be nearer to the float model's result than what rounding makes of it.
 Writes examples/benchmarks/results/gptq_stack.json.
 """
 
@@ -30,7 +30,10 @@ SHARED, DIRECTIONS = 0.9, 256
 
 
 def sequences(count: int, tokens: int, place: str) -> list[tuple[Any, ...]]:
-    """What the stack takes: hidden states [1, T, HIDDEN], places [T], rotations [T, HEAD / 2], and no caches."""
+    """What the stack takes: hidden states [1, T, HIDDEN], places [T], rotations [T, HEAD / 2], and no caches.
+
+    They are made on the device, and lie in host memory.
+    """
     directions = torch.randn(DIRECTIONS, HIDDEN, device=place) * (SHARED / DIRECTIONS) ** 0.5
     places = torch.arange(tokens, device=place)
     cos, sin = rotations(places)
@@ -38,7 +41,7 @@ def sequences(count: int, tokens: int, place: str) -> list[tuple[Any, ...]]:
     for _ in range(count):
         alone = torch.randn(1, tokens, HIDDEN, device=place) * (1 - SHARED) ** 0.5
         x = torch.randn(1, tokens, DIRECTIONS, device=place) @ directions + alone
-        found.append((x.bfloat16(), places, cos, sin, ()))
+        found.append((x.bfloat16().cpu(), places.cpu(), cos.cpu(), sin.cpu(), ()))
     return found
 
 
@@ -67,6 +70,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     most = torch.cuda.max_memory_allocated() - nbytes if on_gpu else None
     with torch.no_grad():
+        held_out = tuple(x.to(given.device) if isinstance(x, Tensor) else x for x in held_out)
         exact = model(*held_out).float()
         rounded = qcompile.calibrate(model, batches[:1], ROUNDED, progress=False)
         error, error_rounded = (off(model, one, held_out, exact) for one in (plan, rounded))

@@ -17,7 +17,7 @@ from torch import Tensor
 from qcompile.formats import Integer
 from qcompile.numerics import QParams, code_dtype, decode, encode
 from qcompile.solvers.imatrix import solve_imatrix
-from qcompile.solvers.moments import Moments, upper_rows
+from qcompile.solvers.moments import PANEL, Moments, upper_rows
 from qcompile.spec import ALL, Spec, Zero
 
 # of the mean of H's diagonal, added to all of it; source: the paper's percdamp
@@ -50,9 +50,16 @@ def solve_gptq(
     found = solve_imatrix(weight, spec, moments.diagonal(damping))
     order, turned = (part.to(weight.device) for part in moments.factored(damping, ordered=ordered))
     dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
-    columns = weight.T[order].to(dtype).contiguous()  # [K, N]
-    codes = _Rounding(found, order, columns, block).in_turn(columns, turned)
+    codes = _Rounding(found, order, len(weight), block).in_turn(_columns(weight, order, dtype), turned)
     return replace(found, codes=torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous())
+
+
+def _columns(weight: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
+    """The columns of the weight in that order, [K, N]."""
+    columns = torch.empty(weight.shape[::-1], dtype=dtype, device=weight.device)
+    for to, some in zip(columns.split(PANEL), order.split(PANEL), strict=True):
+        to.copy_(weight[:, some].T)
+    return columns
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,11 +88,11 @@ class _Block:
 class _Rounding:
     """Columns of one weight, rounded under qparams that are known.
 
-    order: which column of the weight each is.  like: columns [K, N].
+    order: which column of the weight each is.  rows: N.
     """
 
-    def __init__(self, qparams: QParams, order: Tensor, like: Tensor, block: int) -> None:
-        tile, rows = qparams.spec.granularity, like.shape[1]
+    def __init__(self, qparams: QParams, order: Tensor, rows: int, block: int) -> None:
+        tile = qparams.spec.granularity
         self._spec, self._levels, self._size = qparams.spec, qparams.levels, block
         self._groups = order // tile.columns if tile.columns != ALL else torch.zeros_like(order)
         self._scale = _by_row(qparams.scale, tile.rows, rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 from qcompile.errors import CalibrationError
 
 # rows or columns that are worked on at once where a whole copy of a matrix would take too much memory
-PANEL = 1024
+PANEL = 512
 # order of the columns, and the factor of the inverse in that order, turned around
 _Factored = tuple[Tensor, Tensor]
 
@@ -84,11 +84,16 @@ class Moments:
             self._factored[key] = order, turned_factor(self._hessian(order.flip(0), diagonal))
         return self._factored[key]
 
-    def damped(self, damping: float) -> Tensor:
-        """The moments with `diagonal`, float32 [K, K]."""
-        found = (self.matrix / self._mean).float()
-        found.diagonal().copy_(self.diagonal(damping))
-        return found
+    def damped(self, damping: float, device: torch.device) -> "Damped":
+        """The moments with `diagonal`, there."""
+        # where no input was anything but zero, all columns cost 1
+        more = damping + (self.matrix.diagonal().double().mean() == 0)
+        matrix, mean, more = (part.to(device, torch.float32) for part in (self.matrix, self._mean, more))
+        return Damped(matrix=matrix, mean=mean, more=more)
+
+    def forget(self) -> None:
+        """Give up what `factored` keeps, which takes twice the memory of the moments."""
+        self._factored.clear()
 
     @property
     def _mean(self) -> Tensor:
@@ -104,6 +109,22 @@ class Moments:
         hessian /= self._mean
         hessian.diagonal().copy_(diagonal[order])
         return hessian
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Damped:
+    """matrix / mean, with `more` added to its diagonal, without a copy of it: one of many channels is large."""
+
+    matrix: Tensor
+    mean: Tensor
+    more: Tensor
+
+    def after(self, x: Tensor, start: int = 0) -> Tensor:
+        """x times its rows from `start` on, [R, K].  x: float32 [R, k], as many columns as those are rows."""
+        end = start + x.shape[1]
+        found = (x @ self.matrix[start:end]).div_(self.mean)
+        found[:, start:end].addcmul_(x, self.more)
+        return found
 
 
 def turned_factor(hessian: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from qcompile.numerics import QParams, dequantize
 from qcompile.scales import keep_scale
 from qcompile.solvers.imatrix import OWN_SCALES
-from qcompile.solvers.moments import Moments
+from qcompile.solvers.moments import Damped, Moments
 from qcompile.spec import ALL, Zero
 from qcompile.steps import step_size
 
@@ -34,7 +34,7 @@ def refitted(weight: Tensor, qparams: QParams, moments: Moments, damping: float)
         return qparams
     if spec.scale not in OWN_SCALES or spec.zero is Zero.MINIMUM:
         return qparams
-    hessian = moments.damped(damping).to(weight.device)
+    hessian = moments.damped(damping, weight.device)
     units = replace(qparams, scale=torch.ones_like(qparams.scale), stored={})
     K, G = weight.shape[1], qparams.scale.shape[1]
     # A is float64, and its factor as large
@@ -49,17 +49,16 @@ def refitted(weight: Tensor, qparams: QParams, moments: Moments, damping: float)
     return replace(qparams, scale=scale, stored=stored)
 
 
-def _fitted(weight: Tensor, u: Tensor, scale: Tensor, hessian: Tensor, qparams: QParams) -> Tensor:
+def _fitted(weight: Tensor, u: Tensor, scale: Tensor, hessian: Damped, qparams: QParams) -> Tensor:
     """Scales [R, G] of rows: the best, as storage keeps them, or those before.  weight, u: float32 [R, K]."""
     K, groups = weight.shape[1], scale.shape[1]
     columns = qparams.spec.granularity.columns or K
     assert qparams.spec.granularity.columns == ALL or groups * columns == K
     left = weight - u * scale.repeat_interleave(columns, 1)
-    toward = ((left @ hessian) * u).unflatten(1, (groups, columns)).sum(2, dtype=torch.float64)
+    toward = (hessian.after(left) * u).unflatten(1, (groups, columns)).sum(2, dtype=torch.float64)
     together = toward.new_empty(len(u), groups, groups)
     for g in range(groups):
-        mine = slice(g * columns, (g + 1) * columns)
-        made = (u[:, mine] @ hessian[mine]) * u
+        made = hessian.after(u[:, g * columns : (g + 1) * columns], g * columns) * u
         together[:, g] = made.unflatten(1, (groups, columns)).sum(2, dtype=torch.float64)
     held = together.diagonal(dim1=1, dim2=2)
     held += HELD * held.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
@@ -71,5 +70,5 @@ def _fitted(weight: Tensor, u: Tensor, scale: Tensor, hessian: Tensor, qparams: 
     return torch.where((after < before)[:, None], found, scale)
 
 
-def _error(apart: Tensor, hessian: Tensor) -> Tensor:
-    return ((apart @ hessian) * apart).sum(1, dtype=torch.float64)
+def _error(apart: Tensor, hessian: Damped) -> Tensor:
+    return (hessian.after(apart) * apart).sum(1, dtype=torch.float64)

@@ -1,5 +1,7 @@
 """Weights solved while the model runs, from data to compiled model, and the same on both hosts."""
 
+import gc
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,10 +18,12 @@ from torch.testing import assert_close
 import qcompile
 from qcompile.errors import CalibrationError, PlanError, RecipeError
 from qcompile.numerics import dequantize, fake_quantize
+from qcompile.observers import Stats
 from qcompile.packing import packed_length
 from qcompile.pipeline import quantize
 from qcompile.plan import Plan, make_plan
 from qcompile.recipe import Recipe, Rule, recipe_from_table
+from qcompile.sequential import solve_in_turn
 from qcompile.sites import find_sites
 from qcompile.solvers import solve_gptq_refitted
 from qcompile.spec import Spec, parse_spec
@@ -362,3 +366,17 @@ class Turning(Net):
 def test_a_site_that_quantized_weights_do_not_reach_is_named() -> None:
     with pytest.raises(CalibrationError, match=r"no batch reached 'side', .*give more batches, or .*'imatrix'"):
         calibrated(Turning(), gptq())
+
+
+def test_statistics_take_no_memory_while_weights_are_solved(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+
+    def looked_at(*args: Any, **kwargs: Any) -> Plan:
+        gc.collect()
+        held.extend(thing for thing in gc.get_objects() if type(thing) is Stats)
+        return solve_in_turn(*args, **kwargs)
+
+    monkeypatch.setattr(sys.modules["qcompile.calibrate"], "solve_in_turn", looked_at)
+    plan = calibrated(net, gptq())
+    assert chosen(plan)
+    assert held == []

@@ -367,7 +367,8 @@ def test_one_batch_at_a_time_is_on_the_gpu(standing: list[Callable[[], None]]) -
     rows, width, size = 8192, 1024, 32 * 2**20
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(3)]).cuda().eval()
-    batches = [torch.randn(rows, width).cuda() for _ in range(8)]
+    # moved there when they run, and then as any other
+    batches = [torch.randn(rows, width) for _ in range(8)]
     plans, most, at = [], [], []
     standing.append(lambda: at.append(torch.cuda.memory_allocated()))
     for devices in (("cuda",), ()):
@@ -377,5 +378,5 @@ def test_one_batch_at_a_time_is_on_the_gpu(standing: list[Callable[[], None]]) -
             plans.append(qcompile.calibrate(model, batches, RECIPE, progress=False))
         most.append(max(at))
     assert plans[0] == plans[1]
-    # the first linear reads what the user holds; of the others, each batch holds one input
+    # each batch holds the input of one linear
     assert most[1] - most[0] > (len(batches) - 1) * size
