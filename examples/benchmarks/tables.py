@@ -330,10 +330,22 @@ def weights_table() -> str:
     return under(text, ("weights", "solver", "bits", "KL", "perplexity"), rows)
 
 
+def stack_text() -> str:
+    """What GPTQ costs a large model's layers."""
+    found = result("gptq_stack")
+    machine, shapes, (count, length) = found["machine"], found["shapes"], found["data"]
+    return (
+        f"`{found['recipe']}` on {shapes['layers']} layers of {shapes['hidden']} and {shapes['inner']} channels, "
+        f"{found['model_gigabytes']:.2f} GB of bfloat16, with {count} x {length} tokens in host memory: "
+        f"{found['seconds']:.0f} s, and {found['more_gigabytes']:.2f} GB of the GPU beyond the model, "
+        f"{machine['device']}, torch {machine['torch']} (`examples/benchmarks/gptq_stack.py`)."
+    )
+
+
 def tables() -> str:
     made = (
         *(speed_table, quality_table, embedding_table, outlier_table, calibration_table),
-        *(weights_table, fp4_table, levels_table),
+        *(weights_table, stack_text, fp4_table, levels_table),
         *(onnx_table, onnx_language_table, onnx_cuda_table, triton_table, triton_peers_table, decoder_table),
     )
     return "\n\n".join(make() for make in made) + "\n"
