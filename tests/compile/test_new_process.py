@@ -113,7 +113,9 @@ print(json.dumps(model.generate(prompt, max_new_tokens=24, do_sample=False).toli
 
 @pytest.mark.slow
 @needs_model
-@pytest.mark.parametrize("recipe", ["int8+embeddings", "int4-weight", "gptq4", "nf4", "fp8", "fp4"])
+@pytest.mark.parametrize(
+    "recipe", ["int8+embeddings", "int4-weight", "gptq4", "awq4", "mixed/3", "nf4", "q4_k", "fp8", "fp4"]
+)
 def test_another_process_generates_the_same_tokens(recipe: str, tmp_path: Path) -> None:
     plan = qcompile.calibrate(language_model(), list(first_windows(4).split(1)), recipe, progress=False)
     model = language_model()
