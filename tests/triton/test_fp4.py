@@ -213,6 +213,8 @@ def test_the_op_is_clean(M: int) -> None:
     codes, qparams = inputs(max(M, 1), 256, "fp8_e4m3/token")
     arguments = (codes[:M], qparams.scale[:M], pack["words"], pack["scale"], 1, BFLOAT16)
     library.opcheck(torch.ops.qcompile.fp4_mm.default, arguments)
+    octaves = torch.zeros(1, 2, 32, device="cuda", dtype=torch.int32)
+    library.opcheck(torch.ops.qcompile.fp4_mm.default, (*arguments, octaves))
 
 
 @pytest.mark.parametrize("fmt", [*FORMATS, "fp6_e3m2"])

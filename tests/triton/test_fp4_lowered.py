@@ -1,5 +1,6 @@
 """4-bit floats whose columns are lowered, under 8-bit ones, without a GPU: packs, what PTX makes of them, choices."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from qcompile.formats import code_values, parse_format
 from qcompile.graph import graph_text
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.pipeline import quantize as quantize_graph
-from qcompile.recipe import MOST_SHIFTED, recipe_from_table
+from qcompile.plan import Plan
+from qcompile.recipe import MOST_SHIFTED
 from qcompile.shifts import lowered_codes, raised, room
 from qcompile.spec import parse_spec
 from tests.hosts import FX, result
@@ -150,35 +152,49 @@ def test_who_lowers_columns(more: dict[str, Any], name: str) -> None:
     assert choose_kernel(problem(**more))[0].name == name
 
 
-def recipe(fmt: str = "fp4_e2m1", given: str = "fp8_e4m3/token") -> Any:
-    """W4A8 whose weight has its columns lowered to where they fit it."""
-    rule = {"weight": f"{fmt}/channel", "input": given, "shift": MOST_SHIFTED, "solver": "mse"}
-    return recipe_from_table({"rules": [rule]})
+def lowered_for_hopper(plan: Plan, model: Heads, x: Tensor) -> tuple[str, float]:
+    """The lowered graph, and how far its results are from those of the planned one, relatively."""
+    graph = FX.open(model, x)
+    quantize_graph(graph, plan)
+    expected = result(graph, x).float()
+    graph = FX.open(model, x)
+    quantize_graph(graph, plan, lower=lambda graph, plan: len(lower(graph, HOPPER, Packs())))
+    with ops_on_cpu():
+        y = result(graph, x).float()
+    return graph_text(graph), float((y - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("given", ["fp8_e4m3/token", "fp8_e4m3/tensor"])
 def test_a_graph_lowered_for_hopper_computes_what_was_planned(fmt: str, given: str) -> None:
     torch.manual_seed(0)
-    model = Heads(160).bfloat16().eval()
+    model, x = Heads(160).bfloat16().eval(), torch.randn(2, 30, 160).bfloat16()
+    rule = {"weight": f"{fmt}/channel", "input": given, "solver": "mse"}
+    plan = qcompile.calibrate(model, [x], recipe={"rules": [rule]}, progress=False)
+    most = room(parse_format(fmt))
+    decisions = {
+        name: replace(d, shift=tuple((k * 5 + (name == "v")) % (most + 1) for k in range(160)))
+        for name, d in plan.decisions.items()
+    }
+    text, error = lowered_for_hopper(replace(plan, decisions=decisions), model, x)
+    # q and k are one matmul, v has other octaves
+    assert text.count("linear_fp4_lowered") == 2
+    assert error < 5e-3
+
+
+def test_what_calibration_lowers_runs_from_codes() -> None:
+    torch.manual_seed(0)
+    model, x = Heads(160).bfloat16().eval(), torch.randn(2, 30, 160).bfloat16()
     # columns that are far from each other
     for linear in (model.q, model.k, model.v):
         linear.weight.data *= torch.exp2(torch.arange(160) % 7 - 3.0)
-    x = torch.randn(2, 30, 160).bfloat16()
-    plan = qcompile.calibrate(model, [x], recipe=recipe(fmt, given), progress=False)
-    # all of a float without mantissa are as good in any place
-    assert any(decision.shift for decision in plan.decisions.values())
-    assert fmt == "fp4_e3m0" or all(max(decision.shift) >= 2 for decision in plan.decisions.values())
-    graph = FX.open(model, x)
-    quantize_graph(graph, plan)
-    expected = result(graph, x)
-    graph = FX.open(model, x)
-    quantize_graph(graph, plan, lower=lambda graph, plan: len(lower(graph, HOPPER, Packs())))
-    assert "linear_fp4_lowered" in graph_text(graph)
-    assert "linear_fp8" not in graph_text(graph)
-    with ops_on_cpu():
-        y = result(graph, x).float()
-    assert float((y - expected.float()).norm() / expected.float().norm()) < 5e-3
+    rule = {"weight": "fp4_e2m1/channel", "input": "fp8_e4m3/token", "shift": MOST_SHIFTED, "solver": "mse"}
+    plan = qcompile.calibrate(model, [x], recipe={"rules": [rule]}, progress=False)
+    assert all(max(decision.shift) >= 2 for decision in plan.decisions.values())
+    text, error = lowered_for_hopper(plan, model, x)
+    assert "linear_fp4_lowered" in text
+    assert "linear_fp8" not in text
+    assert error < 5e-3
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
