@@ -26,6 +26,7 @@ _TAKES_NARROW: dict[object, tuple[int, int | None]] = {
     torch.ops.qcompile.linear_fp8.default: (8, None),
     torch.ops.qcompile.linear_fp8_triton.default: (5, None),
     torch.ops.qcompile.linear_fp4.default: (7, 4),
+    torch.ops.qcompile.linear_fp4_lowered.default: (7, None),
 }
 # matmuls that take integers with a zero as int8, less OFFSET, too
 _TAKES_OFFSET = (torch.ops.qcompile.linear_int8_triton.default, torch.ops.qcompile.linear_int4_int8.default)

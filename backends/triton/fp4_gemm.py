@@ -2,12 +2,12 @@
 
 Operands are swapped: the weight is the first operand, out of registers, and x the second, out of shared memory. One
 warp copies x and words of codes into a ring in shared memory (TMA); two groups of four warps move the bits of codes to
-where E4M3 has them, each for 64 rows of the weight, and multiply. The next words are unpacked while a product runs, and
-scales wait until the end. Programs walk over items: a tile of y on a slice of K, of which there are several where tiles
-are few; `add_parts` adds those in a fixed order.
+where E4M3 has them, each for 64 rows of the weight, and multiply. Where columns are lowered by octaves, codes become
+numbers of E5M2, which holds what E4M3 does, none of it subnormal: exponents are subtracted from byte by byte. The next
+words are unpacked while a product runs, and scales wait until the end. Programs walk over items: a tile of y on a slice
+of K, of which there are several where tiles are few; `add_parts` adds those in a fixed order.
 """
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -19,23 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qcompile.backends.triton.fp4_ptx import lowered_ptx, unpack_ptx
 from qcompile.backends.triton.int4_int8_tiles import operands
 from qcompile.backends.triton.items import next_stage, place_of
-
-
-@triton.constexpr_function
-def unpack_ptx(mantissa):
-    """PTX that makes the low and the high four codes of a word $2 bytes of E4M3, of 2**(bias - 7) times their numbers.
-
-    mantissa: bits of it, 0 to 2, of 4. A magnitude moves to the top of E4M3's mantissa, a sign to the top of the byte.
-    """
-    left = 3 - mantissa
-    mask = f"{(7 << left) * 0x01010101:#x}"
-    return (
-        "{ .reg .b32 t, u;"
-        f"shl.b32 t, $2, {left}; and.b32 t, t, {mask}; shl.b32 u, $2, 4; lop3.b32 $0, u, 0x80808080, t, 0xEA;"
-        f"shr.b32 t, $2, {4 - left}; and.b32 t, t, {mask}; lop3.b32 $1, $2, 0x80808080, t, 0xEA; }}"
-    )
 
 
 @gluon.jit
@@ -74,28 +60,61 @@ def _copy_all(x, w, ring, shape, UNITS: gl.constexpr, STAGES: gl.constexpr, ROWS
 
 
 @gluon.jit
-def _unpacked(words, MANTISSA: gl.constexpr):
-    """A block [64, 128] of the weight out of shared memory: bytes of E4M3 by fours, two int32 [4, 2, 8, 4, 4]."""
+def _octaves_of(octaves, block):
+    """Of the columns of a block by fours, h = 0 and h = 1: two int32 [4, 4]; none where no column is lowered."""
+    if octaves is None:
+        return ()
+    else:
+        by_lanes: gl.constexpr = gl.DistributedLinearLayout(
+            [[1], [2], [4]], [[8], [16], [0], [0], [0]], [[0], [0]], [], [32]
+        )
+        loaded = gl.load(octaves + block * 32 + gl.arange(0, 32, layout=by_lanes))
+        # j h s -> j s of h = 0 and 1
+        return gl.split(gl.permute(gl.reshape(loaded, [4, 2, 4]), (0, 2, 1)))
+
+
+@gluon.jit
+def _of_rows(octaves, words):
+    """Octaves [4, 4] as those of all rows, [1, 1, 1, 4, 4], as the words lie."""
+    columns: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, words.type.layout)))
+    found = gl.convert_layout(octaves, columns, assert_trivial=True)
+    return gl.expand_dims(gl.expand_dims(gl.expand_dims(found, 0), 0), 0)
+
+
+@gluon.jit
+def _unpacked(words, lowering, LOWERED: gl.constexpr, MANTISSA: gl.constexpr):
+    """A block [64, 128] of the weight out of shared memory: bytes of 8-bit floats by fours, two int32 [4, 2, 8, 4, 4].
+
+    They are floats of E4M3 or, if LOWERED, of E5M2.
+    """
     by_words: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [4, 0]], [[0, 4], [0, 8], [0, 16], [1, 0], [2, 0]], [[8, 0], [16, 0]], [], [32, 32]
     )
     loaded = gl.reshape(words.load(by_words), [4, 2, 8, 4, 4])
-    return gl.inline_asm_elementwise(
-        unpack_ptx(MANTISSA), "=&r,=&r,r", [loaded], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-    )
+    if LOWERED:
+        low, high = lowering
+        operands: gl.constexpr = "=&r,=&r,r,r,r"
+        given = [loaded, _of_rows(low, loaded), _of_rows(high, loaded)]
+        return gl.inline_asm_elementwise(
+            lowered_ptx(MANTISSA), operands, given, dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            unpack_ptx(MANTISSA), "=&r,=&r,r", [loaded], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+        )
 
 
 @gluon.jit
-def _operand(low, high, mma: gl.constexpr):
+def _operand(low, high, LOWERED: gl.constexpr, mma: gl.constexpr):
     """The first operand, of what `_unpacked` gives: registers get other names."""
     (codes,) = operands(low, high, 1, gl.DotOperandLayout(0, mma, 4))
-    return codes.to(gl.float8e4nv, bitcast=True)
+    return codes.to(gl.float8e5 if LOWERED else gl.float8e4nv, bitcast=True)
 
 
 @gluon.jit
 def _scaled(sums, vectors, n, m, M, N):
     """The sums [64, rows of x] of an item, scaled."""
-    scale_x, step_scale, scale_w = vectors
+    scale_x, step_scale, scale_w, _octaves = vectors
     mma: gl.constexpr = sums.type.layout
     across: gl.constexpr = gl.SliceLayout(0, mma)
     # one load a lane, and then through shared memory
@@ -114,19 +133,24 @@ def _multiply_all(
     tiles_m, tiles_n, parts, _blocks, _B = shape
     TOKENS: gl.constexpr = xs.shape[1]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
+    octaves = vectors[3]
+    LOWERED: gl.constexpr = octaves is not None
     gdc_wait()
     index, phase = gl.to_tensor(0), gl.to_tensor(0)
     for item in range(gl.program_id(0), tiles_m * tiles_n * parts, gl.num_programs(0)):
         row, column, first, end = place_of(item, shape, ROWS)
         acc = gl.zeros([64, TOKENS], gl.float32, layout=mma)
+        lowering = _octaves_of(octaves, first)
         mbarrier.wait(full.index(index), phase)
-        low, high = _unpacked(ws.index(index * UNITS + UNIT), MANTISSA)
+        low, high = _unpacked(ws.index(index * UNITS + UNIT), lowering, LOWERED, MANTISSA)
         for block in range(first, end):
             x = xs.index(index).permute((1, 0))
-            acc = warpgroup_mma(_operand(low, high, mma), x, acc, use_acc=block > first, is_async=True)
+            acc = warpgroup_mma(_operand(low, high, LOWERED, mma), x, acc, use_acc=block > first, is_async=True)
             next_index, next_phase = next_stage(index, phase, STAGES)
+            # asked for before the wait; behind the last block they are not used
+            next_lowering = _octaves_of(octaves, gl.minimum(block + 1, end - 1))
             mbarrier.wait(full.index(next_index), next_phase, pred=block + 1 < end)
-            next_low, next_high = _unpacked(ws.index(next_index * UNITS + UNIT), MANTISSA)
+            next_low, next_high = _unpacked(ws.index(next_index * UNITS + UNIT), next_lowering, LOWERED, MANTISSA)
             # all that the product reads, and what is unpacked while it runs
             acc, low, high, next_low, next_high = warpgroup_mma_wait(0, deps=[acc, low, high, next_low, next_high])
             mbarrier.arrive(free.index(index), count=1)
@@ -150,7 +174,7 @@ def _multiply_all(
 
 @gluon.jit(do_not_specialize=["M", "tiles_m", "parts", "blocks"])
 def fp4_kernel(
-    x, w, y, parts_ptr, scale_x, scale_w, M, N, B, step_scale, tiles_m, tiles_n, parts, blocks,
+    x, w, y, parts_ptr, scale_x, scale_w, octaves, M, N, B, step_scale, tiles_m, tiles_n, parts, blocks,
     UNITS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, MANTISSA: gl.constexpr, WHOLE: gl.constexpr,
     REGISTERS: gl.constexpr, COPYING: gl.constexpr,
 ):  # fmt: skip
@@ -169,7 +193,7 @@ def fp4_kernel(
         mbarrier.init(free.index(i), count=UNITS)
     fence_async_shared()
     ring = (xs, ws, full, free)
-    vectors = (scale_x, step_scale, scale_w)
+    vectors = (scale_x, step_scale, scale_w, octaves)
     sizes = (M, N)
     shape = (tiles_m, tiles_n, parts, blocks, B)
     # tuples of constants must not be named, which would make them values of the kernel

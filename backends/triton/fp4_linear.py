@@ -35,6 +35,8 @@ class Operands:
     x: fp8_e4m3 [M, K], of whole multiples of 16 columns; scale_x float32, one a row or one for all.
     words: int32, of codes as `int4_int8_words` packs them; scale_w float32 [N, 1], of 2**(bias - 7) times the numbers;
     mantissa: bits of it in a code.  dtype: of y, bfloat16 or float16.
+    octaves: None or, of a weight whose columns are lowered, as `fp4_words` packs them and words; its scales are those
+    of numbers that were raised to the top of E4M3.
     """
 
     x: Tensor
@@ -43,6 +45,7 @@ class Operands:
     scale_w: Tensor
     mantissa: int
     dtype: torch.dtype
+    octaves: Tensor | None = None
 
 
 def why_not(N: int, K: int, capability: tuple[int, int], dtype: torch.dtype, *, small: bool) -> str | None:
@@ -92,7 +95,7 @@ def constants(tiles: Tiles, mantissa: int, *, whole: bool) -> dict[str, int | bo
 
 
 def _by_library(o: Operands, config: Unpack) -> Tensor:
-    w = unpack(o.words, o.scale_w.shape[0], o.x.shape[1], o.mantissa, config.blocks)
+    w = unpack(o.words, o.octaves, o.scale_w.shape[0], o.x.shape[1], o.mantissa, config.blocks)
     operands = eight_bit.Operands(x=o.x, w=w, scale_x=o.scale_x, scale_w=o.scale_w, dtype=o.dtype)
     return fp8_matmul.fp8_matmul(operands, Library())
 
@@ -118,7 +121,7 @@ def _multiply(o: Operands, tiles: Tiles) -> Tensor:
     launch(
         fp4_kernel,
         (min(programs, tiles_m * tiles_n * parts), 1, 1),
-        (*matrices, to, o.scale_x, o.scale_w, M, N, B, step(o.scale_x), tiles_m, tiles_n, parts, blocks),
+        (*matrices, to, o.scale_x, o.scale_w, o.octaves, M, N, B, step(o.scale_x), tiles_m, tiles_n, parts, blocks),
         constants(tiles, o.mantissa, whole=whole),
         **REGISTERS[tiles.resident].options,
         launch_pdl=True,

@@ -43,7 +43,7 @@ class Format:
     """Specs of weight and input, and the share of input channels that stay in 16 bits.
 
     rate: operations a microsecond that the device makes at most; None: as many as of bfloat16.
-    shift: octaves by which every other column of a 4-bit float is lowered, as the other channels of x are raised.
+    shift: octaves by which every other column of a 4-bit float is lowered.
     """
 
     weight: str
@@ -68,6 +68,7 @@ FORMATS: Mapping[str, Format] = {
     "fp8": Format(weight="fp8_e4m3/channel", input="fp8_e4m3/token", rate=EIGHT_BIT_RATE),
     "fp4": Format(weight="fp4_e2m1/channel"),
     "fp4 a8": Format(weight="fp4_e2m1/channel", input="fp8_e4m3/token", rate=EIGHT_BIT_RATE),
+    "fp4 a8 shifted": Format(weight="fp4_e2m1/channel", input="fp8_e4m3/token", rate=EIGHT_BIT_RATE, shift=3),
     "fp4 a4": Format(weight="fp4_e2m1/channel", input="fp4_e2m1/token", rate=EIGHT_BIT_RATE),
     "fp4 a4 shifted": Format(weight="fp4_e2m1/channel", input="fp4_e2m1/token", rate=EIGHT_BIT_RATE, shift=3),
 }

@@ -9,6 +9,7 @@ import qcompile
 from qcompile.backends.fx.kernels import KERNELS, Problem
 from qcompile.graph import Op
 from qcompile.numerics import dequantize, find_qparams, quantize
+from qcompile.shifts import lowered_codes
 from qcompile.spec import parse_spec
 from tests.families import build, tokens
 
@@ -39,6 +40,8 @@ CASES = [
     ("int4-int8", "int4/g32", "int8/token"),
     ("fp4", "fp4_e2m1/channel", "fp8_e4m3/token"),
     ("fp4", "fp4_e1m2/channel", "fp4_e2m1/token"),
+    ("fp4-lowered", "fp4_e2m1/channel", "fp8_e4m3/token"),
+    ("fp4-lowered", "fp4_e3m0/channel", "fp8_e4m3/tensor"),
     ("book-triton", "dynamic8/g32", None),
     ("packed", "int3/g32/asym/bf16", None),
     ("packed", "nf4/g32/dq256", None),
@@ -66,13 +69,16 @@ def test_kernel_equals_oracle(
         capability=capability,
         small=name in ("packed", "book-triton"),
     )
+    qparams = find_qparams(W, p.weight)
+    codes = quantize(W, qparams)
+    if name == "fp4-lowered":
+        codes, qparams = lowered_codes(codes, qparams, tuple(k % 12 for k in range(K)))
+        p = replace(p, weight=qparams.spec, lowered=qparams.lowered)
     kernel = BY_NAME[name]
     refused = kernel.why_not(p)
     if refused is not None:
         assert ("sm_" in refused and capability != (9, 0)) or ("bfloat16" in refused and dtype is not torch.bfloat16)
         return
-    qparams = find_qparams(W, p.weight)
-    codes = quantize(W, qparams)
     operands, wide = (x,), x.double()
     if spec is not None:
         found = find_qparams(x, spec)

@@ -12,11 +12,16 @@ from qcompile.backends.triton.groups import REGISTERS
 from tests.triton.compiled import NAMES, compiled, described
 
 
-def kernel(config: Config, capability: int, dtype: torch.dtype, mantissa: int, *, whole: bool = True) -> CompiledKernel:
-    """The configuration's kernel, as its launcher would have it compiled.  whole: K is not cut."""
+def kernel(
+    config: Config, capability: int, dtype: torch.dtype, mantissa: int, *, whole: bool = True, lowered: bool = False
+) -> CompiledKernel:
+    """The configuration's kernel, as its launcher would have it compiled.
+
+    whole: K is not cut.  lowered: columns are.
+    """
     if not isinstance(config, Tiles):
-        constants = {"MANTISSA": mantissa, "BLOCKS": config.blocks}
-        given = {"words_ptr": "*i32", "y_ptr": "*i32"}
+        constants = {"MANTISSA": mantissa, "BLOCKS": config.blocks} | ({} if lowered else {"octaves_ptr": None})
+        given = {"words_ptr": "*i32", "octaves_ptr": "*i32", "y_ptr": "*i32"}
         return compiled(ASTSource, unpack_kernel, given, constants, capability, {"num_warps": WARPS})
     name = NAMES[dtype]
     given = {
@@ -26,7 +31,8 @@ def kernel(config: Config, capability: int, dtype: torch.dtype, mantissa: int, *
         "parts_ptr": f"*{name}" if whole else "*fp32",
         "scale_x": "*fp32",
         "scale_w": "*fp32",
+        "octaves": "*i32",
     }
-    constants = linear.constants(config, mantissa, whole=whole)
+    constants = linear.constants(config, mantissa, whole=whole) | ({} if lowered else {"octaves": None})
     options = REGISTERS[config.resident].options
     return compiled(GluonASTSource, fp4_kernel, given, constants, capability, options)

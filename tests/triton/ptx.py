@@ -1,4 +1,4 @@
-"""The instructions of PTX that `width_ptx` writes, on tensors of registers: int64, 32 bits in use."""
+"""The instructions of PTX that `width_ptx` and `fp4_ptx` write, on tensors of registers: int64, 32 bits in use."""
 
 import re
 
@@ -38,7 +38,7 @@ def run(text: str, operands: list[Tensor | None], table: Tensor | None = None) -
     for line in text.strip("{}").split(";"):
         if not line.strip() or line.strip().startswith(".reg"):
             continue
-        op, to, *rest = re.split(r"[ ,]+", line.strip())
+        op, to, *rest = re.split(r"[ ,{]+", line.strip().rstrip("}"))
         given = [read(name) for name in rest]
         made = _OPS[op.split(".")[0]](op, *given) & FULL
         if to.startswith("$"):
@@ -52,6 +52,27 @@ def _lop3(_: str, a: Tensor, b: Tensor, c: Tensor, table: Tensor) -> Tensor:
     return found[int(table.flatten()[0])]
 
 
+def _prmt(_: str, a: Tensor, b: Tensor, selectors: Tensor) -> Tensor:
+    """Four of the eight bytes; a selector of 8 or more spreads the sign of its byte."""
+    pool = torch.stack([source >> (8 * i) & 255 for source in (a, b) for i in range(4)])
+    made = torch.zeros_like(a)
+    for i in range(4):
+        selector = selectors >> (4 * i) & 15
+        byte = pool.gather(0, (selector & 7)[None])[0]
+        made |= torch.where(selector > 7, (byte >> 7) * 255, byte) << (8 * i)
+    return made
+
+
+def _cvt(op: str, a: Tensor) -> Tensor:
+    assert op == "cvt.rn.satfinite.e4m3x2.f16x2"
+    low, high = halves(a, torch.float16).to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int64).unbind(-1)
+    return low | (high << 8)
+
+
+def _sub(op: str, a: Tensor, b: Tensor) -> Tensor:
+    return a - b if op == "sub.u32" else _float(op, a, b)
+
+
 def _float(op: str, *given: Tensor) -> Tensor:
     dtype = torch.float16 if ".f16x2" in op else torch.bfloat16
     a, b, *c = (halves(g, dtype) for g in given)
@@ -61,14 +82,17 @@ def _float(op: str, *given: Tensor) -> Tensor:
 
 
 _OPS = {
-    "mov": lambda _, a: a,
+    # two are halves of a register
+    "mov": lambda _, a, *high: a | high[0] << 16 if high else a,
     "shr": lambda _, a, n: a >> n,
     "shl": lambda _, a, n: a << n,
     "add": lambda _, a, b: a + b,
     "and": lambda _, a, b: a & b,
     "lop3": _lop3,
     "ld": lambda _, a: a,
-    "sub": _float,
+    "sub": _sub,
+    "prmt": _prmt,
+    "cvt": _cvt,
     "mul": _float,
     "fma": _float,
 }

@@ -7,7 +7,7 @@ from torch import Tensor, library, nn
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 import qcompile
-from qcompile.backends.fx.kernels import fp4
+from qcompile.backends.fx.kernels import fp4, fp4_lowered
 from qcompile.backends.fx.kernels.narrow_floats import is_narrow, lowered
 from qcompile.backends.triton.fp4_linear import Operands, fp4_linear
 from qcompile.backends.triton.fp4_table import TABLE, Config, Tiles, Unpack
@@ -50,6 +50,16 @@ def run(codes: Tensor, qparams: QParams, pack: dict[str, Tensor], fmt: str, bias
     narrow = form.name if is_narrow(form) else ""
     return torch.ops.qcompile.linear_fp4(
         codes, qparams.scale, pack["words"], pack["scale"], pack.get("shift"), bias, fmt, narrow, BFLOAT16
+    )
+
+
+def run_lowered(codes: Tensor, qparams: QParams, pack: dict[str, Tensor], fmt: str) -> Tensor:
+    # what the allocator hands out next holds NaN
+    torch.full((8 * codes.shape[0] * pack["scale"].shape[0],), torch.nan, device="cuda")
+    form = qparams.spec.format
+    narrow = form.name if is_narrow(form) else ""
+    return torch.ops.qcompile.linear_fp4_lowered(
+        codes, qparams.scale, pack["words"], pack["scale"], pack["octaves"], None, fmt, narrow, BFLOAT16
     )
 
 
@@ -115,12 +125,63 @@ def test_lowered_columns(fmt: str, given: str, M: int) -> None:
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("given", ["fp8_e4m3/token", "fp8_e4m3/tensor", "fp4_e3m0/token"])
+@pytest.mark.parametrize("M", [1, 16, 17, 64, 257, 1100])
+@pytest.mark.parametrize(("N", "K"), [(75, 272), (192, 1024)])
+def test_weights_are_lowered_under_all_of_e4m3(fmt: str, given: str, M: int, N: int, K: int) -> None:
+    most = room(parse_format(fmt))
+    shift = (most, *torch.randint(0, most + 1, (K - 2,)).tolist(), 0)
+    made, found, _ = container(fmt, N, shift)
+    pack = {name: t.cuda() for name, t in fp4_lowered.pack(made, found, BFLOAT16).items()}
+    codes, qparams = inputs(M, K, given)
+    weight = dequantize(made, found).double().cuda()
+    check(run_lowered(codes, qparams, pack, fmt), codes, qparams, weight)
+    # one column alone, as much lowered as columns are, whose products are exact
+    alone = torch.zeros_like(codes)
+    alone[:, 0] = codes[:, 0]
+    y = run_lowered(alone, qparams, pack, fmt).double()
+    torch.testing.assert_close(y, dequantize(alone, qparams).double() @ weight.T, rtol=2.0**-8, atol=0)
+
+
+@pytest.mark.parametrize("config", configs_of(TABLE, 90), ids=name_of)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 4096, 512), (130, 208, 1040), (1000, 144, 4096)])
+def test_configurations_lower_columns(config: Config, fmt: str, M: int, N: int, K: int) -> None:
+    shift = tuple(torch.randint(0, room(parse_format(fmt)) + 1, (K,)).tolist())
+    made, found, _ = container(fmt, N, shift)
+    pack = {name: t.cuda() for name, t in fp4_lowered.pack(made, found, BFLOAT16).items()}
+    codes, qparams = inputs(M, K, "fp8_e4m3/token")
+    torch.full((8 * M * N,), torch.nan, device="cuda")
+    operands = Operands(
+        x=codes.view(torch.float8_e4m3fn),
+        scale_x=qparams.scale,
+        words=pack["words"],
+        scale_w=pack["scale"],
+        mantissa=parse_format(fmt).mantissa,
+        dtype=BFLOAT16,
+        octaves=pack["octaves"],
+    )
+    check(fp4_linear(operands, config), codes, qparams, dequantize(made, found).double().cuda())
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(("N", "K"), [(64, 128), (200, 272), (16, 4096)])
+def test_unpacked_weights_are_lowered_exactly(fmt: str, N: int, K: int) -> None:
+    shift = tuple(torch.randint(0, room(parse_format(fmt)) + 1, (K,)).tolist())
+    made, found, _ = container(fmt, N, shift)
+    pack = {name: t.cuda() for name, t in fp4_lowered.pack(made, found, BFLOAT16).items()}
+    torch.full((N, K), 0x7F, dtype=torch.uint8, device="cuda")
+    floats = unpack(pack["words"], pack["octaves"], N, K, parse_format(fmt).mantissa, 4).float() * pack["scale"]
+    assert torch.equal(floats.cpu(), dequantize(made, found))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize(("N", "K"), [(64, 128), (200, 272), (16, 4096)])
 def test_unpacked_weights_are_exact(fmt: str, N: int, K: int) -> None:
     pack, weight = packed(fmt, N, K)
     torch.full((N, K), 0x7F, dtype=torch.uint8, device="cuda")
     form = parse_format(fmt)
-    floats = unpack(pack["words"], N, K, form.mantissa, 4).double() * pack["scale"].double()
+    floats = unpack(pack["words"], None, N, K, form.mantissa, 4).double() * pack["scale"].double()
     torch.testing.assert_close(floats, weight, rtol=1e-6, atol=0)
 
 
@@ -152,6 +213,8 @@ def test_the_op_is_clean(M: int) -> None:
     codes, qparams = inputs(max(M, 1), 256, "fp8_e4m3/token")
     arguments = (codes[:M], qparams.scale[:M], pack["words"], pack["scale"], 1, BFLOAT16)
     library.opcheck(torch.ops.qcompile.fp4_mm.default, arguments)
+    octaves = torch.zeros(1, 2, 32, device="cuda", dtype=torch.int32)
+    library.opcheck(torch.ops.qcompile.fp4_mm.default, (*arguments, octaves))
 
 
 @pytest.mark.parametrize("fmt", [*FORMATS, "fp6_e3m2"])
@@ -189,8 +252,11 @@ class Block(nn.Module):
         return x + self.down(torch.nn.functional.silu(self.gate(h)) * self.up(h))
 
 
-@pytest.mark.parametrize("recipe", ["fp4", "fp4-token", "fp4-a8"])
-def test_a_model_runs_as_planned(recipe: str) -> None:
+A8_SHIFTED = {"weight": "fp4_e2m1/channel", "input": "fp8_e4m3/token", "solver": "mse", "shift": 14}
+
+
+@pytest.mark.parametrize("recipe", ["fp4", "fp4-token", "fp4-a8", {"rules": [A8_SHIFTED]}], ids=str)
+def test_a_model_runs_as_planned(recipe: str | dict[str, object]) -> None:
     torch.manual_seed(0)
     model = Block(512).cuda().bfloat16().eval()
     x = torch.randn(2, 40, 512, device="cuda", dtype=BFLOAT16)
@@ -206,13 +272,13 @@ def test_a_model_runs_as_planned(recipe: str) -> None:
     sites = {site.name: site for site in qcompile.report(fast).sites}
     for name, decision in plan.decisions.items():
         assert decision.input is not None
-        most = room(decision.input.format) if decision.shift else 0
-        # where E4M3 has no room for an input's channels, it holds the weight
+        most = room(decision.input.format) if is_narrow(decision.input.format) else 0
+        # where E4M3 has no room for an input's channels, the weight's columns are lowered
         fits = max(decision.shift, default=0) <= most
-        assert sites[name].kernel == ("fp4" if fits else "fp8-triton")
+        assert sites[name].kernel == ("fp4" if fits else "fp4-lowered")
         # 4 bits a weight, scales and octaves, beside 16 bits
-        assert not fits or sites[name].bytes_after < 0.3 * sites[name].bytes_before
-    assert any(site.kernel == "fp4" for site in sites.values())
+        assert sites[name].bytes_after < 0.3 * sites[name].bytes_before
+    assert {site.kernel for site in sites.values()} & {"fp4" if isinstance(recipe, str) else "fp4-lowered"}
     assert recipe == "fp4-a8" or any(decision.shift for decision in plan.decisions.values())
 
 

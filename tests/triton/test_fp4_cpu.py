@@ -2,20 +2,20 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, library, nn
+from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 import qcompile
 from qcompile.backends.fx.kernels import choose as choose_kernel
 from qcompile.backends.fx.kernels import fp4, fp8
-from qcompile.backends.fx.kernels.narrow_floats import factor, is_narrow, lowered, widened
+from qcompile.backends.fx.kernels.narrow_floats import factor, lowered, widened
 from qcompile.backends.fx.kernels.problem import Problem
 from qcompile.backends.fx.lower import Target, lower
+from qcompile.backends.triton.fp4_ptx import unpack_ptx
 from qcompile.backends.triton.fp4_table import TABLE, Config, Tiles, Unpack, choose
 from qcompile.backends.triton.int4_int8_words import unpack_words
 from qcompile.backends.triton.table import configs_of
@@ -26,12 +26,11 @@ from qcompile.pipeline import quantize as quantize_graph
 from qcompile.shifts import raised, room
 from qcompile.spec import parse_spec
 from tests.hosts import FX, result
-from tests.passes.test_permute_outliers import PlainPacks
 from tests.triton.compiled import name_of
 from tests.triton.fp4_cubins import kernel
+from tests.triton.fp4_on_cpu import FORMATS, Heads, Packs, ops_on_cpu
 from tests.triton.ptx import run
 
-FORMATS = ("fp4_e2m1", "fp4_e1m2", "fp4_e3m0")
 HOPPER = Target(device="cuda", capability=(9, 0))
 # sm_80 has no fp8, and Hopper's kernel is for Hopper
 CASES = [
@@ -116,10 +115,9 @@ def test_lowering_the_input_is_lowering_the_weight(fmt: str) -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_pieces_move_bits(fmt: str) -> None:
-    ptx = pytest.importorskip("qcompile.backends.triton.fp4_gemm")
     words = torch.randint(-(2**31), 2**31, (500,), dtype=torch.int64) & 0xFFFFFFFF
     operands: list[Tensor | None] = [None, None, words]
-    run(ptx.unpack_ptx(parse_format(fmt).mantissa), operands)
+    run(unpack_ptx(parse_format(fmt).mantissa), operands)
     for made, start in zip(operands[:2], (0, 4), strict=True):
         for b in range(4):
             codes = ((words >> (8 * b + start)) & 15).to(torch.uint8)
@@ -195,12 +193,12 @@ def test_refusals_say_why(more: dict[str, object], reason: str | None) -> None:
     assert found is None if reason is None else reason in str(found)
 
 
-def test_what_has_no_room_runs_in_the_container() -> None:
-    p = problem(**lowered_by(3) | {"input": parse_spec("fp8_e4m3/token")})
+def test_what_has_no_kernel_runs_in_the_container() -> None:
+    p = problem(**lowered_by(3) | {"input": parse_spec("fp8_e4m3/token"), "capability": (8, 9)})
     chosen, refused = choose_kernel(p)
-    assert chosen.name in ("fp8-triton", fp8.KERNEL.name)
-    assert "holds the lowered weight" in refused["fp4"]
-    assert choose_kernel(problem(**lowered_by(3)))[0] is fp4.KERNEL
+    assert chosen is fp8.KERNEL
+    assert "the weight is lowered instead" in refused["fp4"]
+    assert "is for sm_90" in refused["fp4-lowered"]
 
 
 def test_only_weights_that_were_lowered_alike_are_joined() -> None:
@@ -209,56 +207,14 @@ def test_only_weights_that_were_lowered_alike_are_joined() -> None:
     assert not fp4.KERNEL.joins([problem(), problem(N=72)])
 
 
-def multiplied(
-    codes: Tensor, scale: Tensor, words: Tensor, weight_scale: Tensor, mantissa: int, dtype: torch.dtype
-) -> Tensor:
-    """What the op computes, in plain torch."""
-    fmt = {form.mantissa: form for form in map(parse_format, FORMATS)}[mantissa]
-    weight = widened(unpack_words(words, weight_scale.shape[0], codes.shape[1]), fmt).view(torch.float8_e4m3fn)
-    x = codes.view(torch.float8_e4m3fn).double() * scale.double()
-    return (x @ (weight.double() * weight_scale.double()).T).to(dtype)
-
-
-def as_rows(x: Tensor, *given: Any) -> list[Tensor]:
-    """Of `quantize_rows` behind a norm, what it computes of floats of fewer bits."""
-    second, weight, bias, before, eps, spec, _, _, *shift = given
-    assert (second, bias, before) == (None, None, "rms_norm")
-    fmt = parse_spec(spec).format
-    value = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
-    qparams = find_qparams(value, parse_spec(spec))
-    codes = quantize(value, qparams)
-    if not is_narrow(fmt):
-        return [codes, qparams.scale]
-    octaves = shift[0][0] if shift and shift[0] is not None else torch.zeros(x.shape[-1], dtype=torch.int8)
-    return [lowered(codes, fmt, octaves).view(torch.float8_e4m3fn), qparams.scale * 2.0 ** -raised(fmt)]
-
-
 @pytest.fixture
-def ops_on_cpu() -> Iterator[None]:
-    added = library.Library("qcompile", "IMPL")
-    added.impl("fp4_mm", multiplied, "CPU")
-    added.impl("quantize_rows", as_rows, "CPU")
-    yield
-    added._destroy()
-
-
-class Heads(nn.Module):
-    """A norm whose channels are far apart, and linears that read it."""
-
-    def __init__(self, K: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(K, eps=1e-6)
-        self.q, self.k = nn.Linear(K, 128, bias=False), nn.Linear(K, 64, bias=False)
-        self.v = nn.Linear(K, 48)
-        self.norm.weight.data = torch.exp2(torch.linspace(-4, 4, K))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        return torch.cat([self.q(h), self.k(h), self.v(h)], -1)
+def emulated() -> Iterator[None]:
+    with ops_on_cpu():
+        yield
 
 
 @pytest.mark.parametrize("recipe", ["fp4", "fp4-token", "fp4-a8"])
-@pytest.mark.usefixtures("ops_on_cpu")
+@pytest.mark.usefixtures("emulated")
 def test_a_graph_lowered_for_hopper_computes_what_was_planned(recipe: str) -> None:
     torch.manual_seed(0)
     model = Heads(160).bfloat16().eval()
@@ -276,7 +232,7 @@ def test_a_graph_lowered_for_hopper_computes_what_was_planned(recipe: str) -> No
     assert float((y - expected.float()).norm() / expected.float().norm()) < 5e-3
 
 
-@pytest.mark.usefixtures("ops_on_cpu")
+@pytest.mark.usefixtures("emulated")
 def test_weights_of_different_formats_are_not_joined() -> None:
     torch.manual_seed(0)
     model = Heads(160).bfloat16().eval()
@@ -292,18 +248,3 @@ def test_weights_of_different_formats_are_not_joined() -> None:
     quantize_graph(graph, plan, lower=lambda graph, plan: len(lower(graph, HOPPER, Packs())))
     assert graph_text(graph).count("linear_fp4") == 3
     assert float((result(graph, x).float() - expected).norm() / expected.norm()) < 5e-3
-
-
-class Packs(PlainPacks):
-    """The packs of a graph, joined as the store joins them."""
-
-    def __init__(self) -> None:
-        self._made: dict[str, dict[str, Tensor]] = {}
-
-    def quantized(self, site: str, constant: str, kernel: Any, problem: Problem, weight: Any) -> dict[str, Tensor]:
-        self._made[site] = kernel.pack(weight.make(), weight.qparams, problem.dtype)
-        return self._made[site]
-
-    def joined(self, members: Any, kernel: Any, problem: Problem) -> dict[str, Tensor]:
-        packs = [self._made[site] for site, _ in members]
-        return {name: torch.cat([pack[name] for pack in packs]) for name in packs[0]}

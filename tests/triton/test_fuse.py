@@ -280,6 +280,22 @@ def test_floats_of_few_bits_are_quantized_to_e4m3_and_lowered_there(shift: tuple
     assert rows.meta["example_value"][0].dtype is torch.float8_e4m3fn
 
 
+def test_octaves_that_the_weight_takes_are_not_the_inputs() -> None:
+    shift = shifts(12)
+    graph = FX.open(Raised().bfloat16(), torch.randn(5, 48).bfloat16())
+    plan = planned(graph, "fp4_e2m1", shift, "fp4_e3m0/token")
+    quantize_graph(graph, plan)
+    lower(graph, Target(device="cuda", capability=HOPPER), PlainPacks())
+    (rows,) = (n for n in graph.module.graph.nodes if n.target is QUANTIZE_ROWS)
+    op = torch.ops.qcompile.linear_fp4_lowered.default
+    (linear,) = (n for n in graph.module.graph.nodes if n.target is op)
+    assert rows.args[4:7] == ("rms_norm", 1e-6, "fp4_e3m0/token")
+    assert not any(isinstance(node, torch.fx.Node) for node in rows.args[9:])
+    # E4M3 as it comes, and the octaves beside the words
+    assert linear.args[7] == ""
+    assert graph.constant(linear.args[4]).shape == (1, 1, 32)
+
+
 def test_octaves_that_differ_are_left_to_who_reads_them() -> None:
     readers = torch.fx.Graph()
     x, a, b = (readers.placeholder(name) for name in "xab")

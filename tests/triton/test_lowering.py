@@ -126,6 +126,7 @@ def test_kernels_of_a_device_are_no_candidates_elsewhere() -> None:
     assert {kernel.name for kernel in KERNELS if kernel.device == "cuda"} == {
         "int8-triton",
         "fp4",
+        "fp4-lowered",
         "fp8-triton",
         "weight-triton",
         "book-triton",

@@ -1,0 +1,108 @@
+"""What kernels of 4-bit floats compute, in plain torch, and a model that is lowered to them, without a GPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, library, nn
+
+from qcompile.backends.fx.kernels.narrow_floats import is_narrow, lowered, widened
+from qcompile.backends.fx.kernels.problem import Problem
+from qcompile.backends.triton.fp4_ptx import lowered_ptx
+from qcompile.backends.triton.int4_int8_words import unpack_words
+from qcompile.formats import parse_format
+from qcompile.numerics import find_qparams, quantize
+from qcompile.shifts import raised
+from qcompile.spec import parse_spec
+from tests.passes.test_permute_outliers import PlainPacks
+from tests.triton.ptx import FULL, run
+
+FORMATS = ("fp4_e2m1", "fp4_e1m2", "fp4_e3m0")
+
+
+def bytes_of(words: Tensor, octaves: Tensor, mantissa: int) -> Tensor:
+    """E5M2 [N, K] as kernels make it of packs of whole blocks, which are read as kernels read them."""
+    units, blocks = words.shape[:2]
+    # part q i j s, under j h s
+    fields = (words.to(torch.int64) & FULL).view(units, blocks, 64, 4, 4)
+    columns = (octaves[:1].to(torch.int64) & FULL).view(1, blocks, 1, 4, 2, 4).expand(units, -1, 64, -1, -1, -1)
+    given: list[Tensor | None] = [None, None, fields, columns[..., 0, :], columns[..., 1, :]]
+    run(lowered_ptx(mantissa), given)
+    fours = torch.stack([t for t in given[:2] if t is not None], dim=-1)  # unit block row j s h
+    made = torch.stack([fours >> (8 * b) & 255 for b in range(4)], dim=-1).to(torch.uint8)
+    return made.permute(0, 2, 1, 4, 5, 3, 6).reshape(64 * units, 128 * blocks).view(torch.float8_e5m2)
+
+
+def multiplied(
+    codes: Tensor,
+    scale: Tensor,
+    words: Tensor,
+    weight_scale: Tensor,
+    mantissa: int,
+    dtype: torch.dtype,
+    octaves: Tensor | None = None,
+) -> Tensor:
+    """What the op computes, in plain torch."""
+    fmt = {form.mantissa: form for form in map(parse_format, FORMATS)}[mantissa]
+    N, K = weight_scale.shape[0], codes.shape[1]
+    if octaves is None:
+        weight = widened(unpack_words(words, N, K), fmt).view(torch.float8_e4m3fn)
+    else:
+        weight = bytes_of(words, octaves, mantissa)[:N, :K]
+    x = codes.view(torch.float8_e4m3fn).double() * scale.double()
+    return (x @ (weight.double() * weight_scale.double()).T).to(dtype)
+
+
+def as_rows(x: Tensor, *given: Any) -> list[Tensor]:
+    """Of `quantize_rows` behind a norm, what it computes of floats of fewer bits."""
+    second, weight, bias, before, eps, spec, _, _, *shift = given
+    assert (second, bias, before) == (None, None, "rms_norm")
+    fmt = parse_spec(spec).format
+    value = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+    qparams = find_qparams(value, parse_spec(spec))
+    codes = quantize(value, qparams)
+    if not is_narrow(fmt):
+        return [codes, qparams.scale]
+    octaves = shift[0][0] if shift and shift[0] is not None else torch.zeros(x.shape[-1], dtype=torch.int8)
+    return [lowered(codes, fmt, octaves).view(torch.float8_e4m3fn), qparams.scale * 2.0 ** -raised(fmt)]
+
+
+@contextmanager
+def ops_on_cpu() -> Iterator[None]:
+    """Within it, the opaque ops run on the CPU."""
+    added = library.Library("qcompile", "IMPL")
+    added.impl("fp4_mm", multiplied, "CPU")
+    added.impl("quantize_rows", as_rows, "CPU")
+    yield
+    added._destroy()
+
+
+class Heads(nn.Module):
+    """A norm whose channels are far apart, and linears that read it."""
+
+    def __init__(self, K: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(K, eps=1e-6)
+        self.q, self.k = nn.Linear(K, 128, bias=False), nn.Linear(K, 64, bias=False)
+        self.v = nn.Linear(K, 48)
+        self.norm.weight.data = torch.exp2(torch.linspace(-4, 4, K))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return torch.cat([self.q(h), self.k(h), self.v(h)], -1)
+
+
+class Packs(PlainPacks):
+    """The packs of a graph, joined as the store joins them."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, dict[str, Tensor]] = {}
+
+    def quantized(self, site: str, constant: str, kernel: Any, problem: Problem, weight: Any) -> dict[str, Tensor]:
+        self._made[site] = kernel.pack(weight.make(), weight.qparams, problem.dtype)
+        return self._made[site]
+
+    def joined(self, members: Any, kernel: Any, problem: Problem) -> dict[str, Tensor]:
+        packs = [self._made[site] for site, _ in members]
+        return {name: torch.cat([pack[name] for pack in packs]) for name in packs[0]}
