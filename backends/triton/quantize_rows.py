@@ -4,10 +4,8 @@
     scale[m] = (max(v, 0) - min(v, 0)) / most, zero = round(-min(v, 0) / scale)    with a zero point
 
 Numbers of a float of fewer than 8 bits are those of E4M3, times 2**(raised - shift[k]), and scales times 2**-raised.
-A program holds a whole row in registers, so a row's result depends on nothing but that row. v and every step on the way
-to it that has a name in the model are rounded to the dtype of x, as eager torch rounds what it writes to memory: from
-the same v, codes are those of `qcompile.numerics` to the bit. v itself may differ from eager torch's in its last bit,
-because sums are added in another order, and exp and rsqrt are approximated by other instructions.
+A program holds a whole row in registers, so a row's result depends on nothing but that row. v is rounded to the dtype
+of x (`before_rows`): from the same v, codes are those of `qcompile.numerics` to the bit.
 """
 
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.backends.triton.add_parts import is_dependent
+from qcompile.backends.triton.before_rows import BEFORE, LAYER_NORM, RMS_NORM, SILU, activated, kept, normalized
 from qcompile.backends.triton.float_grid import ROUNDER, on_grid, power_of_two
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import on_device
@@ -26,9 +25,6 @@ from qcompile.formats import Float, Integer
 from qcompile.numerics import SMALLEST_SCALE
 from qcompile.spec import ALL, Spec
 
-# what may come before the quantization; the kernel tells them apart by number
-BEFORE = ("nothing", "rms_norm", "rms_norm_weight_last", "layer_norm", "silu", "gelu", "gelu_tanh")
-NOTHING, RMS_NORM, RMS_NORM_WEIGHT_LAST, LAYER_NORM, SILU, GELU = (tl.constexpr(i) for i in range(6))
 # longest row whose elements fit the registers of 32 warps beside what is computed of them
 MAX_K = 32768
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -57,53 +53,6 @@ def _larger(a, b):
 @triton.jit
 def _smaller(a, b):
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _kept(v, dtype: tl.constexpr, INLINE: tl.constexpr):
-    """v rounded to dtype, as float32. INLINE: two at a time, which Triton's own cast does not do."""
-    if INLINE and dtype == tl.bfloat16:
-        v = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [v], tl.bfloat16, is_pure=True, pack=2)
-    elif INLINE and dtype == tl.float16:
-        v = tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [v], tl.float16, is_pure=True, pack=2)
-    return v.to(dtype).to(tl.float32)
-
-
-@triton.jit
-def _sigmoid(u, INLINE: tl.constexpr):
-    """INLINE: without the instructions that keep numbers below 2**-126."""
-    u *= -1.4426950408889634
-    if INLINE:
-        e = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [u], tl.float32, is_pure=True, pack=1) + 1.0
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [e], tl.float32, is_pure=True, pack=1)
-    return 1.0 / (1.0 + tl.exp2(u))
-
-
-@triton.jit
-def _activated(v, BEFORE: tl.constexpr, INLINE: tl.constexpr):
-    """Eager torch cancels digits in 1 + tanh where the sigmoid does not."""
-    if BEFORE == SILU:
-        return v * _sigmoid(v, INLINE)
-    elif BEFORE == GELU:
-        return v * 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
-    else:
-        return v * _sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v), INLINE)
-
-
-@triton.jit
-def _normalized(
-    v, weight, bias, columns, inside, K, eps, dtype: tl.constexpr, BEFORE: tl.constexpr, INLINE: tl.constexpr
-):
-    if BEFORE == LAYER_NORM:
-        v = tl.where(inside, v - tl.sum(v, 0) / K, 0.0)
-    v = v * tl.rsqrt(tl.sum(v * v, 0) / K + eps)
-    if BEFORE == RMS_NORM_WEIGHT_LAST:
-        v = _kept(v, dtype, INLINE)
-    if weight is not None:
-        v = v * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    if bias is not None:
-        v += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    return _kept(v, dtype, INLINE)
 
 
 @triton.jit
@@ -155,14 +104,14 @@ def quantize_rows_kernel(
     inside = columns < K
     v = tl.load(x + row * stride_x + columns, mask=inside, other=0.0).to(tl.float32)
     if BEFORE >= SILU:
-        v = _kept(_activated(v, BEFORE, INLINE), dtype, INLINE)
+        v = kept(activated(v, BEFORE, INLINE), dtype, INLINE)
     if second is not None:
         other = tl.load(second + row * stride_second + columns, mask=inside, other=0.0).to(tl.float32)
-        v = _kept(v * other if BEFORE >= SILU else v + other, dtype, INLINE)
+        v = kept(v * other if BEFORE >= SILU else v + other, dtype, INLINE)
     if total is not None:
         tl.store(total + row * K + columns, v.to(dtype), mask=inside)
     if BEFORE >= RMS_NORM and BEFORE <= LAYER_NORM:
-        v = _normalized(v, weight, bias, columns, inside, K, eps, dtype, BEFORE, INLINE)
+        v = normalized(v, weight, bias, columns, inside, K, eps, dtype, BEFORE, INLINE)
 
     if zeros is None:
         low = 0.0

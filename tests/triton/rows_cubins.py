@@ -4,6 +4,7 @@ import torch
 from triton.compiler import ASTSource
 
 from qcompile.backends.triton import quantize_rows as rows
+from qcompile.backends.triton.before_rows import BEFORE
 from qcompile.formats import Float
 from tests.triton.compiled import NAMES, compiled
 
@@ -33,7 +34,7 @@ def cubin(
     given |= {"bias": name} if before == "layer_norm" else {}
     given |= {"shift": "i8"} if narrow else {}
     constants = {
-        "BEFORE": rows.BEFORE.index(before),
+        "BEFORE": BEFORE.index(before),
         "MOST": (255.0 if zeros else 127.0) if integer else narrow.max if narrow else 448.0,
         "INTEGER": integer,
         "OFFSET": 0.0,

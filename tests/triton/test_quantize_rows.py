@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from qcompile.backends.fx.rows import QUANTIZE_ROWS
-from qcompile.backends.triton.quantize_rows import BEFORE, Rows, divide, quantize_rows
+from qcompile.backends.triton.before_rows import BEFORE
+from qcompile.backends.triton.quantize_rows import Rows, divide, quantize_rows
 from qcompile.numerics import QParams, dequantize, find_qparams, quantize
 from qcompile.spec import Spec, parse_spec
 from tests.triton.needs import require_fp8

@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from qcompile.backends.triton.quantize_rows import BEFORE, MAX_K, warps_for, why_not
+from qcompile.backends.triton.before_rows import BEFORE
+from qcompile.backends.triton.quantize_rows import MAX_K, warps_for, why_not
 from qcompile.formats import Float, parse_format
 from qcompile.spec import parse_spec
 from tests.triton.needs import run_interpreted
