@@ -3,6 +3,7 @@
     scale[m] = max |v[m, :]| / most, codes = round(v / scale)                      v = what `BEFORE` makes of x
     scale[m] = (max(v, 0) - min(v, 0)) / most, zero = round(-min(v, 0) / scale)    with a zero point
 
+Outlier channels that stay in 16 bits (`split_outliers`) go to a tail as they are, and are 0 in the rest of the row.
 Numbers of a float of fewer than 8 bits are those of E4M3, times 2**(raised - shift[k]), and scales times 2**-raised.
 A program holds a whole row in registers, so a row's result depends on nothing but that row. v is rounded to the dtype
 of x (`before_rows`): from the same v, codes are those of `qcompile.numerics` to the bit.
@@ -18,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.backends.triton.add_parts import is_dependent
 from qcompile.backends.triton.before_rows import BEFORE, LAYER_NORM, RMS_NORM, SILU, activated, kept, normalized
+from qcompile.backends.triton.eight_bit_table import TAIL_MULTIPLE
 from qcompile.backends.triton.float_grid import ROUNDER, on_grid, power_of_two
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import on_device
@@ -31,18 +33,23 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # compute capability of the devices on which it was measured, and the first that has the cast to e4m3
 MEASURED, FIRST_FP8 = (9, 0), (8, 9)
 SMALLEST = tl.constexpr(SMALLEST_SCALE)
+PADDING = tl.constexpr(TAIL_MULTIPLE)
 # below it the remainder of a division may be too small for float32; both sides times the inverse leave it as it is
 SMALL, LIFT = tl.constexpr(2.0**-64), tl.constexpr(2.0**64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """codes int8, uint8 or fp8_e4m3 [..., K]; scale and zero float32 [..., 1]; total: x + second, in x's dtype."""
+    """codes int8, uint8 or fp8_e4m3 [..., K]; scale and zero float32 [..., 1]; total: x + second, in x's dtype.
+
+    tail: outlier channels in x's dtype, zeros behind them up to the next multiple of TAIL_MULTIPLE.
+    """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
     total: Tensor | None
+    tail: Tensor | None
 
 
 @triton.jit
@@ -66,19 +73,35 @@ def divide(v, scale):
 
 
 @triton.jit
+def _without_outliers(v, place, tail, row, columns, inside, outliers, stride, dtype: tl.constexpr):
+    """v less its outlier channels, which go to the tail."""
+    to = tl.load(place + columns, mask=inside, other=-1).to(tl.int32)
+    tail += row * stride
+    tl.store(tail + to, v.to(dtype), mask=to >= 0)
+    behind = outliers + tl.arange(0, PADDING)
+    tl.store(tail + behind, tl.zeros((PADDING,), dtype), mask=behind < stride)
+    # times 0 as the mask of a graph does it: NaN and Inf become NaN, and the row's scale with them
+    return v * tl.where(to >= 0, 0.0, 1.0)
+
+
+@triton.jit
 def quantize_rows_kernel(
     x,
     second,
     weight,
     bias,
     shift,
+    place,
     codes,
     scales,
     zeros,
     total,
+    tail,
     K,
+    outliers,
     stride_x,
     stride_second,
+    stride_tail,
     eps,
     BEFORE: tl.constexpr,
     MOST: tl.constexpr,
@@ -112,6 +135,8 @@ def quantize_rows_kernel(
         tl.store(total + row * K + columns, v.to(dtype), mask=inside)
     if BEFORE >= RMS_NORM and BEFORE <= LAYER_NORM:
         v = normalized(v, weight, bias, columns, inside, K, eps, dtype, BEFORE, INLINE)
+    if place is not None:
+        v = _without_outliers(v, place, tail, row, columns, inside, outliers, stride_tail, dtype)
 
     if zeros is None:
         low = 0.0
@@ -189,6 +214,8 @@ def quantize_rows(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     shift: Tensor | None = None,
+    place: Tensor | None = None,
+    outliers: int = 0,
     eps: float = 0.0,
     offset: int = 0,
     raised: int = 0,
@@ -198,6 +225,7 @@ def quantize_rows(
 
     weight, bias: of a norm, [K].  offset: 0, or 128 for codes with a zero as int8, less 128.
     shift, raised: octaves of numbers of fewer bits in E4M3, int8 [K], and of all.  keep_total: return the sum, too.
+    place: of each channel in the tail of that many outliers, each place once, or -1; int16 [K].
     """
     *batch, K = x.shape
     rows, other = _rows(x), None if second is None else _rows(second)
@@ -209,17 +237,19 @@ def quantize_rows(
     scale = torch.empty((*batch, 1), dtype=torch.float32, device=x.device)
     zero = None if spec.symmetric else torch.empty_like(scale)
     total = torch.empty((*batch, K), dtype=x.dtype, device=x.device) if keep_total else None
-    result = Rows(codes=codes, scale=scale, zero=zero, total=total)
+    tail = None if place is None else x.new_empty((*batch, triton.cdiv(outliers, TAIL_MULTIPLE) * TAIL_MULTIPLE))
+    result = Rows(codes=codes, scale=scale, zero=zero, total=total, tail=tail)
     if M == 0:
         return result
     dependent = x.is_cuda and is_dependent(x.device)
-    given = (rows, other, *(None if t is None else t.contiguous() for t in (weight, bias)))
-    strides = (rows.stride(0), 0 if other is None else other.stride(0))
+    given = (rows, other, *(None if t is None else t.contiguous() for t in (weight, bias)), shift, place)
+    made = (codes.view(torch.uint8) if narrow else codes, scale, zero, total, tail)
+    strides = (rows.stride(0), 0 if other is None else other.stride(0), 0 if tail is None else tail.shape[-1])
     with on_device(x.device):
         launch(
             quantize_rows_kernel,
             (M, 1, 1),
-            (*given, shift, codes.view(torch.uint8) if narrow else codes, scale, zero, total, K, *strides, eps),
+            (*given, *made, K, outliers, *strides, eps),
             {
                 "BEFORE": BEFORE.index(before),
                 "MOST": float(spec.code_range[1] if integer else spec.format.max),

@@ -19,10 +19,12 @@ def cubin(
     zeros: bool = False,
     second: bool = False,
     narrow: Float | None = None,
+    split: bool = False,
 ) -> bytes:
     """The binary for rows of K elements, as the launcher would have it compiled.
 
     second: and what is made with it.  narrow: a format of fewer than 8 bits, with channels lowered.
+    split: outlier channels go to a tail.
     """
     name = NAMES[dtype]
     norm = "norm" in before
@@ -33,6 +35,7 @@ def cubin(
     given |= {"weight": name} if norm else {}
     given |= {"bias": name} if before == "layer_norm" else {}
     given |= {"shift": "i8"} if narrow else {}
+    given |= {"place": "i16", "tail": name} if split else {}
     constants = {
         "BEFORE": BEFORE.index(before),
         "MOST": (255.0 if zeros else 127.0) if integer else narrow.max if narrow else 448.0,
@@ -45,7 +48,7 @@ def cubin(
         "DEPENDENT": capability >= 90,
         "BLOCK": rows.block_for(K),
     }
-    optional = ("second", "weight", "bias", "shift", "zeros", "total")
+    optional = ("second", "weight", "bias", "shift", "place", "zeros", "total", "tail")
     constants |= dict.fromkeys((n for n in optional if n not in given), None)
     kinds = {n: f"*{kind}" for n, kind in given.items()} | {"eps": "fp32"}
     options = {"num_warps": rows.warps_for(K), "enable_fp_fusion": False}
