@@ -18,7 +18,7 @@ from qcompile.backends.fx.kernels.narrow_floats import is_narrow
 from qcompile.backends.fx.masked import Masked, find_masked
 from qcompile.backends.fx.rows import QUANTIZE_ROWS, tail_width, why_not
 from qcompile.backends.fx.targets import aten, is_call
-from qcompile.backends.fx.values import dtype, example, fake_mode, infer
+from qcompile.backends.fx.values import attribute, dtype, example, fake_mode, infer
 from qcompile.backends.fx.writes import is_written
 from qcompile.graph import Op
 from qcompile.spec import Spec
@@ -96,7 +96,7 @@ def _replace(graph: FxGraph, quantize: fx.Node, before: _Before, spec: Spec, mas
     shift = _narrowed(_readers(quantize)) if is_narrow(spec.format) else None
     more: tuple[Any, ...] = () if shift is None else (shift,)
     if masked is not None:
-        more = (shift, _place(graph, masked), len(masked.channels))
+        more = (shift, masked.keep, _channels(graph, masked))
     arguments = (*read, before.kind, before.eps, str(spec), offset, before.total is not None, *more)
     old = [node for node in (before.total, None if masked is None else masked.selected) if node is not None]
     # who reads the sum, or the outliers, must find them there
@@ -115,11 +115,10 @@ def _replace(graph: FxGraph, quantize: fx.Node, before: _Before, spec: Spec, mas
         quantize.graph.erase_node(masked.selected)
 
 
-def _place(graph: FxGraph, masked: Masked) -> fx.Node:
-    """Where each channel goes in the tail, as a constant beside the mask."""
-    keep = graph.constant(masked.keep)
-    assert keep is not None
-    return graph.add_constant(f"{graph.name(masked.keep)}.place", masked.place(len(keep)).to(keep.device))
+def _channels(graph: FxGraph, masked: Masked) -> fx.Node:
+    """Those of the tail, as a constant beside the mask."""
+    index = torch.tensor(masked.channels, dtype=torch.int32, device=attribute(masked.keep).device)
+    return graph.add_constant(f"{graph.name(masked.keep)}.channels", index)
 
 
 def _part(made: fx.Node, index: int, like: fx.Node) -> fx.Node:

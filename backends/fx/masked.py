@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from qcompile.backends.fx.graph import FxGraph
 from qcompile.backends.fx.targets import aten, is_call
-from qcompile.backends.fx.values import dtype
+from qcompile.backends.fx.values import dtype, is_constant
 from qcompile.graph import Op
 
 
@@ -21,20 +20,16 @@ class Masked:
     selected: fx.Node
     channels: tuple[int, ...]
 
-    def place(self, K: int) -> Tensor:
-        """Of each channel among those that are selected, or -1; int16 [K]."""
-        place = torch.full((K,), -1, dtype=torch.int16, device="cpu")
-        place[list(self.channels)] = torch.arange(len(self.channels), dtype=torch.int16, device="cpu")
-        return place
-
 
 def find_masked(graph: FxGraph, value: fx.Node) -> Masked | None:
     """How `value` was masked; None if it was not, or if nothing selects just those channels."""
     if graph.op(value) is not Op.MUL:
         return None
     x, keep = graph.inputs(value)[:2]
-    zeroed = None if keep is None else _zeroed(graph, keep)
-    if x is None or keep is None or not zeroed or graph.shape(x) != graph.shape(value) or dtype(x) != dtype(value):
+    if x is None or keep is None or not is_constant(keep) or graph.shape(x) != graph.shape(value):
+        return None
+    zeroed = _zeroed(graph, keep)
+    if not zeroed or not dtype(x) == dtype(keep) == dtype(value):
         return None
     for reader in graph.users(x):
         channels = _selected(graph, reader, x)

@@ -17,7 +17,7 @@ from qcompile.spec import Spec, parse_spec
 
 REGISTRY.define(
     "quantize_rows(Tensor x, Tensor? second, Tensor? weight, Tensor? bias, str before, float eps, str spec,"
-    " int offset, bool keep_total, Tensor? shift=None, Tensor? place=None, int outliers=0) -> Tensor[]"
+    " int offset, bool keep_total, Tensor? shift=None, Tensor? keep=None, Tensor? channels=None) -> Tensor[]"
 )
 
 
@@ -32,13 +32,13 @@ def _quantize_rows(
     offset: int,
     keep_total: bool,
     shift: Tensor | None = None,
-    place: Tensor | None = None,
-    outliers: int = 0,
+    keep: Tensor | None = None,
+    channels: Tensor | None = None,
 ) -> list[Tensor]:
     """Codes [..., K], scale [..., 1], zero [..., 1] of asymmetric specs, the sum x + second if it is kept, and a tail.
 
-    Of floats of fewer bits the codes are E4M3, dtype and all, and channels lowered by `shift`, [1, K]. With `place` the
-    tail [..., tail_width(outliers)] holds outlier channels as they are, with zeros behind them, and the codes none.
+    Of floats of fewer bits the codes are E4M3, dtype and all, and channels lowered by `shift`, [1, K]. With `keep` the
+    codes are of what is made of x times it; the tail [..., tail_width(T)] holds T channels as they were, and zeros.
     """
     from qcompile.backends.triton.quantize_rows import quantize_rows
 
@@ -51,8 +51,8 @@ def _quantize_rows(
         weight=weight,
         bias=bias,
         shift=shift,
-        place=place,
-        outliers=outliers,
+        keep=keep,
+        channels=channels,
         eps=eps,
         offset=offset,
         raised=raised(parsed.format) if is_narrow(parsed.format) else 0,
@@ -72,8 +72,8 @@ def _quantize_rows_meta(
     offset: int,
     keep_total: bool,
     shift: Tensor | None = None,
-    place: Tensor | None = None,
-    outliers: int = 0,
+    keep: Tensor | None = None,
+    channels: Tensor | None = None,
 ) -> list[Tensor]:
     parsed = parse_spec(spec)
     signed = isinstance(parsed.format, Integer) and (parsed.symmetric or offset != 0)
@@ -82,7 +82,7 @@ def _quantize_rows_meta(
     parameters = 1 if parsed.symmetric else 2
     made += [x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(parameters)]
     made += [x.new_empty(x.shape)] if keep_total else []
-    return made if place is None else [*made, x.new_empty((*x.shape[:-1], tail_width(outliers)))]
+    return made if channels is None else [*made, x.new_empty((*x.shape[:-1], tail_width(len(channels))))]
 
 
 REGISTRY.impl("quantize_rows", _quantize_rows, "CUDA")

@@ -34,7 +34,7 @@ def _sigmoid(u, INLINE: tl.constexpr):
 
 
 @triton.jit
-def activated(v, BEFORE: tl.constexpr, INLINE: tl.constexpr):
+def _activated(v, BEFORE: tl.constexpr, INLINE: tl.constexpr):
     """Eager torch cancels digits in 1 + tanh where the sigmoid does not."""
     if BEFORE == SILU:
         return v * _sigmoid(v, INLINE)
@@ -45,12 +45,33 @@ def activated(v, BEFORE: tl.constexpr, INLINE: tl.constexpr):
 
 
 @triton.jit
-def normalized(
-    v, weight, bias, columns, inside, K, eps, dtype: tl.constexpr, BEFORE: tl.constexpr, INLINE: tl.constexpr
-):
+def combined(x, second, columns, inside, dtype: tl.constexpr, BEFORE: tl.constexpr, INLINE: tl.constexpr):
+    """Columns of x + second, or of the activation of x times second; x and second: of one row."""
+    v = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
+    if BEFORE >= SILU:
+        v = kept(_activated(v, BEFORE, INLINE), dtype, INLINE)
+    if second is not None:
+        other = tl.load(second + columns, mask=inside, other=0.0).to(tl.float32)
+        v = kept(v * other if BEFORE >= SILU else v + other, dtype, INLINE)
+    return v
+
+
+@triton.jit
+def moments(v, inside, K, eps, BEFORE: tl.constexpr):
+    """What a norm takes off a row, the row less that, and what the norm multiplies it with."""
+    mean = 0.0
     if BEFORE == LAYER_NORM:
-        v = tl.where(inside, v - tl.sum(v, 0) / K, 0.0)
-    v = v * tl.rsqrt(tl.sum(v * v, 0) / K + eps)
+        mean = tl.sum(v, 0) / K
+        v = tl.where(inside, v - mean, 0.0)
+    return mean, v, tl.rsqrt(tl.sum(v * v, 0) / K + eps)
+
+
+@triton.jit
+def normalized(
+    v, factor, weight, bias, columns, inside, dtype: tl.constexpr, BEFORE: tl.constexpr, INLINE: tl.constexpr
+):
+    """Columns of a norm.  v: less what the norm takes off."""
+    v = v * factor
     if BEFORE == RMS_NORM_WEIGHT_LAST:
         v = kept(v, dtype, INLINE)
     if weight is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.backends.triton.add_parts import is_dependent
-from qcompile.backends.triton.before_rows import BEFORE, LAYER_NORM, RMS_NORM, SILU, activated, kept, normalized
+from qcompile.backends.triton.before_rows import BEFORE, LAYER_NORM, RMS_NORM, combined, moments, normalized
 from qcompile.backends.triton.eight_bit_table import TAIL_MULTIPLE
 from qcompile.backends.triton.float_grid import ROUNDER, on_grid, power_of_two
 from qcompile.backends.triton.launch import launch
@@ -33,7 +33,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # compute capability of the devices on which it was measured, and the first that has the cast to e4m3
 MEASURED, FIRST_FP8 = (9, 0), (8, 9)
 SMALLEST = tl.constexpr(SMALLEST_SCALE)
-PADDING = tl.constexpr(TAIL_MULTIPLE)
 # below it the remainder of a division may be too small for float32; both sides times the inverse leave it as it is
 SMALL, LIFT = tl.constexpr(2.0**-64), tl.constexpr(2.0**64)
 
@@ -73,25 +72,14 @@ def divide(v, scale):
 
 
 @triton.jit
-def _without_outliers(v, place, tail, row, columns, inside, outliers, stride, dtype: tl.constexpr):
-    """v less its outlier channels, which go to the tail."""
-    to = tl.load(place + columns, mask=inside, other=-1).to(tl.int32)
-    tail += row * stride
-    tl.store(tail + to, v.to(dtype), mask=to >= 0)
-    behind = outliers + tl.arange(0, PADDING)
-    tl.store(tail + behind, tl.zeros((PADDING,), dtype), mask=behind < stride)
-    # times 0 as the mask of a graph does it: NaN and Inf become NaN, and the row's scale with them
-    return v * tl.where(to >= 0, 0.0, 1.0)
-
-
-@triton.jit
 def quantize_rows_kernel(
     x,
     second,
     weight,
     bias,
     shift,
-    place,
+    keep,
+    channels,
     codes,
     scales,
     zeros,
@@ -113,30 +101,40 @@ def quantize_rows_kernel(
     INLINE: tl.constexpr,
     DEPENDENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """Row program_id(0). MOST: largest code, or number of the format.  OFFSET: is taken off codes with a zero.
 
     MANTISSA, LOWEST: of a float of fewer than 8 bits, those of its mantissa, and the exponent; else MANTISSA is -1.
     """
+    dtype: tl.constexpr = x.dtype.element_ty
+    NORM: tl.constexpr = BEFORE >= RMS_NORM and BEFORE <= LAYER_NORM
+    row = tl.program_id(0).to(tl.int64)
+    columns, places = tl.arange(0, BLOCK), tl.arange(0, TAIL)
+    inside, is_outlier = columns < K, places < outliers
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
-    dtype: tl.constexpr = x.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < K
-    v = tl.load(x + row * stride_x + columns, mask=inside, other=0.0).to(tl.float32)
-    if BEFORE >= SILU:
-        v = kept(activated(v, BEFORE, INLINE), dtype, INLINE)
+    x += row * stride_x
     if second is not None:
-        other = tl.load(second + row * stride_second + columns, mask=inside, other=0.0).to(tl.float32)
-        v = kept(v * other if BEFORE >= SILU else v + other, dtype, INLINE)
+        second += row * stride_second
+    if channels is not None:
+        chosen = tl.load(channels + places, mask=is_outlier, other=0)
+    v = combined(x, second, columns, inside, dtype, BEFORE, INLINE)
+    if channels is not None:
+        # made a second time: to hand them over from v would take a register and more for each of all columns
+        u = combined(x, second, chosen, is_outlier, dtype, BEFORE, INLINE)
     if total is not None:
         tl.store(total + row * K + columns, v.to(dtype), mask=inside)
-    if BEFORE >= RMS_NORM and BEFORE <= LAYER_NORM:
-        v = normalized(v, weight, bias, columns, inside, K, eps, dtype, BEFORE, INLINE)
-    if place is not None:
-        v = _without_outliers(v, place, tail, row, columns, inside, outliers, stride_tail, dtype)
+    if NORM:
+        mean, v, factor = moments(v, inside, K, eps, BEFORE)
+        v = normalized(v, factor, weight, bias, columns, inside, dtype, BEFORE, INLINE)
+    if channels is not None:
+        if NORM:
+            u = normalized(u - mean, factor, weight, bias, chosen, is_outlier, dtype, BEFORE, INLINE)
+        u = tl.where(is_outlier, u, 0.0).to(dtype)
+        tl.store(tail + row * stride_tail + places, u, mask=places < stride_tail)
+        v *= tl.load(keep + columns, mask=inside, other=0.0).to(tl.float32)
 
     if zeros is None:
         low = 0.0
@@ -205,6 +203,11 @@ def block_for(K: int) -> int:
     return max(64, triton.next_power_of_2(K))
 
 
+def tail_block_for(outliers: int) -> int:
+    """Columns of the tail that a program makes."""
+    return max(TAIL_MULTIPLE, triton.next_power_of_2(outliers))
+
+
 def quantize_rows(
     x: Tensor,
     spec: Spec,
@@ -214,8 +217,8 @@ def quantize_rows(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     shift: Tensor | None = None,
-    place: Tensor | None = None,
-    outliers: int = 0,
+    keep: Tensor | None = None,
+    channels: Tensor | None = None,
     eps: float = 0.0,
     offset: int = 0,
     raised: int = 0,
@@ -225,7 +228,7 @@ def quantize_rows(
 
     weight, bias: of a norm, [K].  offset: 0, or 128 for codes with a zero as int8, less 128.
     shift, raised: octaves of numbers of fewer bits in E4M3, int8 [K], and of all.  keep_total: return the sum, too.
-    place: of each channel in the tail of that many outliers, each place once, or -1; int16 [K].
+    keep: ones, and zeros for what is left out of the codes, [K] in x's dtype.  channels: of the tail, integers [T].
     """
     *batch, K = x.shape
     rows, other = _rows(x), None if second is None else _rows(second)
@@ -237,14 +240,16 @@ def quantize_rows(
     scale = torch.empty((*batch, 1), dtype=torch.float32, device=x.device)
     zero = None if spec.symmetric else torch.empty_like(scale)
     total = torch.empty((*batch, K), dtype=x.dtype, device=x.device) if keep_total else None
-    tail = None if place is None else x.new_empty((*batch, triton.cdiv(outliers, TAIL_MULTIPLE) * TAIL_MULTIPLE))
+    outliers = 0 if channels is None else channels.shape[0]
+    width = triton.cdiv(outliers, TAIL_MULTIPLE) * TAIL_MULTIPLE
+    tail = None if channels is None else x.new_empty((*batch, width))
     result = Rows(codes=codes, scale=scale, zero=zero, total=total, tail=tail)
     if M == 0:
         return result
     dependent = x.is_cuda and is_dependent(x.device)
-    given = (rows, other, *(None if t is None else t.contiguous() for t in (weight, bias)), shift, place)
+    given = (rows, other, *(None if t is None else t.contiguous() for t in (weight, bias)), shift, keep, channels)
     made = (codes.view(torch.uint8) if narrow else codes, scale, zero, total, tail)
-    strides = (rows.stride(0), 0 if other is None else other.stride(0), 0 if tail is None else tail.shape[-1])
+    strides = (rows.stride(0), 0 if other is None else other.stride(0), width)
     with on_device(x.device):
         launch(
             quantize_rows_kernel,
@@ -262,6 +267,7 @@ def quantize_rows(
                 "INLINE": x.is_cuda,
                 "DEPENDENT": dependent,
                 "BLOCK": block_for(K),
+                "TAIL": tail_block_for(outliers),
             },
             num_warps=warps_for(K),
             # each operation rounds by itself, as it does in the oracle

@@ -35,7 +35,7 @@ def cubin(
     given |= {"weight": name} if norm else {}
     given |= {"bias": name} if before == "layer_norm" else {}
     given |= {"shift": "i8"} if narrow else {}
-    given |= {"place": "i16", "tail": name} if split else {}
+    given |= {"keep": name, "channels": "i32", "tail": name} if split else {}
     constants = {
         "BEFORE": BEFORE.index(before),
         "MOST": (255.0 if zeros else 127.0) if integer else narrow.max if narrow else 448.0,
@@ -47,8 +47,9 @@ def cubin(
         "INLINE": True,
         "DEPENDENT": capability >= 90,
         "BLOCK": rows.block_for(K),
+        "TAIL": rows.tail_block_for(K // 100 if split else 0),
     }
-    optional = ("second", "weight", "bias", "shift", "place", "zeros", "total", "tail")
+    optional = ("second", "weight", "bias", "shift", "keep", "channels", "zeros", "total", "tail")
     constants |= dict.fromkeys((n for n in optional if n not in given), None)
     kinds = {n: f"*{kind}" for n, kind in given.items()} | {"eps": "fp32"}
     options = {"num_warps": rows.warps_for(K), "enable_fp_fusion": False}

@@ -53,8 +53,8 @@ def plain(
     offset: int,
     keep_total: bool,
     shift: Tensor | None = None,
-    place: Tensor | None = None,
-    outliers: int = 0,
+    keep: Tensor | None = None,
+    channels: Tensor | None = None,
 ) -> list[Tensor]:
     """What the op computes, in plain torch."""
     assert shift is None
@@ -72,18 +72,16 @@ def plain(
         case _:
             active = F.silu(x) if before == "silu" else F.gelu(x, approximate=_APPROXIMATE[before])
             value = active if second is None else active * second
-    rest = value if place is None else value * (place < 0).to(value.dtype)
+    rest = value if keep is None else value * keep
     qparams = find_qparams(rest, parse_spec(spec))
     codes = quantize(rest, qparams)
     codes = (codes.int() - offset).to(torch.int8) if offset else codes
     found = [codes, qparams.scale, *([] if qparams.zero is None else [qparams.zero])]
     found += [total.clone()] if keep_total else []
-    if place is None:
+    if channels is None:
         return found
-    columns = (place >= 0).nonzero().flatten()
-    tail = value.new_zeros((*value.shape[:-1], tail_width(outliers)))
-    tail[..., place[columns].long()] = value[..., columns]
-    return [*found, tail]
+    outliers = value.index_select(-1, channels)
+    return [*found, F.pad(outliers, (0, tail_width(len(channels)) - len(channels)))]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -332,8 +330,11 @@ def test_octaves_that_differ_are_left_to_who_reads_them() -> None:
 SPLIT = (3, 17, 30)
 
 
-def place_of(channels: Sequence[int], size: int = K) -> list[int]:
-    return [channels.index(channel) if channel in channels else -1 for channel in range(size)]
+def channels_of(arguments: tuple[Any, ...]) -> list[int]:
+    """Of the tail, if just those are kept out of the codes."""
+    keep, channels = (attribute(node) for node in arguments[10:])
+    assert sorted(channels.tolist()) == (keep == 0).nonzero().flatten().tolist()
+    return list(channels.tolist())
 
 
 @pytest.mark.parametrize("recipe", ["int8", "fp8"])
@@ -345,24 +346,21 @@ def test_outliers_leave_the_op_that_quantizes(name: str, recipe: str) -> None:
     assert arguments[4] == kind
     assert (arguments[1] is not None) is second
     assert arguments[8] is total
-    place = attribute(arguments[10])
-    assert place.dtype is torch.int16
-    assert place.tolist() == place_of(SPLIT)
-    assert arguments[11] == len(SPLIT)
+    assert channels_of(arguments) == list(SPLIT)
 
 
 @pytest.mark.parametrize("channels", [(0,), (K - 1,), (4, 5, 6), range(8), range(K)])
 def test_any_channels_leave_it(channels: Sequence[int]) -> None:
     net = Net(CASES["norm"][0], nn.RMSNorm(K, eps=1e-5), torch.bfloat16)
     (arguments,) = fused(net, *pair(torch.bfloat16), outliers={"q": channels, "k": channels})
-    assert attribute(arguments[10]).tolist() == place_of(channels)
+    assert channels_of(arguments) == list(channels)
 
 
 def test_other_outliers_of_one_input_are_other_codes() -> None:
     both = {"q": (1, 2), "k": (2,)}
     # of what stands in memory
     made = fused(Net(CASES["an input"][0], nn.Identity()), *pair(), outliers=both)
-    assert sorted(arguments[11] for arguments in made) == [1, 2]
+    assert sorted(map(channels_of, made)) == [[1, 2], [2]]
     # of a norm, which would be computed twice
     assert fused(Net(CASES["norm"][0], RMSNorm()), *pair(), outliers=both) == []
 
@@ -401,7 +399,7 @@ def keep_of(*channels: int) -> Tensor:
 
 def test_channels_in_any_order_are_returned_in_it() -> None:
     (arguments,) = fused(Masked(keep_of(9, 2, 20), torch.tensor([9, 2, 20])), pair()[0])
-    assert attribute(arguments[10]).tolist() == place_of((9, 2, 20))
+    assert channels_of(arguments) == [9, 2, 20]
 
 
 @pytest.mark.parametrize(
@@ -461,7 +459,7 @@ def test_a_calibrated_split_masks_and_gathers_nothing() -> None:
     first, second = (node for node in graph.module.graph.nodes if node.target is QUANTIZE_ROWS)
     assert [first.args[4], second.args[4]] == ["rms_norm", "silu"]
     # moved to the end, where linears make the channels
-    assert attribute(second.args[10]).tolist()[-1] == len(split["down"]) - 1
+    assert channels_of(second.args)[-1] == 511
     for node in graph.module.graph.nodes:
         if node.target is linear:
             outliers = node.args[7]

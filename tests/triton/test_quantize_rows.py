@@ -184,17 +184,16 @@ def test_what_comes_before(before: str, full: bool, dtype: torch.dtype, spec: Sp
         assert torch.equal(again.codes, found.codes[:1]), "a row depends on others"
 
 
-def place_of(channels: Sequence[int], K: int) -> Tensor:
-    place = torch.full((K,), -1, dtype=torch.int16)
-    place[list(channels)] = torch.arange(len(channels), dtype=torch.int16)
-    return place.cuda()
+def split(channels: Sequence[int], x: Tensor) -> dict[str, Tensor]:
+    """What masks these channels of x, and what makes them the tail."""
+    keep = torch.ones(x.shape[-1], dtype=x.dtype, device="cuda")
+    keep[list(channels)] = 0
+    return {"keep": keep, "channels": torch.tensor(list(channels), dtype=torch.int32, device="cuda")}
 
 
 def assert_split(found: Rows, value: Tensor, channels: Sequence[int], spec: Spec) -> None:
     """Codes of the value with those channels masked, as a graph masks them, and the channels as they are."""
-    keep = torch.ones(value.shape[-1], dtype=value.dtype, device="cuda")
-    keep[list(channels)] = 0
-    assert_codes_of(found, value * keep, spec)
+    assert_codes_of(found, value * split(channels, value)["keep"], spec)
     assert found.tail is not None
     assert found.tail.shape == (*value.shape[:-1], len(channels) + -len(channels) % TAIL_MULTIPLE)
     count = len(channels)
@@ -211,7 +210,7 @@ def test_outliers_leave_the_codes(M: int, K: int, dtype: torch.dtype, spec: Spec
     x[:, some] *= 60
     for channels in ((), (K - 1,), some, some[::-1], range(K // 2, K), range(K)):
         poison(M * K)
-        found = quantize_rows(x, spec, place=place_of(channels, K), outliers=len(channels))
+        found = quantize_rows(x, spec, **split(channels, x))
         assert_split(found, x, channels, spec)
 
 
@@ -224,7 +223,7 @@ def test_outliers_that_are_no_ordinary_numbers(dtype: torch.dtype, spec: Spec) -
     x[4, 7], x[5, 8], x[6, :20] = torch.finfo(dtype).max, -torch.finfo(dtype).max, -0.0
     x[7, 30], x[8, 31] = torch.nan, torch.inf
     channels = (8, 7, 9, 299, 0)
-    assert_split(quantize_rows(x, spec, place=place_of(channels, 300), outliers=5), x, channels, spec)
+    assert_split(quantize_rows(x, spec, **split(channels, x)), x, channels, spec)
 
 
 @pytest.mark.parametrize("spec", [INT8, ASYMMETRIC, FP8], ids=str)
@@ -240,11 +239,11 @@ def test_outliers_of_what_comes_before(before: str, full: bool, dtype: torch.dty
         bias = torch.randn(K, device="cuda").to(dtype) if full and before == "layer_norm" else None
         given = {"before": before, "weight": weight, "bias": bias, "eps": EPS, "keep_total": full and norm}
         given |= {"second": second} if full else {}
-        everything = quantize_rows(x, spec, place=place_of(range(K), K), outliers=K, **given)
+        everything = quantize_rows(x, spec, **split(range(K), x), **given)
         assert everything.tail is not None
         value, channels = everything.tail[:, :K], sorted({K // 2, *range(0, K, 97)})
         poison(M * K)
-        found = quantize_rows(x, spec, place=place_of(channels, K), outliers=len(channels), **given)
+        found = quantize_rows(x, spec, **split(channels, x), **given)
         assert_split(found, value, channels, spec)
         plain = quantize_rows(x, spec, **given)
         assert_codes_of(plain, value.contiguous(), spec)
@@ -255,8 +254,7 @@ def test_outliers_of_what_comes_before(before: str, full: bool, dtype: torch.dty
 def test_outliers_of_a_view_and_of_no_rows() -> None:
     wide = random(2, 9, 3 * 264, dtype=torch.bfloat16)
     for x in (wide[..., :264], wide[:, ::2, 264:528], wide.transpose(1, 2)[..., :8], wide[0, 0], wide[:, :0]):
-        K = x.shape[-1]
-        found = quantize_rows(x, ASYMMETRIC, place=place_of((1, 5), K), outliers=2)
+        found = quantize_rows(x, ASYMMETRIC, **split((1, 5), x))
         assert found.tail is not None
         assert found.tail.shape == (*x.shape[:-1], 8)
         if x.numel():
@@ -290,8 +288,8 @@ def test_op_passes_opcheck(spec: Spec, M: int) -> None:
     weight = random(1, 96, dtype=torch.bfloat16)[0]
     library.opcheck(QUANTIZE_ROWS, (x, second, weight, None, "rms_norm", EPS, str(spec), 0, True))
     library.opcheck(QUANTIZE_ROWS, (x[..., :48], x[..., 48:], None, None, "silu", 0.0, str(spec), 0, False))
-    split = (None, place_of((3, 90, 4), 96), 3)
-    library.opcheck(QUANTIZE_ROWS, (x, second, weight, None, "rms_norm", EPS, str(spec), 0, True, *split))
+    outliers = split((3, 90, 4), x).values()
+    library.opcheck(QUANTIZE_ROWS, (x, second, weight, None, "rms_norm", EPS, str(spec), 0, True, None, *outliers))
 
 
 @pytest.mark.parametrize("call", [lambda x: quantize_rows(x, ASYMMETRIC)])

@@ -189,10 +189,10 @@ torch.manual_seed(0)
 exact = {"rtol": 0, "atol": 0, "equal_nan": True}
 
 
-def place_of(channels, K):
-    place = torch.full((K,), -1, dtype=torch.int16)
-    place[list(channels)] = torch.arange(len(channels), dtype=torch.int16)
-    return place
+def split(channels, x):
+    keep = torch.ones(x.shape[-1], dtype=x.dtype)
+    keep[list(channels)] = 0
+    return {"keep": keep, "channels": torch.tensor(list(channels), dtype=torch.int32)}
 
 
 def poisoned(make):
@@ -205,19 +205,17 @@ def poisoned(make):
 def check(x, channels, spec, **given):
     # channels in any order: x is masked and gathered as the graph does it, behind what the kernel makes of x
     K = x.shape[-1]
-    found = poisoned(lambda: quantize_rows(x, spec, place=place_of(channels, K), outliers=len(channels), **given))
+    found = poisoned(lambda: quantize_rows(x, spec, **split(channels, x), **given))
     value = x
     if given.get("before", "nothing") != "nothing" or "second" in given:
         # the same kernel without a tail: each code is the nearest, so that all channels as outliers give the value
-        value = quantize_rows(x, spec, place=place_of(range(K), K), outliers=K, **given).tail[..., :K]
+        value = quantize_rows(x, spec, **split(range(K), x), **given).tail[..., :K]
         plain = quantize_rows(x, spec, **given)
         finite = plain.scale.isfinite().expand_as(value)
         assert torch.equal(plain.codes[finite], quantize(value, find_qparams(value, spec))[finite])
         if found.total is not None:
             torch.testing.assert_close(found.total, plain.total, **exact)
-    keep = torch.ones(K, dtype=x.dtype)
-    keep[list(channels)] = 0
-    masked = value * keep
+    masked = value * split(channels, x)["keep"]
     expected = find_qparams(masked, spec)
     torch.testing.assert_close(found.scale, expected.scale, **exact)
     if expected.zero is not None:
@@ -244,7 +242,7 @@ for text in ("int8/token", "int8/token/asym", "int4/token/asym"):
         check(x.unflatten(0, (3, 3)).transpose(0, 1), (5, 99), spec)
     check(torch.randn(3, 1), (0,), spec)
     check(torch.randn(2, 7), (6, 1), spec)
-    assert quantize_rows(x[:0], spec, place=place_of((2,), 101), outliers=1).tail.shape == (0, 8)
+    assert quantize_rows(x[:0], spec, **split((2,), x)).tail.shape == (0, 8)
 
 spec = parse_spec("int8/token/asym")
 for dtype in (torch.float32, torch.float16):
@@ -259,8 +257,8 @@ for dtype in (torch.float32, torch.float16):
             if "keep_total" not in more or norm:
                 check(x, (60, 2, 33), spec, before=before, **norm, **more)
 check(torch.randn(2, 60), (1, 59), parse_spec("int8/token"), before="silu", second=torch.randn(2, 60))
-less = quantize_rows(x, spec, place=place_of((7,), 77), outliers=1, offset=128)
-assert torch.equal(less.codes.int() + 128, quantize_rows(x, spec, place=place_of((7,), 77), outliers=1).codes.int())
+less = quantize_rows(x, spec, **split((7,), x), offset=128)
+assert torch.equal(less.codes.int() + 128, quantize_rows(x, spec, **split((7,), x)).codes.int())
 print("equal")
 """
 
