@@ -1,8 +1,12 @@
-"""FUSE: a quantization that finds its scales while running becomes one op, with the norm or activation before it."""
+"""FUSE: a quantization that finds its scales while running becomes one op, with the norm or activation before it.
 
-from collections.abc import Sequence
+Outlier channels that are kept out of it (`split_outliers`) leave the same op: nothing else masks or gathers them.
+"""
+
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,9 +15,10 @@ from qcompile.backends.fx import ops
 from qcompile.backends.fx.graph import FxGraph
 from qcompile.backends.fx.kernels.int8 import OFFSET
 from qcompile.backends.fx.kernels.narrow_floats import is_narrow
-from qcompile.backends.fx.rows import QUANTIZE_ROWS, why_not
+from qcompile.backends.fx.masked import Masked, find_masked
+from qcompile.backends.fx.rows import QUANTIZE_ROWS, tail_width, why_not
 from qcompile.backends.fx.targets import aten, is_call
-from qcompile.backends.fx.values import dtype, example, fake_mode, infer
+from qcompile.backends.fx.values import attribute, dtype, example, fake_mode, infer
 from qcompile.backends.fx.writes import is_written
 from qcompile.graph import Op
 from qcompile.spec import Spec
@@ -30,6 +35,8 @@ _TAKES_NARROW: dict[object, tuple[int, int | None]] = {
 }
 # matmuls that take integers with a zero as int8, less OFFSET, too
 _TAKES_OFFSET = (torch.ops.qcompile.linear_int8_triton.default, torch.ops.qcompile.linear_int4_int8.default)
+# matmuls that take outlier channels with zeros behind them, too
+_TAKES_WIDE = (torch.ops.qcompile.linear_int8_triton.default,)
 # made by kernels that are not Inductor's, or before the graph runs; those of linears that are quantized end in sums and
 # casts of Inductor's
 _IN_MEMORY = (Op.INPUT, Op.ATTENTION, Op.LINEAR)
@@ -72,30 +79,63 @@ def _fuse(graph: FxGraph, quantize: fx.Node, capability: tuple[int, int]) -> boo
         return False
     if is_narrow(spec.format) and not _take_narrow(graph, _readers(quantize)):
         return False
-    before = _norm(graph, value) or _activation(graph, value) or _whole(graph, value)
-    if before is None or any(is_written(node) for node in (*before.gone, before.x, before.second) if node is not None):
+    masked = find_masked(graph, value) if _is_alone(graph, value, (quantize,)) else None
+    made, readers = (value, [quantize]) if masked is None else (masked.x, [masked.value, masked.selected])
+    before = _norm(graph, made, readers) or _activation(graph, made, readers) or _whole(graph, made)
+    if before is None:
         return False
-    _replace(graph, quantize, before, spec)
+    read = (*before.gone, before.x, before.second, *([] if masked is None else readers))
+    if any(is_written(node) for node in read if node is not None):
+        return False
+    _replace(graph, quantize, before, spec, masked)
     return True
 
 
-def _replace(graph: FxGraph, quantize: fx.Node, before: _Before, spec: Spec) -> None:
+def _replace(graph: FxGraph, quantize: fx.Node, before: _Before, spec: Spec, masked: Masked | None) -> None:
     offset = 0 if spec.symmetric or not _takes_offset(quantize) else OFFSET
     read = (before.x, before.second, before.weight, before.bias)
     shift = _narrowed(_readers(quantize)) if is_narrow(spec.format) else None
-    octaves = () if shift is None else (shift,)
-    arguments = (*read, before.kind, before.eps, str(spec), offset, before.total is not None, *octaves)
-    # who reads the sum must find it there
-    with quantize.graph.inserting_before(quantize if before.total is None else min(before.total.users)):
+    more: tuple[Any, ...] = () if shift is None else (shift,)
+    if masked is not None:
+        more = (shift, masked.keep, _channels(graph, masked))
+    arguments = (*read, before.kind, before.eps, str(spec), offset, before.total is not None, *more)
+    old = [node for node in (before.total, None if masked is None else masked.selected) if node is not None]
+    # who reads the sum, or the outliers, must find them there
+    with quantize.graph.inserting_before(min((quantize, *(user for node in old for user in node.users)))):
         new = quantize.graph.call_function(QUANTIZE_ROWS, arguments)
         new.meta = dict(quantize.meta)
         new.meta["example_value"] = infer(QUANTIZE_ROWS, arguments, fake_mode(quantize.graph))
-        if before.total is not None:
-            total = quantize.graph.call_function(getitem, (new, 2 if spec.symmetric else 3))
-            total.meta = dict(before.total.meta)
+        parts = [_part(new, i, like=node) for i, node in enumerate(old, 2 if spec.symmetric else 3)]
+        if masked is not None:
+            parts[-1] = _narrowest(parts[-1], masked)
     quantize.replace_all_uses_with(new)
-    if before.total is not None:
-        before.total.replace_all_uses_with(total)
+    for node, part in zip(old, parts, strict=True):
+        node.replace_all_uses_with(part)
+    if masked is not None:
+        # columns of a view are no op that `prune` knows
+        quantize.graph.erase_node(masked.selected)
+
+
+def _channels(graph: FxGraph, masked: Masked) -> fx.Node:
+    """Those of the tail, as a constant beside the mask."""
+    index = torch.tensor(masked.channels, dtype=torch.int32, device=attribute(masked.keep).device)
+    return graph.add_constant(f"{graph.name(masked.keep)}.channels", index)
+
+
+def _part(made: fx.Node, index: int, like: fx.Node) -> fx.Node:
+    part = made.graph.call_function(getitem, (made, index))
+    part.meta = like.meta | {"example_value": None if (found := example(made)) is None else found[index]}
+    return part
+
+
+def _narrowest(tail: fx.Node, masked: Masked) -> fx.Node:
+    """The outliers as wide as all that read them take them."""
+    count = len(masked.channels)
+    if count == tail_width(count) or all(is_call(reader, *_TAKES_WIDE) for reader in masked.selected.users):
+        return tail
+    columns = tail.graph.call_function(aten.slice.Tensor, (tail, -1, 0, count))
+    columns.meta = dict(masked.selected.meta)
+    return columns
 
 
 def _takes_offset(quantize: fx.Node) -> bool:
@@ -138,17 +178,17 @@ def _narrowed(readers: Sequence[fx.Node]) -> fx.Node | None:
     return shift
 
 
-def _norm(graph: FxGraph, value: fx.Node) -> _Before | None:
-    """A norm over the last dimension, and the sum before it."""
+def _norm(graph: FxGraph, value: fx.Node, readers: Collection[fx.Node]) -> _Before | None:
+    """A norm over the last dimension that these alone read, and the sum before it."""
     found = _norm_of(graph, value)
-    if found is None or not _is_alone(graph, value):
+    if found is None or not _is_alone(graph, value, readers):
         return None
     x, weight, bias = (*graph.inputs(value), None, None)[:3]
     if x is None or dtype(x) != dtype(value):
         return None
     kind, eps = found
     a, b = _summands(graph, x)
-    total = None if b is None or _is_alone(graph, x) else x
+    total = None if b is None or _is_alone(graph, x, (value,)) else x
     late = total is not None and any(v is not None and not v < min(total.users) for v in (weight, bias))
     if b is None or late:
         return _Before(kind=kind, x=x, gone=(value,), weight=weight, bias=bias, eps=eps)
@@ -170,9 +210,9 @@ def _norm_of(graph: FxGraph, value: fx.Node) -> tuple[str, float] | None:
     return (kind, float(given)) if isinstance(given, float | int) else None
 
 
-def _activation(graph: FxGraph, value: fx.Node) -> _Before | None:
-    """An activation, or the product of one with another value."""
-    if not _is_alone(graph, value):
+def _activation(graph: FxGraph, value: fx.Node, readers: Collection[fx.Node]) -> _Before | None:
+    """An activation, or the product of one with another value, that these alone read."""
+    if not _is_alone(graph, value, readers):
         return None
     if (kind := _activation_kind(graph, value)) is not None:
         x = graph.inputs(value)[0]
@@ -183,7 +223,7 @@ def _activation(graph: FxGraph, value: fx.Node) -> _Before | None:
     for active, gate in (tuple(graph.inputs(value)), tuple(graph.inputs(value))[::-1]):
         kind = None if active is None else _activation_kind(graph, active)
         # exact GELU times a gate was not measured beside Inductor, as all others were (quantize_rows.md)
-        if active is None or gate is None or kind in (None, "gelu") or not _is_alone(graph, active):
+        if active is None or gate is None or kind in (None, "gelu") or not _is_alone(graph, active, (value,)):
             continue
         x = graph.inputs(active)[0]
         if x is not None and _are_alike(value, x, gate):
@@ -226,9 +266,9 @@ def _are_alike(*values: fx.Node) -> bool:
     return all(isinstance(k, torch.Tensor) for k in known) and len({(tuple(k.shape), k.dtype) for k in known}) == 1
 
 
-def _is_alone(graph: FxGraph, value: fx.Node) -> bool:
-    """Whether one other value reads this one, and nothing else does."""
-    return len(graph.users(value)) == 1 and value not in graph.outputs()
+def _is_alone(graph: FxGraph, value: fx.Node, readers: Collection[fx.Node]) -> bool:
+    """Whether nothing but these reads the value."""
+    return set(graph.users(value)) <= set(readers) and value not in graph.outputs()
 
 
 def _argument(node: fx.Node, position: int, name: str, default: object) -> object:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qcompile.backends.fx.kernels.narrow_floats import is_narrow
 from qcompile.backends.fx.registry import REGISTRY
+from qcompile.backends.triton.eight_bit_table import TAIL_MULTIPLE
 from qcompile.backends.triton.ready import missing
 from qcompile.formats import Integer
 from qcompile.shifts import raised
@@ -16,7 +17,7 @@ from qcompile.spec import Spec, parse_spec
 
 REGISTRY.define(
     "quantize_rows(Tensor x, Tensor? second, Tensor? weight, Tensor? bias, str before, float eps, str spec,"
-    " int offset, bool keep_total, Tensor? shift=None) -> Tensor[]"
+    " int offset, bool keep_total, Tensor? shift=None, Tensor? keep=None, Tensor? channels=None) -> Tensor[]"
 )
 
 
@@ -31,10 +32,13 @@ def _quantize_rows(
     offset: int,
     keep_total: bool,
     shift: Tensor | None = None,
+    keep: Tensor | None = None,
+    channels: Tensor | None = None,
 ) -> list[Tensor]:
-    """Codes [..., K], scale [..., 1], zero [..., 1] of asymmetric specs, and the sum x + second if it is kept.
+    """Codes [..., K], scale [..., 1], zero [..., 1] of asymmetric specs, the sum x + second if it is kept, and a tail.
 
-    Of floats of fewer bits the codes are E4M3, dtype and all, and channels lowered by `shift`, [1, K].
+    Of floats of fewer bits the codes are E4M3, dtype and all, and channels lowered by `shift`, [1, K]. With `keep` the
+    codes are of what is made of x times it; the tail [..., tail_width(T)] holds T channels as they were, and zeros.
     """
     from qcompile.backends.triton.quantize_rows import quantize_rows
 
@@ -47,12 +51,14 @@ def _quantize_rows(
         weight=weight,
         bias=bias,
         shift=shift,
+        keep=keep,
+        channels=channels,
         eps=eps,
         offset=offset,
         raised=raised(parsed.format) if is_narrow(parsed.format) else 0,
         keep_total=keep_total,
     )
-    return [t for t in (found.codes, found.scale, found.zero, found.total) if t is not None]
+    return [t for t in (found.codes, found.scale, found.zero, found.total, found.tail) if t is not None]
 
 
 def _quantize_rows_meta(
@@ -66,6 +72,8 @@ def _quantize_rows_meta(
     offset: int,
     keep_total: bool,
     shift: Tensor | None = None,
+    keep: Tensor | None = None,
+    channels: Tensor | None = None,
 ) -> list[Tensor]:
     parsed = parse_spec(spec)
     signed = isinstance(parsed.format, Integer) and (parsed.symmetric or offset != 0)
@@ -73,13 +81,19 @@ def _quantize_rows_meta(
     made = [x.new_empty(x.shape, dtype=dtype)]
     parameters = 1 if parsed.symmetric else 2
     made += [x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(parameters)]
-    return [*made, x.new_empty(x.shape)] if keep_total else made
+    made += [x.new_empty(x.shape)] if keep_total else []
+    return made if channels is None else [*made, x.new_empty((*x.shape[:-1], tail_width(len(channels))))]
 
 
 REGISTRY.impl("quantize_rows", _quantize_rows, "CUDA")
 REGISTRY.impl("quantize_rows", _quantize_rows_meta, "Meta")
 
 QUANTIZE_ROWS = torch.ops.qcompile.quantize_rows.default
+
+
+def tail_width(outliers: int) -> int:
+    """Columns of the tail."""
+    return outliers + -outliers % TAIL_MULTIPLE
 
 
 def why_not(spec: Spec, dtype: torch.dtype, K: int, capability: tuple[int, int]) -> str | None:

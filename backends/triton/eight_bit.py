@@ -56,14 +56,29 @@ class Operands:
 
 
 @triton.jit
+def _fetch(at):
+    """Bring the cache lines of these addresses into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _fetch_ahead(w, n, N, K, CHANNELS: tl.constexpr):
-    """Bring the first columns of some channels into the L2 cache."""
+    """The first columns of some channels."""
     channels = tl.minimum(n + tl.arange(0, CHANNELS), N - 1)
     columns = tl.minimum(tl.arange(0, AHEAD) * LINE, K - 1)
-    at = (w + channels.to(tl.int64)[:, None] * K + columns[None, :]).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-    )
+    _fetch(w + channels.to(tl.int64)[:, None] * K + columns[None, :])
+
+
+@triton.jit
+def _fetch_tail(w_tail, n, N, T, CHANNELS: tl.constexpr, TAIL: tl.constexpr):
+    """All of the tail's weight for some channels: it is read last, in few steps that nothing else covers."""
+    LINES: tl.constexpr = CHANNELS * 2 // LINE if CHANNELS * 2 > LINE else 1
+    channels = tl.minimum(n + tl.arange(0, LINES) * (LINE // 2), N - 1)
+    for t in tl.range(0, T, TAIL, num_stages=1):
+        columns = tl.minimum(t + tl.arange(0, TAIL), T - 1)
+        _fetch(w_tail + columns.to(tl.int64)[:, None] * N + channels[None, :])
 
 
 @triton.jit
@@ -119,6 +134,8 @@ def eight_bit_kernel(
     if DEPENDENT:
         # weights never change
         _fetch_ahead(weights, n, N, K, CHANNELS)
+        if w_tail is not None:
+            _fetch_tail(w_tail, n, N, T, CHANNELS, TAIL)
         gdc_wait()
     channels, tokens = n + tl.arange(0, CHANNELS), m + tl.arange(0, TOKENS)
     is_channel, is_token = channels < N, tokens < M

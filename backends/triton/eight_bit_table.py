@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from qcompile.backends.triton.table import HOPPER, Entry
 
+# columns of which a 16-bit tail of x has a multiple: the copy engine takes rows of multiples of 16 bytes
+TAIL_MULTIPLE = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:

@@ -3,11 +3,10 @@
     scale[m] = max |v[m, :]| / most, codes = round(v / scale)                      v = what `BEFORE` makes of x
     scale[m] = (max(v, 0) - min(v, 0)) / most, zero = round(-min(v, 0) / scale)    with a zero point
 
+Outlier channels that stay in 16 bits (`split_outliers`) go to a tail as they are, and are 0 in the rest of the row.
 Numbers of a float of fewer than 8 bits are those of E4M3, times 2**(raised - shift[k]), and scales times 2**-raised.
-A program holds a whole row in registers, so a row's result depends on nothing but that row. v and every step on the way
-to it that has a name in the model are rounded to the dtype of x, as eager torch rounds what it writes to memory: from
-the same v, codes are those of `qcompile.numerics` to the bit. v itself may differ from eager torch's in its last bit,
-because sums are added in another order, and exp and rsqrt are approximated by other instructions.
+A program holds a whole row in registers, so a row's result depends on nothing but that row. v is rounded to the dtype
+of x (`before_rows`): from the same v, codes are those of `qcompile.numerics` to the bit.
 """
 
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.backends.triton.add_parts import is_dependent
+from qcompile.backends.triton.before_rows import BEFORE, LAYER_NORM, RMS_NORM, combined, moments, normalized
+from qcompile.backends.triton.eight_bit_table import TAIL_MULTIPLE
 from qcompile.backends.triton.float_grid import ROUNDER, on_grid, power_of_two
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import on_device
@@ -26,9 +27,6 @@ from qcompile.formats import Float, Integer
 from qcompile.numerics import SMALLEST_SCALE
 from qcompile.spec import ALL, Spec
 
-# what may come before the quantization; the kernel tells them apart by number
-BEFORE = ("nothing", "rms_norm", "rms_norm_weight_last", "layer_norm", "silu", "gelu", "gelu_tanh")
-NOTHING, RMS_NORM, RMS_NORM_WEIGHT_LAST, LAYER_NORM, SILU, GELU = (tl.constexpr(i) for i in range(6))
 # longest row whose elements fit the registers of 32 warps beside what is computed of them
 MAX_K = 32768
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -41,12 +39,16 @@ SMALL, LIFT = tl.constexpr(2.0**-64), tl.constexpr(2.0**64)
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """codes int8, uint8 or fp8_e4m3 [..., K]; scale and zero float32 [..., 1]; total: x + second, in x's dtype."""
+    """codes int8, uint8 or fp8_e4m3 [..., K]; scale and zero float32 [..., 1]; total: x + second, in x's dtype.
+
+    tail: outlier channels in x's dtype, zeros behind them up to the next multiple of TAIL_MULTIPLE.
+    """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
     total: Tensor | None
+    tail: Tensor | None
 
 
 @triton.jit
@@ -57,53 +59,6 @@ def _larger(a, b):
 @triton.jit
 def _smaller(a, b):
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _kept(v, dtype: tl.constexpr, INLINE: tl.constexpr):
-    """v rounded to dtype, as float32. INLINE: two at a time, which Triton's own cast does not do."""
-    if INLINE and dtype == tl.bfloat16:
-        v = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [v], tl.bfloat16, is_pure=True, pack=2)
-    elif INLINE and dtype == tl.float16:
-        v = tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [v], tl.float16, is_pure=True, pack=2)
-    return v.to(dtype).to(tl.float32)
-
-
-@triton.jit
-def _sigmoid(u, INLINE: tl.constexpr):
-    """INLINE: without the instructions that keep numbers below 2**-126."""
-    u *= -1.4426950408889634
-    if INLINE:
-        e = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [u], tl.float32, is_pure=True, pack=1) + 1.0
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [e], tl.float32, is_pure=True, pack=1)
-    return 1.0 / (1.0 + tl.exp2(u))
-
-
-@triton.jit
-def _activated(v, BEFORE: tl.constexpr, INLINE: tl.constexpr):
-    """Eager torch cancels digits in 1 + tanh where the sigmoid does not."""
-    if BEFORE == SILU:
-        return v * _sigmoid(v, INLINE)
-    elif BEFORE == GELU:
-        return v * 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
-    else:
-        return v * _sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v), INLINE)
-
-
-@triton.jit
-def _normalized(
-    v, weight, bias, columns, inside, K, eps, dtype: tl.constexpr, BEFORE: tl.constexpr, INLINE: tl.constexpr
-):
-    if BEFORE == LAYER_NORM:
-        v = tl.where(inside, v - tl.sum(v, 0) / K, 0.0)
-    v = v * tl.rsqrt(tl.sum(v * v, 0) / K + eps)
-    if BEFORE == RMS_NORM_WEIGHT_LAST:
-        v = _kept(v, dtype, INLINE)
-    if weight is not None:
-        v = v * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    if bias is not None:
-        v += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    return _kept(v, dtype, INLINE)
 
 
 @triton.jit
@@ -123,13 +78,18 @@ def quantize_rows_kernel(
     weight,
     bias,
     shift,
+    keep,
+    channels,
     codes,
     scales,
     zeros,
     total,
+    tail,
     K,
+    outliers,
     stride_x,
     stride_second,
+    stride_tail,
     eps,
     BEFORE: tl.constexpr,
     MOST: tl.constexpr,
@@ -141,28 +101,40 @@ def quantize_rows_kernel(
     INLINE: tl.constexpr,
     DEPENDENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """Row program_id(0). MOST: largest code, or number of the format.  OFFSET: is taken off codes with a zero.
 
     MANTISSA, LOWEST: of a float of fewer than 8 bits, those of its mantissa, and the exponent; else MANTISSA is -1.
     """
+    dtype: tl.constexpr = x.dtype.element_ty
+    NORM: tl.constexpr = BEFORE >= RMS_NORM and BEFORE <= LAYER_NORM
+    row = tl.program_id(0).to(tl.int64)
+    columns, places = tl.arange(0, BLOCK), tl.arange(0, TAIL)
+    inside, is_outlier = columns < K, places < outliers
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
-    dtype: tl.constexpr = x.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < K
-    v = tl.load(x + row * stride_x + columns, mask=inside, other=0.0).to(tl.float32)
-    if BEFORE >= SILU:
-        v = _kept(_activated(v, BEFORE, INLINE), dtype, INLINE)
+    x += row * stride_x
     if second is not None:
-        other = tl.load(second + row * stride_second + columns, mask=inside, other=0.0).to(tl.float32)
-        v = _kept(v * other if BEFORE >= SILU else v + other, dtype, INLINE)
+        second += row * stride_second
+    if channels is not None:
+        chosen = tl.load(channels + places, mask=is_outlier, other=0)
+    v = combined(x, second, columns, inside, dtype, BEFORE, INLINE)
+    if channels is not None:
+        # made a second time: to hand them over from v would take a register and more for each of all columns
+        u = combined(x, second, chosen, is_outlier, dtype, BEFORE, INLINE)
     if total is not None:
         tl.store(total + row * K + columns, v.to(dtype), mask=inside)
-    if BEFORE >= RMS_NORM and BEFORE <= LAYER_NORM:
-        v = _normalized(v, weight, bias, columns, inside, K, eps, dtype, BEFORE, INLINE)
+    if NORM:
+        mean, v, factor = moments(v, inside, K, eps, BEFORE)
+        v = normalized(v, factor, weight, bias, columns, inside, dtype, BEFORE, INLINE)
+    if channels is not None:
+        if NORM:
+            u = normalized(u - mean, factor, weight, bias, chosen, is_outlier, dtype, BEFORE, INLINE)
+        u = tl.where(is_outlier, u, 0.0).to(dtype)
+        tl.store(tail + row * stride_tail + places, u, mask=places < stride_tail)
+        v *= tl.load(keep + columns, mask=inside, other=0.0).to(tl.float32)
 
     if zeros is None:
         low = 0.0
@@ -231,6 +203,11 @@ def block_for(K: int) -> int:
     return max(64, triton.next_power_of_2(K))
 
 
+def tail_block_for(outliers: int) -> int:
+    """Columns of the tail that a program makes."""
+    return max(TAIL_MULTIPLE, triton.next_power_of_2(outliers))
+
+
 def quantize_rows(
     x: Tensor,
     spec: Spec,
@@ -240,6 +217,8 @@ def quantize_rows(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     shift: Tensor | None = None,
+    keep: Tensor | None = None,
+    channels: Tensor | None = None,
     eps: float = 0.0,
     offset: int = 0,
     raised: int = 0,
@@ -249,6 +228,7 @@ def quantize_rows(
 
     weight, bias: of a norm, [K].  offset: 0, or 128 for codes with a zero as int8, less 128.
     shift, raised: octaves of numbers of fewer bits in E4M3, int8 [K], and of all.  keep_total: return the sum, too.
+    keep: ones, and zeros for what is left out of the codes, [K] in x's dtype.  channels: of the tail, integers [T].
     """
     *batch, K = x.shape
     rows, other = _rows(x), None if second is None else _rows(second)
@@ -260,17 +240,21 @@ def quantize_rows(
     scale = torch.empty((*batch, 1), dtype=torch.float32, device=x.device)
     zero = None if spec.symmetric else torch.empty_like(scale)
     total = torch.empty((*batch, K), dtype=x.dtype, device=x.device) if keep_total else None
-    result = Rows(codes=codes, scale=scale, zero=zero, total=total)
+    outliers = 0 if channels is None else channels.shape[0]
+    width = triton.cdiv(outliers, TAIL_MULTIPLE) * TAIL_MULTIPLE
+    tail = None if channels is None else x.new_empty((*batch, width))
+    result = Rows(codes=codes, scale=scale, zero=zero, total=total, tail=tail)
     if M == 0:
         return result
     dependent = x.is_cuda and is_dependent(x.device)
-    given = (rows, other, *(None if t is None else t.contiguous() for t in (weight, bias)))
-    strides = (rows.stride(0), 0 if other is None else other.stride(0))
+    given = (rows, other, *(None if t is None else t.contiguous() for t in (weight, bias)), shift, keep, channels)
+    made = (codes.view(torch.uint8) if narrow else codes, scale, zero, total, tail)
+    strides = (rows.stride(0), 0 if other is None else other.stride(0), width)
     with on_device(x.device):
         launch(
             quantize_rows_kernel,
             (M, 1, 1),
-            (*given, shift, codes.view(torch.uint8) if narrow else codes, scale, zero, total, K, *strides, eps),
+            (*given, *made, K, outliers, *strides, eps),
             {
                 "BEFORE": BEFORE.index(before),
                 "MOST": float(spec.code_range[1] if integer else spec.format.max),
@@ -283,6 +267,7 @@ def quantize_rows(
                 "INLINE": x.is_cuda,
                 "DEPENDENT": dependent,
                 "BLOCK": block_for(K),
+                "TAIL": tail_block_for(outliers),
             },
             num_warps=warps_for(K),
             # each operation rounds by itself, as it does in the oracle

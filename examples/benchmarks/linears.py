@@ -8,15 +8,15 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
 from qcompile.backends.fx.fuse import fuse
 from qcompile.backends.fx.graph import FxGraph
+from qcompile.backends.fx.inductor import Inductor
 from qcompile.backends.fx.kernels import KERNELS, Kernel, Problem, choose, tail
 from qcompile.backends.fx.kernels.narrow_floats import raised
 from qcompile.backends.fx.ops import QUANTIZE_DYNAMIC
@@ -31,9 +31,6 @@ ROTATED = 400e6
 LOUD = 30
 # relative error to float32 on the same codes that bfloat16 results may have, and to the float linear of peers
 LIMIT, PEER_LIMIT = 4e-3, 6e-2
-# share of an input's codes that may be others than those of exact division, where Inductor divides: 0.0011 of int8's
-# were on an H200, and of 4096 columns
-MOVED = 2e-3
 # operations a microsecond, dense, of the data sheets of H100 and H200
 EIGHT_BIT_RATE = 1979e6
 
@@ -100,35 +97,13 @@ class Weight:
         rest = self.without_outliers(x).float()
         if self.input is not None:
             # the fused kernel's codes are those of exact division
-            rest = _rounded(rest.to(DTYPE), self.input) if self.outliers.numel() else fake_quantize(rest, self.input)
+            rest = fake_quantize(rest, self.input)
         y = rest @ dequantize(self.codes, self.qparams).T
         columns = self.floats[:, self.outliers].to(DTYPE).float()
         return y + x[:, self.outliers].float() @ columns.T
 
     def without_outliers(self, x: Tensor) -> Tensor:
         return x.index_fill(1, self.outliers, 0)
-
-
-@torch.compile(dynamic=False)
-def _codes(x: Tensor, spec: str) -> tuple[Tensor, ...]:
-    """Of x [M, K]: codes, scale and, if the spec has one, zero point."""
-    return tuple(QUANTIZE_DYNAMIC(x, spec))
-
-
-def _rounded(x: Tensor, spec: Spec) -> Tensor:
-    """x [M, K] as `spec` holds it, in float32.
-
-    Compiled as in what is timed: compiled code finds scales that may differ in their last bit, and what lies between
-    two numbers of 4 bits then becomes the other one, a third larger.
-    """
-    codes, scale, *zero = _codes(x, str(spec))
-    found = QParams(spec=spec, scale=scale, zero=zero[0] if zero else None)
-    exact = find_qparams(x.float(), spec)
-    close = bool(((scale - exact.scale).abs() <= 2.0**-22 * exact.scale).all())
-    moved = float((codes != quantize(x.float(), found)).float().mean())
-    if not close or moved > MOVED:
-        raise SystemExit(f"{spec}: scales are close to the oracle's: {close}; {moved:.2g} of the codes are others")
-    return dequantize(codes, found)
 
 
 def random_weight(name: str, N: int, K: int) -> Weight:
@@ -187,7 +162,7 @@ def ours(weight: Weight, kernel: Kernel | None = None) -> Linear:
     problem = _problem(weight)
     kernel = kernel or choose(problem)[0]
     pack = kernel.pack(weight.codes, weight.qparams, DTYPE)
-    extra = {}
+    extra: dict[str, Tensor] = {}
     if weight.outliers.numel():
         keep = torch.ones(problem.K, dtype=DTYPE, device="cuda").index_fill(0, weight.outliers, 0)
         extra = {"keep": keep, "channels": weight.outliers}
@@ -196,7 +171,7 @@ def ours(weight: Weight, kernel: Kernel | None = None) -> Linear:
     # each kernel is a function of its own to the compiler, which may hold few variants of one
     torch._dynamo.reset()
 
-    @torch.compile(dynamic=False, fullgraph=True, backend=_fused)
+    @torch.compile(dynamic=False, fullgraph=True, backend=partial(_fused, extra))
     def run(x: Tensor, pack: dict[str, Tensor]) -> Tensor:
         return _quantized(kernel, problem, x, **pack)
 
@@ -209,11 +184,20 @@ def ours(weight: Weight, kernel: Kernel | None = None) -> Linear:
     )
 
 
-def _fused(module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """Inductor, behind what the lowering of a model does to quantizations."""
+def _fused(constants: Mapping[str, Tensor], module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """Inductor, behind what the lowering of a model does to quantizations.
+
+    constants: among the inputs, that a model's graph holds.
+    """
     graph = FxGraph(module)
+    inputs = module.graph.find_nodes(op="placeholder")
+    for name, tensor in constants.items():
+        (node,) = (node for node, x in zip(inputs, example_inputs, strict=True) if x is tensor)
+        graph.replace_uses(node, graph.add_constant(name, tensor))
     fuse(graph, torch.cuda.get_device_capability())
-    return cast(Callable[..., Any], compile_fx(graph.module, example_inputs))
+    code, _, names = Inductor(module, example_inputs, None).compile(graph.module)
+    held = [getattr(graph.module, name) for name in names]
+    return lambda *given: code(*given, *held)
 
 
 def call_on_codes(weight: Weight) -> Callable[[], Tensor]:
@@ -267,7 +251,7 @@ def _quantized(
     arguments = kernel.arguments(problem, given, pack, None)
     if channels is None:
         return kernel.op(*arguments)
-    selected = x.index_select(-1, channels)
+    selected = torch.index_select(x, -1, channels)
     joined = None if kernel.with_tail is None else kernel.with_tail(problem, arguments, selected, columns)
     if joined is None:
         return kernel.op(*arguments) + tail.OP(selected, columns)
@@ -289,6 +273,11 @@ def floats(weight: Weight) -> Linear:
 def inductor(name: str, weight: Weight) -> Linear:
     """The product of the library, everything around it written by Inductor."""
     return ours(weight, next(kernel for kernel in KERNELS if kernel.name == name))
+
+
+def without_split(weight: Weight) -> Linear:
+    """What the split is measured by: plain int8 of a weight of that shape."""
+    return ours(random_weight("int8", *weight.floats.shape))
 
 
 def tinygemm(weight: Weight) -> Linear:
@@ -354,7 +343,10 @@ PEERS: Mapping[str, Mapping[str, Peer]] = {
         "Inductor, _int_mm": Peer(make=partial(inductor, "int8")),
         "gemlite A8W8 int8": Peer(make=partial(gemlite, "A8W8_int8_dynamic"), rows=128, needs="gemlite"),
     },
-    "int8 split": {"Inductor, _int_mm": Peer(make=partial(inductor, "int8"))},
+    "int8 split": {
+        "int8": Peer(make=without_split),
+        "Inductor, _int_mm": Peer(make=partial(inductor, "int8")),
+    },
     "fp8": {
         "Inductor, _scaled_mm": Peer(make=partial(inductor, "fp8")),
         "gemlite A8W8 fp8": Peer(make=partial(gemlite, "A8W8_fp8_dynamic"), rows=128, needs="gemlite"),

@@ -5,12 +5,13 @@
 Each case is a quantization and what comes before it in a decoder of Llama-3.1-8B's shapes; `float` is what comes before
 it alone, compiled, in bfloat16. Results are compared with eager torch before they are timed. Times are medians of CUDA
 graph replays in turns, of eight inputs one after the other. For the largest M, `matmul` is the 8-bit matmul that reads
-the codes, and `share` is what the quantization adds to float and matmul. Writes results/quantize_rows.json.
+the codes, and `share` is what the quantization adds to float and matmul. Of a split, `plain` is the kernel without it.
+Writes results/quantize_rows.json.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,7 +40,10 @@ CHECKED = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """x [M, K]; second: of the same shape; joined: both are halves of one matrix. N: of the linear that follows."""
+    """x [M, K]; second: of the same shape; joined: both are halves of one matrix. N: of the linear that follows.
+
+    split: one channel in a hundred stays out of the codes.
+    """
 
     before: str
     K: int
@@ -47,6 +51,12 @@ class Case:
     second: bool = False
     joined: bool = False
     bias: bool = False
+    split: bool = False
+
+    def channels(self) -> Tensor:
+        """Those that are split off."""
+        count = round(0.01 * self.K) if self.split else 0
+        return torch.arange(count, device="cuda", dtype=torch.int32) * self.K // max(count, 1)
 
 
 CASES = {
@@ -60,6 +70,8 @@ CASES = {
     "gelu, tanh": Case(before="gelu_tanh", K=14336, N=4096),
     "gelu, tanh, times gate": Case(before="gelu_tanh", K=14336, N=4096, second=True, joined=True),
 }
+SPLIT = ("nothing", "nothing, wide", "norm", "add, norm", "add, layer norm", "silu times gate")
+CASES |= {f"{name}, split": replace(CASES[name], split=True) for name in SPLIT}
 
 
 def inputs(case: Case, M: int) -> list[tuple[Tensor, Tensor | None]]:
@@ -89,9 +101,25 @@ def floats(case: Case, x: Tensor, second: Tensor | None, weight: Tensor, bias: T
     return (x if second is None else x * second), None
 
 
+def masked(case: Case, value: Tensor) -> Tensor:
+    """The value without the channels that are split off, as the passes write it."""
+    return value * keep_of(case) if case.split else value
+
+
+def keep_of(case: Case) -> Tensor:
+    return torch.ones(case.K, device="cuda", dtype=DTYPE).index_fill(0, case.channels().long(), 0)
+
+
 def check(case: Case, spec: str, found: Sequence[Tensor], value: Tensor, total: Tensor | None) -> float:
     """Relative difference from what eager torch quantizes; raises SystemExit if last bits do not explain it."""
     parsed = parse_spec(spec)
+    if case.split:
+        *found, tail = found
+        channels = case.channels()
+        off = float((tail[:, : len(channels)].float() - value[:, channels].float()).norm() / value.float().norm())
+        if not (off < LIMITS[parsed.format.name] and (tail[:, len(channels) :] == 0).all()):
+            raise SystemExit(f"{case} {spec}: outliers are {off:.2g} away")
+        value = masked(case, value)
     zero = None if parsed.symmetric else found[2]
     y = dequantize(found[0], QParams(spec=parsed, scale=found[1], zero=zero))
     expected = fake_quantize(value.float(), parsed)
@@ -133,16 +161,19 @@ def measure(name: str, spec: str, M: int) -> dict[str, Any]:
     case = CASES[name]
     weight, bias = (torch.randn(case.K, device="cuda", dtype=DTYPE) for _ in range(2))
     given = inputs(case, M)
-    norm, keep = "norm" in case.before, case.second and not case.joined
+    norm, keep_total = "norm" in case.before, case.second and not case.joined
+    keep, channels = (keep_of(case), case.channels()) if case.split else (None, None)
 
     def alone(x: Tensor, second: Tensor | None) -> tuple[Tensor | None, ...]:
         return floats(case, x, second, weight, bias)
 
     def plain(x: Tensor, second: Tensor | None) -> list[Tensor | None]:
         value, total = floats(case, x, second, weight, bias)
-        return [*ops.QUANTIZE_DYNAMIC(value, spec), total]
+        if keep is None or channels is None:
+            return [*ops.QUANTIZE_DYNAMIC(value, spec), total]
+        return [*ops.QUANTIZE_DYNAMIC(value * keep, spec), total, value.index_select(-1, channels)]
 
-    def fused(i: int) -> list[Tensor]:
+    def fused(i: int, *split: Tensor | None) -> list[Tensor]:
         made: list[Tensor] = QUANTIZE_ROWS(
             *given[i],
             weight if norm else None,
@@ -151,19 +182,26 @@ def measure(name: str, spec: str, M: int) -> dict[str, Any]:
             EPS if norm else 0.0,
             spec,
             0,
-            keep,
+            keep_total,
+            None,
+            *split,
         )
         return made
 
     torch._dynamo.reset()
     made = torch.compile(plain, dynamic=False)
-    calls: dict[str, Callable[[int], Any]] = {"fused": fused, "inductor": lambda i: made(*given[i])}
+    calls: dict[str, Callable[[int], Any]] = {
+        "fused": lambda i: fused(i, keep, channels),
+        "inductor": lambda i: made(*given[i]),
+    }
+    if case.split:
+        calls["plain"] = fused
     if case.before != "nothing":
         before = torch.compile(alone, dynamic=False)
         calls["float"] = lambda i: before(*given[i])
-    if max(ROWS) == M:
+    if max(ROWS) == M and not case.split:
         calls["matmul"] = matmul(spec, case.N, case.K, M)
-    difference = check(case, spec, fused(0), *floats(case, *given[0], weight, bias))
+    difference = check(case, spec, fused(0, keep, channels), *floats(case, *given[0], weight, bias))
     times = in_turns([captured(call, COPIES) for call in calls.values()], ROUNDS)
     row: dict[str, Any] = {"case": name, "spec": spec, "K": case.K, "M": M, "difference": float(f"{difference:.2g}")}
     row |= {f"{kind}_us": round(us, 2) for kind, us in zip(calls, times, strict=True)}

@@ -4,6 +4,7 @@ import torch
 from triton.compiler import ASTSource
 
 from qcompile.backends.triton import quantize_rows as rows
+from qcompile.backends.triton.before_rows import BEFORE
 from qcompile.formats import Float
 from tests.triton.compiled import NAMES, compiled
 
@@ -18,10 +19,12 @@ def cubin(
     zeros: bool = False,
     second: bool = False,
     narrow: Float | None = None,
+    split: bool = False,
 ) -> bytes:
     """The binary for rows of K elements, as the launcher would have it compiled.
 
     second: and what is made with it.  narrow: a format of fewer than 8 bits, with channels lowered.
+    split: outlier channels go to a tail.
     """
     name = NAMES[dtype]
     norm = "norm" in before
@@ -32,8 +35,9 @@ def cubin(
     given |= {"weight": name} if norm else {}
     given |= {"bias": name} if before == "layer_norm" else {}
     given |= {"shift": "i8"} if narrow else {}
+    given |= {"keep": name, "channels": "i32", "tail": name} if split else {}
     constants = {
-        "BEFORE": rows.BEFORE.index(before),
+        "BEFORE": BEFORE.index(before),
         "MOST": (255.0 if zeros else 127.0) if integer else narrow.max if narrow else 448.0,
         "INTEGER": integer,
         "OFFSET": 0.0,
@@ -43,8 +47,9 @@ def cubin(
         "INLINE": True,
         "DEPENDENT": capability >= 90,
         "BLOCK": rows.block_for(K),
+        "TAIL": rows.tail_block_for(K // 100 if split else 0),
     }
-    optional = ("second", "weight", "bias", "shift", "zeros", "total")
+    optional = ("second", "weight", "bias", "shift", "keep", "channels", "zeros", "total", "tail")
     constants |= dict.fromkeys((n for n in optional if n not in given), None)
     kinds = {n: f"*{kind}" for n, kind in given.items()} | {"eps": "fp32"}
     options = {"num_warps": rows.warps_for(K), "enable_fp_fusion": False}

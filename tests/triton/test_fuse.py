@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, library, nn
+from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
@@ -16,131 +16,19 @@ from qcompile.backends.fx.fuse import fuse
 from qcompile.backends.fx.lower import Target, lower
 from qcompile.backends.fx.rows import QUANTIZE_ROWS
 from qcompile.graph import graph_text
-from qcompile.numerics import find_qparams, quantize
 from qcompile.pipeline import quantize as quantize_graph
 from qcompile.presets import parse_recipe
-from qcompile.spec import parse_spec
-from tests.hosts import FX, result
+from tests.hosts import FX
 from tests.passes.test_fold_exponent_bias import Net as Raised
 from tests.passes.test_fold_exponent_bias import planned, shifts
 from tests.passes.test_permute_outliers import PlainPacks
-
-HOPPER = (9, 0)
-K = 32
-
-
-_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
-
-
-def plain(
-    x: Tensor,
-    second: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    before: str,
-    eps: float,
-    spec: str,
-    offset: int,
-    keep_total: bool,
-    shift: Tensor | None = None,
-) -> list[Tensor]:
-    """What the op computes, in plain torch."""
-    assert shift is None
-    total = x if second is None else x + second
-    match before:
-        case "nothing":
-            value = total
-        case "layer_norm":
-            value = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
-        case "rms_norm":
-            value = F.rms_norm(total, total.shape[-1:], weight, eps)
-        case "rms_norm_weight_last":
-            value = F.rms_norm(total.float(), total.shape[-1:], None, eps).to(total.dtype)
-            value = value if weight is None else weight * value
-        case _:
-            active = F.silu(x) if before == "silu" else F.gelu(x, approximate=_APPROXIMATE[before])
-            value = active if second is None else active * second
-    qparams = find_qparams(value, parse_spec(spec))
-    codes = quantize(value, qparams)
-    assert offset == 0
-    found = [codes, qparams.scale, *([] if qparams.zero is None else [qparams.zero])]
-    return [*found, total.clone()] if keep_total else found
+from tests.triton.fused import CASES, HOPPER, JoinedPacks, K, Net, RMSNorm, fused, ops_on_cpu, pair
 
 
 @pytest.fixture(scope="module", autouse=True)
-def op_on_cpu() -> Iterator[None]:
-    added = library.Library("qcompile", "IMPL")
-    added.impl("quantize_rows", plain, "CPU")
-    yield
-    added._destroy()
-
-
-class RMSNorm(nn.Module):
-    """Llama's."""
-
-    def __init__(self, add_one: bool = False) -> None:
-        super().__init__()
-        self.weight, self.add_one = nn.Parameter(torch.randn(K)), add_one
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
-        if self.add_one:
-            return (normed * (1 + self.weight.float())).to(x.dtype)
-        return self.weight * normed.to(x.dtype)
-
-
-class Net(nn.Module):
-    """Linears q and k that read what `before` makes of (x, y, norm); what they give, and whatever else it returns."""
-
-    def __init__(self, before: Callable[..., Any], norm: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.before, self.norm = before, norm
-        self.q, self.k = nn.Linear(K, 16, bias=False), nn.Linear(K, 16)
-        self.to(dtype)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        made = self.before(x, y, self.norm)
-        value, *others = made if isinstance(made, tuple) else (made,)
-        return torch.cat([self.q(value), self.k(value), *others], -1)
-
-
-def fused(net: nn.Module, *given: Tensor, recipe: str = "int8") -> list[tuple[Any, ...]]:
-    """The arguments of each op that was made; raises AssertionError if the graph's result changed."""
-    graph = FX.open(net, *given)
-    quantize_graph(graph, parse_recipe(recipe))
-    expected = result(graph, *given)
-    count = fuse(graph, HOPPER)
-    nodes = [node for node in graph.module.graph.nodes if node.target is QUANTIZE_ROWS]
-    assert len(nodes) == count
-    torch.testing.assert_close(result(graph, *given), expected, rtol=1e-6, atol=1e-6)
-    return [node.args for node in nodes]
-
-
-def pair(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    return torch.randn(2, 3, K).to(dtype), torch.randn(2, 3, K).to(dtype)
-
-
-CASES: dict[str, tuple[Callable[..., Any], nn.Module, str, bool, bool]] = {
-    # before, norm, kind, a second operand, the sum kept
-    "norm": (lambda x, y, norm: norm(x), nn.RMSNorm(K, eps=1e-5), "rms_norm", False, False),
-    "sum": (lambda x, y, norm: norm(x + y), nn.RMSNorm(K, eps=1e-5), "rms_norm", True, False),
-    "sum read": (lambda x, y, norm: (norm(z := x + y), z), nn.RMSNorm(K, eps=1e-5), "rms_norm", True, True),
-    "sum of one": (lambda x, y, norm: norm(x + x), nn.LayerNorm(K), "layer_norm", True, False),
-    "by hand": (lambda x, y, norm: norm(x), RMSNorm(), "rms_norm_weight_last", False, False),
-    "plus one": (lambda x, y, norm: norm(x + y), RMSNorm(add_one=True), "rms_norm_weight_last", True, False),
-    "layer norm": (lambda x, y, norm: (norm(z := x + y), z), nn.LayerNorm(K), "layer_norm", True, True),
-    "no weight": (lambda x, y, norm: norm(x), nn.LayerNorm(K, elementwise_affine=False), "layer_norm", False, False),
-    "silu": (lambda x, y, norm: F.silu(x), nn.Identity(), "silu", False, False),
-    "gate": (lambda x, y, norm: F.silu(x) * y, nn.Identity(), "silu", True, False),
-    "gate first": (lambda x, y, norm: y * F.silu(x), nn.Identity(), "silu", True, False),
-    "gelu": (lambda x, y, norm: F.gelu(x), nn.Identity(), "gelu", False, False),
-    "gelu, tanh": (lambda x, y, norm: F.gelu(x, approximate="tanh"), nn.Identity(), "gelu_tanh", False, False),
-    "gelu gate": (lambda x, y, norm: nn.GELU("tanh")(x) * y, nn.Identity(), "gelu_tanh", True, False),
-    "an input": (lambda x, y, norm: x, nn.Identity(), "nothing", False, False),
-    "a linear": (lambda x, y, norm: F.linear(x, y[0, :1].expand(K, K)), nn.Identity(), "nothing", False, False),
-    "two active": (lambda x, y, norm: F.silu(x) * F.silu(y), nn.Identity(), "silu", True, False),
-}
+def on_cpu() -> Iterator[None]:
+    with ops_on_cpu():
+        yield
 
 
 @pytest.mark.parametrize("recipe", ["int8", "fp8"])
@@ -223,12 +111,6 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class JoinedPacks(PlainPacks):
-    def joined(self, members: Any, kernel: Any, problem: Any) -> dict[str, Tensor]:
-        N = problem.N * len(members)
-        return {"weight": torch.zeros(N, problem.K, dtype=torch.int8), "scale": torch.ones(N, 1), "sum": torch.ones(N)}
 
 
 def test_a_lowered_gate_is_read_where_it_lies() -> None:

@@ -1,6 +1,6 @@
 """Rows quantized on a GPU: codes of the oracle to the bit where the floats before are, else of floats as near."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 
 from qcompile.backends.fx.rows import QUANTIZE_ROWS
-from qcompile.backends.triton.quantize_rows import BEFORE, Rows, divide, quantize_rows
+from qcompile.backends.triton.before_rows import BEFORE
+from qcompile.backends.triton.eight_bit_table import TAIL_MULTIPLE
+from qcompile.backends.triton.quantize_rows import Rows, divide, quantize_rows
 from qcompile.numerics import QParams, dequantize, find_qparams, quantize
 from qcompile.spec import Spec, parse_spec
 from tests.triton.needs import require_fp8
@@ -182,6 +184,83 @@ def test_what_comes_before(before: str, full: bool, dtype: torch.dtype, spec: Sp
         assert torch.equal(again.codes, found.codes[:1]), "a row depends on others"
 
 
+def split(channels: Sequence[int], x: Tensor) -> dict[str, Tensor]:
+    """What masks these channels of x, and what makes them the tail."""
+    keep = torch.ones(x.shape[-1], dtype=x.dtype, device="cuda")
+    keep[list(channels)] = 0
+    return {"keep": keep, "channels": torch.tensor(list(channels), dtype=torch.int32, device="cuda")}
+
+
+def assert_split(found: Rows, value: Tensor, channels: Sequence[int], spec: Spec) -> None:
+    """Codes of the value with those channels masked, as a graph masks them, and the channels as they are."""
+    assert_codes_of(found, value * split(channels, value)["keep"], spec)
+    assert found.tail is not None
+    assert found.tail.shape == (*value.shape[:-1], len(channels) + -len(channels) % TAIL_MULTIPLE)
+    count = len(channels)
+    torch.testing.assert_close(found.tail[..., :count], value[..., list(channels)], rtol=0, atol=0, equal_nan=True)
+    assert (found.tail[..., count:] == 0).all()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "K"), SHAPES)
+def test_outliers_leave_the_codes(M: int, K: int, dtype: torch.dtype, spec: Spec) -> None:
+    x = random(M, K, dtype=dtype)
+    some = sorted({K // 2, *range(0, K, 100)})
+    x[:, some] *= 60
+    for channels in ((), (K - 1,), some, some[::-1], range(K // 2, K), range(K)):
+        poison(M * K)
+        found = quantize_rows(x, spec, **split(channels, x))
+        assert_split(found, x, channels, spec)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outliers_that_are_no_ordinary_numbers(dtype: torch.dtype, spec: Spec) -> None:
+    x = random(9, 300, dtype=dtype)
+    x[0] = 0
+    x[1, 7], x[2, 8], x[3, 9] = torch.nan, torch.inf, -torch.inf
+    x[4, 7], x[5, 8], x[6, :20] = torch.finfo(dtype).max, -torch.finfo(dtype).max, -0.0
+    x[7, 30], x[8, 31] = torch.nan, torch.inf
+    channels = (8, 7, 9, 299, 0)
+    assert_split(quantize_rows(x, spec, **split(channels, x)), x, channels, spec)
+
+
+@pytest.mark.parametrize("spec", [INT8, ASYMMETRIC, FP8], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("full", [False, True], ids=["alone", "full"])
+def test_outliers_of_what_comes_before(before: str, full: bool, dtype: torch.dtype, spec: Spec) -> None:
+    """The value is what the same kernel leaves, were all channels outliers."""
+    norm = "norm" in before
+    for M, K in ((1, 4096), (5, 333), (3, 14336), (4, 9)):
+        x, second = (torch.randn(M, K, device="cuda").to(dtype) for _ in range(2))
+        weight = torch.randn(K, device="cuda").to(dtype) if full and norm else None
+        bias = torch.randn(K, device="cuda").to(dtype) if full and before == "layer_norm" else None
+        given = {"before": before, "weight": weight, "bias": bias, "eps": EPS, "keep_total": full and norm}
+        given |= {"second": second} if full else {}
+        everything = quantize_rows(x, spec, **split(range(K), x), **given)
+        assert everything.tail is not None
+        value, channels = everything.tail[:, :K], sorted({K // 2, *range(0, K, 97)})
+        poison(M * K)
+        found = quantize_rows(x, spec, **split(channels, x), **given)
+        assert_split(found, value, channels, spec)
+        plain = quantize_rows(x, spec, **given)
+        assert_codes_of(plain, value.contiguous(), spec)
+        if plain.total is not None:
+            assert torch.equal(found.total, plain.total)
+
+
+def test_outliers_of_a_view_and_of_no_rows() -> None:
+    wide = random(2, 9, 3 * 264, dtype=torch.bfloat16)
+    for x in (wide[..., :264], wide[:, ::2, 264:528], wide.transpose(1, 2)[..., :8], wide[0, 0], wide[:, :0]):
+        found = quantize_rows(x, ASYMMETRIC, **split((1, 5), x))
+        assert found.tail is not None
+        assert found.tail.shape == (*x.shape[:-1], 8)
+        if x.numel():
+            assert_split(found, x, (1, 5), ASYMMETRIC)
+
+
 @triton.jit
 def _count_wrong(scales, wrong, FIRST: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     bits = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK) + 0x3F800000
@@ -209,6 +288,8 @@ def test_op_passes_opcheck(spec: Spec, M: int) -> None:
     weight = random(1, 96, dtype=torch.bfloat16)[0]
     library.opcheck(QUANTIZE_ROWS, (x, second, weight, None, "rms_norm", EPS, str(spec), 0, True))
     library.opcheck(QUANTIZE_ROWS, (x[..., :48], x[..., 48:], None, None, "silu", 0.0, str(spec), 0, False))
+    outliers = split((3, 90, 4), x).values()
+    library.opcheck(QUANTIZE_ROWS, (x, second, weight, None, "rms_norm", EPS, str(spec), 0, True, None, *outliers))
 
 
 @pytest.mark.parametrize("call", [lambda x: quantize_rows(x, ASYMMETRIC)])

@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from qcompile.backends.triton.quantize_rows import BEFORE, MAX_K, warps_for, why_not
+from qcompile.backends.triton.before_rows import BEFORE
+from qcompile.backends.triton.quantize_rows import MAX_K, warps_for, why_not
 from qcompile.formats import Float, parse_format
 from qcompile.spec import parse_spec
 from tests.triton.needs import run_interpreted
@@ -18,6 +19,11 @@ BFLOAT16 = torch.bfloat16
 @pytest.mark.parametrize("before", BEFORE)
 def test_integers_compile(before: str, capability: int) -> None:
     assert cubin(4096, capability, BFLOAT16, before, integer=True, zeros=True, second=True)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("before", BEFORE)
+def test_a_tail_of_outliers_compiles(before: str) -> None:
+    assert cubin(4096, 90, BFLOAT16, before, integer=True, zeros=True, second=True, split=True)[:4] == b"\x7fELF"
 
 
 @pytest.mark.parametrize("K", [1, 33])
@@ -50,6 +56,15 @@ def test_every_variant_compiles(
     K: int, dtype: torch.dtype, before: str, second: bool, integer: bool, zeros: bool
 ) -> None:
     assert cubin(K, 90, dtype, before, integer=integer, zeros=zeros, second=second)[:4] == b"\x7fELF"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("K", [1, 100, 14336, MAX_K])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_tail_compiles_in_every_variant(K: int, dtype: torch.dtype, before: str, zeros: bool) -> None:
+    assert cubin(K, 90, dtype, before, integer=True, zeros=zeros, second=True, split=True)[:4] == b"\x7fELF"
 
 
 @pytest.mark.parametrize(
@@ -161,3 +176,92 @@ print("equal")
 
 def test_the_interpreter_finds_the_codes_of_the_oracle() -> None:
     run_interpreted(INTERPRETED, loops=False)
+
+
+SPLIT = """
+import torch
+from qcompile.backends.triton.before_rows import BEFORE
+from qcompile.backends.triton.quantize_rows import quantize_rows
+from qcompile.numerics import find_qparams, quantize
+from qcompile.spec import parse_spec
+
+torch.manual_seed(0)
+exact = {"rtol": 0, "atol": 0, "equal_nan": True}
+
+
+def split(channels, x):
+    keep = torch.ones(x.shape[-1], dtype=x.dtype)
+    keep[list(channels)] = 0
+    return {"keep": keep, "channels": torch.tensor(list(channels), dtype=torch.int32)}
+
+
+def poisoned(make):
+    # what the allocator hands out next held NaN
+    for size in (1, 8, 9, 72, 600, 909, 1024):
+        torch.full((size,), torch.nan)
+    return make()
+
+
+def check(x, channels, spec, **given):
+    # channels in any order: x is masked and gathered as the graph does it, behind what the kernel makes of x
+    K = x.shape[-1]
+    found = poisoned(lambda: quantize_rows(x, spec, **split(channels, x), **given))
+    value = x
+    if given.get("before", "nothing") != "nothing" or "second" in given:
+        # the same kernel without a tail: each code is the nearest, so that all channels as outliers give the value
+        value = quantize_rows(x, spec, **split(range(K), x), **given).tail[..., :K]
+        plain = quantize_rows(x, spec, **given)
+        finite = plain.scale.isfinite().expand_as(value)
+        assert torch.equal(plain.codes[finite], quantize(value, find_qparams(value, spec))[finite])
+        if found.total is not None:
+            torch.testing.assert_close(found.total, plain.total, **exact)
+    masked = value * split(channels, x)["keep"]
+    expected = find_qparams(masked, spec)
+    torch.testing.assert_close(found.scale, expected.scale, **exact)
+    if expected.zero is not None:
+        torch.testing.assert_close(found.zero, expected.zero, **exact)
+    finite = expected.scale.isfinite().expand_as(value)
+    assert torch.equal(found.codes[finite], quantize(masked, expected)[finite])
+    width = -(-len(channels) // 8) * 8
+    assert found.tail.shape == (*x.shape[:-1], width) and found.tail.dtype is x.dtype
+    torch.testing.assert_close(found.tail[..., : len(channels)], value[..., list(channels)], **exact)
+    assert (found.tail[..., len(channels) :] == 0).all()
+
+
+for text in ("int8/token", "int8/token/asym", "int4/token/asym"):
+    spec = parse_spec(text)
+    for dtype in (torch.float32, torch.float16):
+        x = torch.randn(9, 113).to(dtype)[:, 3:104]
+        x[0], x[1, 4], x[2, 7], x[3, 8] = 0, torch.nan, torch.inf, -torch.inf
+        x[4], x[5] = x[4].abs() + 2, -x[5].abs() - 2
+        x[6] = torch.finfo(dtype).smallest_normal
+        x[7, ::7] *= 60
+        # an outlier that is not finite reaches its row's scale, as it does through the mask
+        for channels in ((), (0,), (4, 7), (100, 3, 8, 50), range(0, 101, 7), range(93, 101), range(101)):
+            check(x, tuple(channels), spec)
+        check(x.unflatten(0, (3, 3)).transpose(0, 1), (5, 99), spec)
+    check(torch.randn(3, 1), (0,), spec)
+    check(torch.randn(2, 7), (6, 1), spec)
+    assert quantize_rows(x[:0], spec, **split((2,), x)).tail.shape == (0, 8)
+
+spec = parse_spec("int8/token/asym")
+for dtype in (torch.float32, torch.float16):
+    both = torch.randn(5, 2 * 77).to(dtype)
+    x, second = both[:, :77], both[:, 77:]
+    weight, bias = torch.randn(77).to(dtype), torch.randn(77).to(dtype)
+    for before in BEFORE:
+        norm = {"weight": weight, "eps": 1e-5} if "norm" in before else {}
+        if before == "layer_norm":
+            norm |= {"bias": bias}
+        for more in ({}, {"second": second}, {"second": second, "keep_total": True}):
+            if "keep_total" not in more or norm:
+                check(x, (60, 2, 33), spec, before=before, **norm, **more)
+check(torch.randn(2, 60), (1, 59), parse_spec("int8/token"), before="silu", second=torch.randn(2, 60))
+less = quantize_rows(x, spec, **split((7,), x), offset=128)
+assert torch.equal(less.codes.int() + 128, quantize_rows(x, spec, **split((7,), x)).codes.int())
+print("equal")
+"""
+
+
+def test_the_interpreter_keeps_outliers_out_of_the_codes() -> None:
+    run_interpreted(SPLIT, loops=False)

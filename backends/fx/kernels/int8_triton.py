@@ -1,6 +1,7 @@
 """W8A8 on integer units as one Triton kernel, dequantization, bias and outlier channels included.
 
-Operands and packs as for `int8`, and of a split linear: x_tail [..., n], weight_tail [n, N], both in the dtype of y.
+Operands and packs as for `int8`, and of a split linear: x_tail [..., n], or wider with zeros up to a multiple of
+TAIL_MULTIPLE, and weight_tail [n, N], both in the dtype of y.
 M is known to the opaque op alone.
 """
 
@@ -13,10 +14,8 @@ from torch import Tensor
 from qcompile.backends.fx.kernels import int8
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
+from qcompile.backends.triton.eight_bit_table import TAIL_MULTIPLE
 from qcompile.backends.triton.ready import missing
-
-# the copy engine takes rows of multiples of 16 bytes
-TAIL_MULTIPLE = 8
 
 _SCHEMA = (
     "(Tensor codes, Tensor scale, Tensor? zero, Tensor weight, Tensor weight_scale, Tensor weight_sum, Tensor? bias,"
@@ -78,7 +77,9 @@ def _linear_int8_triton(
         codes = (codes.float() - int8.OFFSET).to(torch.int8)
     bias = None if bias is None else bias.expand(weight.shape[0]).contiguous()
     if x_tail is not None:
-        x_tail = torch.nn.functional.pad(x_tail, (0, -x_tail.shape[-1] % TAIL_MULTIPLE))
+        # a pad by nothing would be a copy
+        if missing_columns := -x_tail.shape[-1] % TAIL_MULTIPLE:
+            x_tail = torch.nn.functional.pad(x_tail, (0, missing_columns))
         x_tail = x_tail.reshape(-1, x_tail.shape[-1])
     y = torch.ops.qcompile.int8_matmul(
         codes.reshape(-1, codes.shape[-1]),
