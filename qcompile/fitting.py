@@ -35,7 +35,7 @@ def check_weight(site: Site) -> None:
 
 def check_tiles(site: Site, spec: Spec, what: str) -> None:
     """Raise SpecError if the tiles of the spec do not divide the site's weight or input.  what: of both is meant."""
-    if what == "input" and (spec.zero in (Zero.FULL, Zero.MINIMUM) or SCALES[spec.scale].shared):
+    if what == "input" and (spec.zero in (Zero.FULL, Zero.MINIMUM) or SCALES[spec.scale].code_bits):
         raise SpecError(
             f"{spec} is for weights, and was given to the input of {site.name!r}: take 'int8/token' or "
             "'int8/token/asym', or leave the input as it is"
@@ -67,4 +67,6 @@ def _fitting(spec: Spec, n: int, k: int) -> Spec:
 
 
 def _by_channel(spec: Spec) -> Spec:
-    return replace(spec, granularity=parse_granularity("channel"))
+    # integers under a float are scales of groups
+    scale = "fp32" if SCALES[spec.scale].code_bits else spec.scale
+    return replace(spec, granularity=parse_granularity("channel"), scale=scale)

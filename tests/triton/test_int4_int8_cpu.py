@@ -7,15 +7,17 @@ pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from qcompile.backends.fx.kernels import int4_int8
 from qcompile.backends.fx.kernels.problem import Problem
-from qcompile.backends.triton.int4_int8_table import TABLE, Int4Int8Tiles
+from qcompile.backends.triton.int4_int8_linear import MAX_K, why_not_int8
+from qcompile.backends.triton.int4_int8_table import TABLE, AsInt8, Int4Int8Tiles
 from qcompile.backends.triton.int4_int8_words import pack_weight, pack_words, unpack_words
-from qcompile.backends.triton.table import fitting
+from qcompile.backends.triton.table import configs_of, fitting
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 from tests.triton.compiled import name_of
-from tests.triton.int4_int8_cubins import cubin
+from tests.triton.int4_int8_cubins import cubin, unpack_cubin
+from tests.triton.needs import run_interpreted
 
-CONFIGS = [pytest.param(tiles, id=name_of(tiles)) for tiles in dict.fromkeys(entry.config for entry in TABLE)]
+CONFIGS = [pytest.param(tiles, id=name_of(tiles)) for tiles in configs_of(TABLE, 90) if isinstance(tiles, Int4Int8Tiles)]
 
 
 @pytest.mark.parametrize(("N", "K"), [(64, 128), (1, 32), (65, 160), (200, 352), (128, 1024)])
@@ -38,7 +40,13 @@ def test_a_code_stands_where_the_module_says() -> None:
         assert int(words[at]) & 0xFFFFFFFF == 15 << (8 * b + 4 * h)
 
 
-@pytest.mark.parametrize("text", ["int4/g32", "int4/g64/asym/bf16", "int4/g128/asym/bf16", "int4/g256", "int4/channel"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("int4/g32", "int4/g64/asym/bf16", "int4/g128/asym/bf16", "int4/g256", "int4/channel"),
+        *("int4/g64/asym/u4row", "int4/g256/u4row"),
+    ],
+)
 @pytest.mark.parametrize(("N", "K"), [(80, 256), (64, 768)])
 def test_packs_hold_the_weight_and_its_sums(text: str, N: int, K: int) -> None:
     weight, spec = torch.randn(N, K), parse_spec(text)
@@ -55,6 +63,76 @@ def test_packs_hold_the_weight_and_its_sums(text: str, N: int, K: int) -> None:
     restored = (unpack_words(words, N, K) - zero.repeat_interleave(width, 1)[:, :K]) * scale.repeat_interleave(width, 1)
     assert torch.equal(restored, dequantize(codes, qparams))
     torch.testing.assert_close(packed["sums"].double(), restored.double().sum(1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["int4/g32/u4row", "int4/g128/asym/u4row", "int4/g256/asym/u4row"])
+def test_packs_of_integers_of_a_row_are_int8_times_it(text: str) -> None:
+    weight, spec = torch.randn(80, 768) + 0.5, parse_spec(text)
+    qparams = find_qparams(weight, spec)
+    codes = quantize(weight, qparams)
+    packed = pack_weight(codes, qparams, torch.bfloat16)
+    # scales of groups take no more than other ones do
+    assert packed["scales"].dim() == 3
+    whole = dequantize(codes, qparams) / packed["row"]
+    assert torch.equal(whole, whole.to(torch.int8).float())
+    assert torch.equal(packed["totals"], whole.sum(1).to(torch.int32))
+    assert packed["row"].shape == (80, 1)
+    assert set(pack_weight(codes, find_qparams(weight, parse_spec("int4/g128")), torch.bfloat16)) == {
+        *("words", "scales", "sums"),
+    }
+
+
+INTERPRETED = """
+import torch
+from qcompile.backends.triton.int4_int8_unpack import unpack
+from qcompile.backends.triton.int4_int8_words import pack_weight
+from qcompile.numerics import QParams, find_qparams, quantize
+from qcompile.spec import parse_spec
+
+torch.manual_seed(0)
+# all integers and all zeros that go together, all codes in each of their groups
+pairs = [(i, z) for i in range(1, 17) for z in range(16) if z * i <= 128 and (15 - z) * i <= 127]
+for group, N, K in ((32, len(pairs), 160), (64, len(pairs) + 1, 192), (128, 70, 384), (256, 7, 512)):
+    spec = parse_spec(f"int4/g{group}/asym/u4row")
+    places = (torch.arange(N)[:, None] * (K // group) + torch.arange(K // group)) % len(pairs)
+    integer, zero = torch.tensor(pairs)[places].unbind(-1)
+    outer = (torch.randint(8, 16, (N, 1)) / 64).bfloat16()
+    qparams = QParams(spec=spec, scale=integer * outer.float(), zero=zero.float(), stored={"outer": outer})
+    codes = torch.arange(K).expand(N, K).remainder(16).to(torch.uint8)
+    expected = (codes - zero.repeat_interleave(group, 1)) * integer.repeat_interleave(group, 1)
+    for dtype in (torch.bfloat16, torch.float16):
+        if dtype is torch.float16:
+            # smaller than its normal numbers: scales in float32
+            outer = outer * 2.0**-20
+            qparams = QParams(spec=spec, scale=integer * outer.float(), zero=zero.float(), stored={"outer": outer})
+        packed = pack_weight(codes, qparams, dtype)
+        assert (packed["scales"].dim() == 4) == (dtype is torch.float16)
+        for blocks in (1, 4):
+            made = unpack(packed["words"], packed["scales"], packed["row"], K, blocks)
+            assert made.dtype is torch.int8 and torch.equal(made.long(), expected), (group, N, K, dtype, blocks)
+for text in ("int4/g32/u4row", "int4/g32/asym/u4row"):
+    weight = torch.randn(65, 96) ** 3
+    weight[3], weight[5, :32] = 0, 0
+    qparams = find_qparams(weight, parse_spec(text))
+    codes = quantize(weight, qparams)
+    packed = pack_weight(codes, qparams, torch.bfloat16)
+    made = unpack(packed["words"], packed["scales"], packed["row"], 96, 2)
+    zero = 0 if qparams.zero is None else qparams.zero.repeat_interleave(32, 1)
+    assert torch.equal(made * packed["row"], (codes - zero) * qparams.scale.repeat_interleave(32, 1)), text
+    assert torch.equal(made.sum(1, dtype=torch.int32), packed["totals"])
+print("equal")
+"""
+
+
+def test_the_interpreter_unpacks_every_code_integer_and_zero() -> None:
+    run_interpreted(INTERPRETED, loops=False)
+
+
+@pytest.mark.parametrize("config", [c for c in configs_of(TABLE, 90) if isinstance(c, AsInt8)], ids=name_of)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("wide", [False, True])
+def test_unpacking_compiles(config: AsInt8, groups: int, wide: bool) -> None:
+    assert unpack_cubin(config, groups, wide=wide)[:4] == b"\x7fELF"
 
 
 def test_sums_take_a_row_of_zeros_out_exactly() -> None:
@@ -88,7 +166,27 @@ def test_every_variant_compiles(tiles: Int4Int8Tiles, groups: int, wide: bool, d
 def test_the_table_takes_every_problem() -> None:
     for M in (1, 8, 9, 16, 17, 64, 65, 257, 2048, 1 << 20):
         for N in (8, 4096, 28672, 12345):
-            assert next(fitting(TABLE, M, N, 4096, 90)).tokens >= min(M, 128)
+            tiles, *_ = (c for c in fitting(TABLE, M, N, 4096, 90) if isinstance(c, Int4Int8Tiles))
+            assert tiles.tokens >= min(M, 128)
+
+
+@pytest.mark.parametrize(("M", "many"), [(512, False), (513, True), (8192, True)])
+def test_many_rows_read_the_weight_as_int8(M: int, many: bool) -> None:
+    assert isinstance(next(fitting(TABLE, M, 4096, 4096, 90)), AsInt8) is many
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "row", "reason"),
+    [
+        (64, 256, torch.ones(64, 1), None),
+        (64, 256, None, "not integers times one number of the row"),
+        (60, 256, torch.ones(60, 1), "N=60"),
+        (64, MAX_K + 1, torch.ones(64, 1), "can overflow int32"),
+    ],
+)
+def test_what_stays_groups_says_why(N: int, K: int, row: torch.Tensor | None, reason: str | None) -> None:
+    found = why_not_int8(N, K, row)
+    assert found is None if reason is None else reason in str(found)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +194,7 @@ def test_the_table_takes_every_problem() -> None:
     [
         ("int8/token/asym", {}, None),
         ("int8/token", {"weight": parse_spec("int4/g32")}, None),
+        ("int8/token/asym", {"weight": parse_spec("int4/g64/asym/u4row")}, None),
         ("int8/tensor", {"dtype": torch.float16}, None),
         (None, {}, "not quantized"),
         ("fp8_e4m3/token", {}, "not integers"),
