@@ -128,8 +128,8 @@ class Spec:
             raise SpecError(f"'min' needs scales that can be 0, got {kind.name!r}; take {_having('minimum')}")
         if kind.row_bits and not (isinstance(self.format, Integer) and self.format.bits <= MOST_BITS_BY_ROW):
             raise SpecError(
-                f"scales {kind.name!r} make int8 of integers of up to {MOST_BITS_BY_ROW} bits, got {self.format.name!r}; "
-                "take 'bf16'"
+                f"scales {kind.name!r} make int8 of integers of up to {MOST_BITS_BY_ROW} bits, got "
+                f"{self.format.name!r}; take 'bf16'"
             )
         if kind.code_bits and (self.granularity.rows != 1 or self.granularity.columns == ALL):
             raise SpecError(

@@ -1,23 +1,35 @@
 """The W4A8 kernel without a GPU: its weight, its table, its binaries, and what it refuses."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, library
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from qcompile.backends.fx.kernels import int4_int8
 from qcompile.backends.fx.kernels.problem import Problem
+from qcompile.backends.fx.lower import lower
 from qcompile.backends.triton.int4_int8_linear import MAX_K, why_not_int8
 from qcompile.backends.triton.int4_int8_table import TABLE, AsInt8, Int4Int8Tiles
 from qcompile.backends.triton.int4_int8_words import pack_weight, pack_words, unpack_words
 from qcompile.backends.triton.table import configs_of, fitting
+from qcompile.graph import graph_text
 from qcompile.numerics import dequantize, find_qparams, quantize
+from qcompile.pipeline import quantize as quantize_graph
+from qcompile.recipe import recipe_from_table
 from qcompile.spec import parse_spec
+from tests.hosts import FX, result
 from tests.triton.compiled import name_of
 from tests.triton.int4_int8_cubins import cubin, unpack_cubin
 from tests.triton.needs import run_interpreted
+from tests.triton.test_fp4_cpu import HOPPER, Heads, Packs
 
-CONFIGS = [pytest.param(tiles, id=name_of(tiles)) for tiles in configs_of(TABLE, 90) if isinstance(tiles, Int4Int8Tiles)]
+CONFIGS = [
+    pytest.param(tiles, id=name_of(tiles)) for tiles in configs_of(TABLE, 90) if isinstance(tiles, Int4Int8Tiles)
+]
 
 
 @pytest.mark.parametrize(("N", "K"), [(64, 128), (1, 32), (65, 160), (200, 352), (128, 1024)])
@@ -212,3 +224,53 @@ def test_refusals_say_why(given: str | None, more: dict[str, object], reason: st
     fields |= {"weight": parse_spec("int4/g128"), "input": None if given is None else parse_spec(given)}
     found = int4_int8.why_not(Problem(**(fields | more)))
     assert found is None if reason is None else reason in str(found)
+
+
+def as_int8(codes: Tensor, scale: Tensor, zero: Tensor, words: Tensor, scales: Tensor, *given: Any) -> Tensor:
+    """What the op computes for many rows, in plain torch."""
+    _, row, totals, bias, dtype = given
+    N, K = len(row), codes.shape[1]
+    # groups of a block and 32 columns
+    integer = (scales & -65536).view(torch.float32).transpose(1, 2).reshape(-1, K // 32)[:N] / row
+    zeros = (scales & 0xFFFF).transpose(1, 2).reshape(-1, K // 32)[:N]
+    weight = (unpack_words(words, N, K) - zeros.repeat_interleave(32, 1)) * integer.repeat_interleave(32, 1)
+    assert torch.equal(weight, weight.to(torch.int8).float())
+    sums = codes.double() @ weight.double().T - (zero - 128).double() * totals
+    y = sums * scale.double() * row.double().T
+    return (y if bias is None else y + bias.double()).to(dtype)
+
+
+def as_rows(x: Tensor, *given: Any) -> list[Tensor]:
+    """Of `quantize_rows` behind a norm, what it computes of integers with a zero point."""
+    second, weight, bias, before, eps, spec, offset, _ = given
+    assert (second, bias, before, offset) == (None, None, "rms_norm", 128)
+    value = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+    qparams = find_qparams(value, parse_spec(spec))
+    assert qparams.zero is not None
+    return [(quantize(value, qparams).short() - offset).to(torch.int8), qparams.scale, qparams.zero]
+
+
+@pytest.fixture
+def ops_on_cpu() -> Iterator[None]:
+    added = library.Library("qcompile", "IMPL")
+    added.impl("int4_int8_mm", as_int8, "CPU")
+    added.impl("quantize_rows", as_rows, "CPU")
+    yield
+    added._destroy()
+
+
+@pytest.mark.usefixtures("ops_on_cpu")
+def test_joined_weights_are_int8_under_one_number_a_row() -> None:
+    torch.manual_seed(0)
+    model, x = Heads(128).bfloat16().eval(), torch.randn(2, 30, 128).bfloat16()
+    table = {"name": "rows", "rules": [{"weight": "int4/g32/asym/u4row", "input": "int8/token/asym"}]}
+    recipe = recipe_from_table(table)
+    graph = FX.open(model, x)
+    quantize_graph(graph, recipe)
+    expected = result(graph, x).float()
+    graph = FX.open(model, x)
+    quantize_graph(graph, recipe, lower=lambda graph, plan: len(lower(graph, HOPPER, Packs())))
+    # q and k behind each other, and v, which has a bias
+    assert graph_text(graph).count("linear_int4_int8") == 2
+    # numbers that the planned graph rounds to bfloat16, and results
+    assert float((result(graph, x).float() - expected).norm() / expected.norm()) < 5e-3

@@ -46,8 +46,9 @@ def _int4_int8_mm(
     """codes int8 [M, K]; scale and zero [M, 1] or []; y [M, N]."""
     from qcompile.backends.triton.int4_int8_linear import Operands, int4_int8_linear
 
-    pack = {"words": words, "scales": scales, "sums": sums, "row": row, "totals": totals}
-    return int4_int8_linear(Operands(x=codes, scale_x=scale, zero=zero, bias=bias, **pack), dtype)
+    pack = {"words": words, "scales": scales, "sums": sums}
+    o = Operands(x=codes, scale_x=scale, zero=zero, **pack, row=row, totals=totals, bias=bias)
+    return int4_int8_linear(o, dtype)
 
 
 def _int4_int8_mm_meta(
