@@ -6,7 +6,7 @@ Written `format/granularity[/zero][/scale]`, for example `int8/token`, `int4/g12
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from qcompile.errors import SpecError, nearest
@@ -126,7 +126,7 @@ class Spec:
             raise SpecError(f"'full' needs scales with a sign, got {kind.name!r}; take {_having('signed')}")
         if self.zero is Zero.MINIMUM and not kind.minimum:
             raise SpecError(f"'min' needs scales that can be 0, got {kind.name!r}; take {_having('minimum')}")
-        if kind.row_bits and not (isinstance(self.format, Integer) and self.format.bits <= MOST_BITS_BY_ROW):
+        if kind.row_bits and not _stays_int8(self.format):
             raise SpecError(
                 f"scales {kind.name!r} make int8 of integers of up to {MOST_BITS_BY_ROW} bits, got "
                 f"{self.format.name!r}; take 'bf16'"
@@ -166,6 +166,23 @@ class Spec:
         # a zero point is stored as one byte, a minimum as its scale is
         zero = {Zero.CODE: 8, Zero.MINIMUM: kind.bits}.get(self.zero, 0)
         return self.format.bits + (kind.bits + zero) / tile + kind.row_bits / columns
+
+
+def with_format(spec: Spec, fmt: Format) -> Spec:
+    """The spec with another format, which may have no zero point, and no scales that are integers of a row."""
+    kept = _stays_int8(fmt) or not SCALES[spec.scale].row_bits
+    zero = spec.zero if isinstance(fmt, Integer) else Zero.SYMMETRIC
+    return replace(spec, format=fmt, zero=zero, scale=spec.scale if kept else "bf16")
+
+
+def by_channel(spec: Spec) -> Spec:
+    """The spec with one scale a channel, which is no integer under the float of several."""
+    scale = "fp32" if SCALES[spec.scale].code_bits else spec.scale
+    return replace(spec, granularity=_NAMED["channel"], scale=scale)
+
+
+def _stays_int8(fmt: Format) -> bool:
+    return isinstance(fmt, Integer) and fmt.bits <= MOST_BITS_BY_ROW
 
 
 def _having(what: str) -> str:

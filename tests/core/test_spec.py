@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from qcompile.errors import SpecError
-from qcompile.formats import Integer
+from qcompile.formats import Integer, parse_format
 from qcompile.numerics import tiles
-from qcompile.spec import ALL, Granularity, Spec, Zero, parse_granularity, parse_spec
+from qcompile.spec import ALL, Granularity, Spec, Zero, by_channel, parse_granularity, parse_spec, with_format
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,24 @@ def test_code_range(bits):
 def test_zeros_and_scales_that_do_not_go_together(text, why):
     with pytest.raises(SpecError, match=why):
         parse_spec(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "fmt", "made"),
+    [
+        ("int4/g64/asym/bf16", "nf4", "nf4/g64/bf16"),
+        ("int4/g64/asym/u4row", "int3", "int3/g64/asym/u4row"),
+        ("int4/g64/asym/u4row", "int5", "int5/g64/asym/bf16"),
+        ("int4/g64/asym/u4row", "fp4_e2m1", "fp4_e2m1/g64/bf16"),
+    ],
+)
+def test_another_format_takes_what_it_has_no_room_for_off(text, fmt, made):
+    assert str(with_format(parse_spec(text), parse_format(fmt))) == made
+
+
+def test_one_scale_a_channel_is_no_integer_of_several():
+    for scale, kept in (("bf16", "/bf16"), ("u4row", ""), ("u6x8", "")):
+        assert str(by_channel(parse_spec(f"int4/g32/{scale}"))) == f"int4/channel{kept}"
 
 
 @pytest.mark.parametrize(
