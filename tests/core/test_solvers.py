@@ -14,7 +14,7 @@ SPECS = [
     *("fp8_e4m3/channel", "fp4_e2m1/g32", "fp4_e2m1/b32/e8m0", "int4/b32/e8m0", "nf4/b32/e8m0"),
     *(
         "int4/g32/asym/u4row",
-        "int3/g64/u4row",
+        "int3/g32/u4row",
         "fp4_e2m1/b16/fp8_e4m3",
         "nf4/g32",
         "nf4/g32/dq256",
