@@ -47,7 +47,7 @@ TABLE: tuple[Entry[Config], ...] = (
     # few channels are few tiles, which fill more multiprocessors if they are small
     Entry(capabilities=HOPPER, rows=256, channels=8193, config=_LARGE),
     Entry(capabilities=HOPPER, rows=256, config=Int4Int8Tiles(tokens=128, stages=6, slices=8)),
-    Entry(capabilities=HOPPER, rows=512, config=_LARGE),
+    Entry(capabilities=HOPPER, rows=768, config=_LARGE),
     Entry(capabilities=HOPPER, config=AsInt8(blocks=4)),
     Entry(capabilities=HOPPER, config=_LARGE),
 )

@@ -182,7 +182,7 @@ def test_the_table_takes_every_problem() -> None:
             assert tiles.tokens >= min(M, 128)
 
 
-@pytest.mark.parametrize(("M", "many"), [(512, False), (513, True), (8192, True)])
+@pytest.mark.parametrize(("M", "many"), [(768, False), (769, True), (8192, True)])
 def test_many_rows_read_the_weight_as_int8(M: int, many: bool) -> None:
     assert isinstance(next(fitting(TABLE, M, 4096, 4096, 90)), AsInt8) is many
 
