@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from qcompile.errors import WeightError
-from qcompile.formats import CodeBook, Format, Integer, parse_format
+from qcompile.formats import CodeBook, parse_format
 from qcompile.graph import Op
 from qcompile.noise import FEATURES, Treatment, probe, shares_rows
 from qcompile.numerics import dequantize, quantize, snr_db
@@ -19,7 +19,7 @@ from qcompile.ranges import parse_observer
 from qcompile.recipe import AUTO, Rule
 from qcompile.sites import Site
 from qcompile.solvers import SOLVERS
-from qcompile.spec import Spec, Zero
+from qcompile.spec import Spec, with_format
 
 # by bits. Floats that only a study knows (e2m5, e3m4) are left out: nothing multiplies them
 RIVALS: dict[int, tuple[str, ...]] = {
@@ -55,12 +55,9 @@ def _candidates(rule: Rule, weight: Spec) -> Iterator[Rule]:
         fmt = parse_format(name)
         if name == weight.format.name or (isinstance(fmt, CodeBook) and rule.input is not None):
             continue
-        yield replace(rule, weight=_of(weight, fmt), input=None if rule.input is None else _of(rule.input, fmt))
-
-
-def _of(spec: Spec, fmt: Format) -> Spec:
-    """The spec with another format; only integers have a zero point."""
-    return replace(spec, format=fmt, zero=spec.zero if isinstance(fmt, Integer) else Zero.SYMMETRIC)
+        yield replace(
+            rule, weight=with_format(weight, fmt), input=None if rule.input is None else with_format(rule.input, fmt)
+        )
 
 
 def _snr_db(rule: Rule, site: Site, stats: Stats | None) -> float:

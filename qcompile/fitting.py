@@ -8,7 +8,7 @@ import torch
 from qcompile.errors import SpecError, WeightError
 from qcompile.graph import Op
 from qcompile.sites import Site
-from qcompile.spec import ALL, SCALES, Spec, Zero, parse_granularity
+from qcompile.spec import ALL, SCALES, Spec, Zero, by_channel, parse_granularity
 
 # in smaller groups, the scales of 4-bit codes take half as much as the codes or more
 SMALLEST_GROUP = 16
@@ -35,7 +35,7 @@ def check_weight(site: Site) -> None:
 
 def check_tiles(site: Site, spec: Spec, what: str) -> None:
     """Raise SpecError if the tiles of the spec do not divide the site's weight or input.  what: of both is meant."""
-    if what == "input" and (spec.zero in (Zero.FULL, Zero.MINIMUM) or SCALES[spec.scale].shared):
+    if what == "input" and (spec.zero in (Zero.FULL, Zero.MINIMUM) or SCALES[spec.scale].code_bits):
         raise SpecError(
             f"{spec} is for weights, and was given to the input of {site.name!r}: take 'int8/token' or "
             "'int8/token/asym', or leave the input as it is"
@@ -45,7 +45,7 @@ def check_tiles(site: Site, spec: Spec, what: str) -> None:
     if site.op is Op.CONV and columns != ALL:
         raise SpecError(
             f"{spec} has groups along K, got the {what} of convolution {site.name!r}, which has one scale a channel or "
-            f"a tensor; {_by_channel(spec)} fits: write a rule with it, or exclude the site with a rule without specs"
+            f"a tensor; {by_channel(spec)} fits: write a rule with it, or exclude the site with a rule without specs"
         )
     if (columns == ALL or k % columns == 0) and (rows in (ALL, 1) or n % rows == 0):
         return
@@ -61,10 +61,6 @@ def _fitting(spec: Spec, n: int, k: int) -> Spec:
     tile = spec.granularity
     rows, columns = gcd(n, tile.rows), gcd(k, tile.columns)
     if columns < SMALLEST_GROUP:
-        return _by_channel(spec)
+        return by_channel(spec)
     name = f"{tile.name[0]}{columns}" if tile.rows == 1 else f"b{rows}x{columns}"
     return replace(spec, granularity=parse_granularity(name))
-
-
-def _by_channel(spec: Spec) -> Spec:
-    return replace(spec, granularity=parse_granularity("channel"))

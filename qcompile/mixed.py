@@ -23,7 +23,7 @@ from qcompile.recipe import Recipe, Rule
 from qcompile.sites import Site
 from qcompile.sizes import stored_bytes
 from qcompile.solvers import IN_TURN
-from qcompile.spec import Spec, Zero, parse_granularity
+from qcompile.spec import Spec, Zero, by_channel, parse_granularity, with_format
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
@@ -110,10 +110,9 @@ def _specs(rule: Rule, site: Site) -> Iterator[Spec]:
         yield from (replace(rule.weight, format=parse_format(f"int{width}")) for width in WIDTHS)
         return
     books = BOOKS if takes_books(rule, site.weight.device.type) else ()
-    for group in [f"g{size}" for size in GROUPS if K % size == 0] or ["channel"]:
-        spec = replace(rule.weight, granularity=parse_granularity(group))
-        yield from (replace(spec, format=parse_format(f"int{width}")) for width in WIDTHS)
-        yield from (replace(spec, format=parse_format(book), zero=Zero.SYMMETRIC) for book in books)
+    groups = [parse_granularity(f"g{size}") for size in GROUPS if K % size == 0]
+    for spec in [replace(rule.weight, granularity=group) for group in groups] or [by_channel(rule.weight)]:
+        yield from (with_format(spec, parse_format(name)) for name in (*(f"int{width}" for width in WIDTHS), *books))
 
 
 def takes_books(rule: Rule, device: str) -> bool:

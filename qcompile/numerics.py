@@ -122,11 +122,12 @@ def qparams_of_range(low: Tensor, high: Tensor, spec: Spec, *, clip: Tensor | fl
     if spec.zero is Zero.FULL:
         # the end that reaches further gets the code that the other lacks
         scale = torch.where(high > -low, -scale, scale)
-    scale, stored = keep_scale(scale, spec.scale, amax, _element_max(spec), clip)
+    below = -clip * low if spec.zero is Zero.CODE else None
+    scale, stored = keep_scale(scale, spec.scale, amax, _element_max(spec), clip, below)
     if spec.zero is Zero.MINIMUM:
         minimum, more = keep_minimum(clip * low, spec.scale)
         return QParams(spec=spec, scale=scale, zero=minimum, stored=stored | more)
-    zero = None if spec.symmetric else (-clip * low / scale).round().clamp(*spec.code_range)
+    zero = None if below is None else (below / scale).round().clamp(*spec.code_range)
     return QParams(spec=spec, scale=scale, zero=zero, stored=stored)
 
 

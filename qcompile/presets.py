@@ -118,7 +118,7 @@ PRESETS: dict[str, Recipe] = {
             if SCALES[kind.spec.scale].minimum
         ),
         _linears("int4-token", "int4/channel", "int4/token/asym", "4-bit integers, inputs too", "mse", head=_INT8),
-        _linears("w4a8", "int4/g128/asym/bf16", _INT8, "4-bit weights in groups of 128, 8-bit inputs", head=_INT8),
+        _linears("w4a8", "int4/g128/asym/u4row", _INT8, "4-bit weights in groups of 128, 8-bit inputs", head=_INT8),
         _linears("mxfp4", _MXFP4, _MXFP4, "4-bit floats in blocks of 32 under powers of two (OCP MX)", head=_INT8),
         _linears("nvfp4", _NVFP4, _NVFP4, "4-bit floats in blocks of 16 under 8-bit scales (NVIDIA)", head=_INT8),
         _linears("mxfp4-shift", _MXFP4, _MXFP4, "mxfp4, outliers moved into weights by powers of two", **_BLOCKS),

@@ -1,7 +1,8 @@
 """How a scale is kept: rounded to 16 bits, to a power of two, under a second scale, or quantized itself.
 
 Sources: OCP Microscaling v1.0 section 6.3 (e8m0); NVIDIA Transformer Engine's NVFP4 reference (fp8_e4m3);
-QLoRA section 3, double quantization (dq256); ggml's K-quants (integers under one float16).
+QLoRA section 3, double quantization (dq256); ggml's K-quants (integers under one float16); QServe section 4.1,
+progressive group quantization (integers of a row).
 """
 
 import math
@@ -23,6 +24,10 @@ _E4M3_SMALLEST = 2.0**-9
 # exponent code of a float32 that is Inf or NaN
 _NOT_FINITE = 255
 DOUBLE_BLOCK = 256
+# in the bits of a float32 whose significand has four, from it to the next
+_STEP = 1 << 20
+# an octave of them, both ends included
+_OCTAVE = 9
 
 
 def over(x: Tensor, number: float) -> Tensor:
@@ -31,20 +36,30 @@ def over(x: Tensor, number: float) -> Tensor:
 
 
 def keep_scale(
-    scale: Tensor, kind: str, amax: Tensor, element_max: float, clip: Tensor | float = 1.0
+    scale: Tensor,
+    kind: str,
+    amax: Tensor,
+    element_max: float,
+    clip: Tensor | float = 1.0,
+    below: Tensor | None = None,
 ) -> tuple[Tensor, Stored]:
     """`scale` as storage of this kind gives it back, and the tensors that are stored.
 
     scale: float32, any shape, not 0, negative only if the kind is signed; amax: largest magnitude of each tile, same
-    shape; element_max: of the format; clip: the part of amax that scale covers.
+    shape; element_max: of the format; clip: the part of amax that scale covers; below: how far tiles reach below 0,
+    of codes with a zero point, below / scale.
     Returns float32 shaped like scale, and tensors by name.
     A tile's result under fp8_e4m3 does not depend on clip elsewhere: the tensor's scale is that of clip 1.
     """
+    if SCALES[kind].row_bits:
+        return _integers_of_row(SCALES[kind], scale, amax, element_max, below)
     return _KEEP[kind](scale, amax, element_max, clip)
 
 
 def stored_scale(stored: Stored, kind: str, count: int) -> Tensor:
     """The float32 scale that `keep_scale` returned, from what it stored.  count: of its last dimension."""
+    if SCALES[kind].row_bits:
+        return _restored_row(SCALES[kind], stored, count)
     return _restored(SCALES[kind], stored, count) if SCALES[kind].shared else _RESTORE[kind](stored)
 
 
@@ -192,6 +207,46 @@ def _restored(kind: ScaleKind, stored: Stored, count: int) -> Tensor:
     outer = stored["outer"].float()
     codes = unpack(stored["code"], kind.code_bits, outer.shape[-1] * kind.shared, kind.signed)
     return (codes.unflatten(-1, (-1, kind.shared)) * outer[..., None]).flatten(-2)[..., :count]
+
+
+def _integers_of_row(
+    kind: ScaleKind, scale: Tensor, amax: Tensor, element_max: float, below: Tensor | None
+) -> tuple[Tensor, Stored]:
+    """Integers 1 .. 2**bits times one number of the row, of those that an octave has the one that errs least.
+
+    scale: [..., G].  That number has four significant bits, so that bfloat16 holds its products, too.
+    """
+    most, top = 2**kind.code_bits, 2 * element_max + 1
+    # a tile of zeros has any scale, and costs its neighbours no precision
+    wanted = torch.where(amax == 0, 0.0, scale)
+    largest = wanted.amax(-1, keepdim=True)
+    largest = torch.where(largest == 0, float(most), largest)
+    least = over(largest, most).clamp(min=torch.finfo(torch.float32).tiny)
+    # what is not finite shows by the row's number
+    bits = torch.where(least.isfinite(), (least.view(torch.int32) + (_STEP - 1)) & -_STEP, least.view(torch.int32))
+    best, lowest = (least, torch.ones_like(scale)), torch.full_like(largest, torch.inf, dtype=torch.float64)
+    for step in range(_OCTAVE):
+        outer = (bits + step * _STEP).view(torch.float32)
+        code = (wanted / outer).round().clamp(1, most)
+        kept = code * outer
+        error = torch.where(wanted == 0, 0.0, (kept - wanted) / largest).double().square().sum(-1, keepdim=True)
+        # at the end of the octave, integers of half the range fit whatever the zero point is
+        fits = True if below is None else _are_int8(code, (below / kept).round().clamp(0, top), top)
+        better = (error < lowest) & fits
+        best = (torch.where(better, outer, best[0]), torch.where(better, code, best[1]))
+        lowest = torch.where(better, error, lowest)
+    outer, code = best
+    both = {"code": pack((code - 1).to(torch.uint8), kind.code_bits), "outer": outer.to(torch.bfloat16)}
+    return _restored_row(kind, both, scale.shape[-1]), both
+
+
+def _are_int8(integer: Tensor, zero: Tensor, top: float) -> Tensor:
+    """Whether (code - zero) * integer is an int8 for codes 0 .. top in all groups of a row.  [..., G] -> [..., 1]"""
+    return ((zero * integer <= 128) & ((top - zero) * integer <= 127)).all(-1, keepdim=True)
+
+
+def _restored_row(kind: ScaleKind, stored: Stored, count: int) -> Tensor:
+    return (unpack(stored["code"], kind.code_bits, count, False).float() + 1) * stored["outer"].float()
 
 
 _MINIMUM_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

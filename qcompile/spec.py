@@ -1,11 +1,12 @@
 """Specs: a format, who shares a scale, and how the scale is kept.
 
 Written `format/granularity[/zero][/scale]`, for example `int8/token`, `int4/g128/asym/bf16`,
-`fp4_e2m1/b32/e8m0` (MXFP4), `fp4_e2m1/b16/fp8_e4m3` (NVFP4), `nf4/g64/dq256` (QLoRA), `int4/b32/min/u6x8` (Q4_K).
+`fp4_e2m1/b32/e8m0` (MXFP4), `fp4_e2m1/b16/fp8_e4m3` (NVFP4), `nf4/g64/dq256` (QLoRA), `int4/b32/min/u6x8` (Q4_K),
+`int4/g128/asym/u4row` (QServe).
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from qcompile.errors import SpecError, nearest
@@ -13,6 +14,8 @@ from qcompile.formats import Format, Integer, parse_format
 
 # stands in a tile for "the whole axis"
 ALL = 0
+# bits of integers that stay int8 when they are multiplied by those of a row's scales
+MOST_BITS_BY_ROW = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +51,11 @@ class Zero(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleKind:
-    """How a scale is kept. bits: per scale, what it shares with others included.
+    """How a scale is kept. bits: per scale, what it shares with others included, but for row_bits: of a whole row.
 
     signed: it may be negative.  minimum: a minimum can be kept the same way.
-    shared: 0, or how many scales of a row are integers of `code_bits` bits under one float16.
+    code_bits: 0, or scales are integers of so many bits: `shared` of a row under one float16, or all of a row under one
+        bfloat16, and then so small that (code - zero) * integer is an int8 for every code.
     """
 
     name: str
@@ -61,6 +65,7 @@ class ScaleKind:
     minimum: bool = False
     shared: int = 0
     code_bits: int = 0
+    row_bits: int = 0
 
 
 def _integers(bits: int, shared: int, *, signed: bool, source: str) -> ScaleKind:
@@ -89,6 +94,13 @@ SCALES: dict[str, ScaleKind] = {
         _integers(6, 16, signed=True, source="GGML Q3_K"),
         _integers(8, 16, signed=True, source="GGML Q6_K"),
         _integers(6, 8, signed=True, source="GGML IQ4_XS"),
+        ScaleKind(
+            name="u4row",
+            bits=4,
+            meaning="integers 1 to 16, all of a row under one bfloat16, so that weights are int8 times it (QServe)",
+            code_bits=4,
+            row_bits=16,
+        ),
     )
 }
 
@@ -114,7 +126,12 @@ class Spec:
             raise SpecError(f"'full' needs scales with a sign, got {kind.name!r}; take {_having('signed')}")
         if self.zero is Zero.MINIMUM and not kind.minimum:
             raise SpecError(f"'min' needs scales that can be 0, got {kind.name!r}; take {_having('minimum')}")
-        if kind.shared and (self.granularity.rows != 1 or self.granularity.columns == ALL):
+        if kind.row_bits and not _stays_int8(self.format):
+            raise SpecError(
+                f"scales {kind.name!r} make int8 of integers of up to {MOST_BITS_BY_ROW} bits, got "
+                f"{self.format.name!r}; take 'bf16'"
+            )
+        if kind.code_bits and (self.granularity.rows != 1 or self.granularity.columns == ALL):
             raise SpecError(
                 f"scales {kind.name!r} belong to groups of a row, got {self.granularity.name!r}; write for example "
                 f"'{self.format.name}/g32/{kind.name}'"
@@ -145,10 +162,27 @@ class Spec:
         What a tensor stores once (its own scale, learned levels) is left out, see `qcompile.sizes.stored_bytes`.
         """
         tile = (self.granularity.rows or rows) * (self.granularity.columns or columns)
-        scale = SCALES[self.scale].bits
+        kind = SCALES[self.scale]
         # a zero point is stored as one byte, a minimum as its scale is
-        zero = {Zero.CODE: 8, Zero.MINIMUM: scale}.get(self.zero, 0)
-        return self.format.bits + (scale + zero) / tile
+        zero = {Zero.CODE: 8, Zero.MINIMUM: kind.bits}.get(self.zero, 0)
+        return self.format.bits + (kind.bits + zero) / tile + kind.row_bits / columns
+
+
+def with_format(spec: Spec, fmt: Format) -> Spec:
+    """The spec with another format, which may have no zero point, and no scales that are integers of a row."""
+    kept = _stays_int8(fmt) or not SCALES[spec.scale].row_bits
+    zero = spec.zero if isinstance(fmt, Integer) else Zero.SYMMETRIC
+    return replace(spec, format=fmt, zero=zero, scale=spec.scale if kept else "bf16")
+
+
+def by_channel(spec: Spec) -> Spec:
+    """The spec with one scale a channel, which is no integer under the float of several."""
+    scale = "fp32" if SCALES[spec.scale].code_bits else spec.scale
+    return replace(spec, granularity=_NAMED["channel"], scale=scale)
+
+
+def _stays_int8(fmt: Format) -> bool:
+    return isinstance(fmt, Integer) and fmt.bits <= MOST_BITS_BY_ROW
 
 
 def _having(what: str) -> str:

@@ -28,7 +28,7 @@ _FLOATS = {
     "fp8_e5m2fnuz": _D.FLOAT8E5M2FNUZ,
     "fp4_e2m1": _D.FLOAT4E2M1,
 }
-_SCALES = {"fp16": _D.FLOAT16, "bf16": _D.BFLOAT16, "e8m0": _D.FLOAT8E8M0}
+_SCALES = {"fp16": _D.FLOAT16, "bf16": _D.BFLOAT16, "u4row": _D.BFLOAT16, "e8m0": _D.FLOAT8E8M0}
 _E4M3 = _D.FLOAT8E4M3FN.numpy()
 
 

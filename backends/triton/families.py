@@ -77,6 +77,10 @@ def _fp8(x: Tensor, given: QParams | None, pack: Mapping[str, Tensor], N: int, c
     return fp8_matmul.fp8_matmul(_operands(x, given, pack, torch.float8_e4m3fn), config)
 
 
+def _can_run_w4a8(config: Any, M: int, N: int) -> bool:
+    return not isinstance(config, int4_int8_table.AsInt8) or N % int8_matmul.N_MULTIPLE == 0
+
+
 def _w4a8(x: Tensor, given: QParams | None, pack: Mapping[str, Tensor], N: int, config: Any) -> Tensor:
     assert given is not None
     o = int4_int8_linear.Operands(x=x, scale_x=given.scale, zero=given.zero, bias=None, **pack)
@@ -108,13 +112,14 @@ FAMILIES: Mapping[str, Family] = {
         run=_fp8,
     ),
     int4_int8_linear.TUNED: Family(
-        weight="int4/g128/asym/bf16",
+        weight="int4/g128/asym/u4row",
         input="int8/token/asym",
         capabilities=HOPPER,
         multiples=(1, 128),
         table=int4_int8_table.TABLE,
         pack=lambda codes, qparams: int4_int8_words.pack_weight(codes, qparams, DTYPE),
         run=_w4a8,
+        can_run=_can_run_w4a8,
     ),
 }
 

@@ -7,12 +7,14 @@ import torch
 import triton
 from torch import Tensor
 
+from qcompile.backends.triton import eight_bit, int8_matmul
 from qcompile.backends.triton.add_parts import add_parts
 from qcompile.backends.triton.descriptors import described
 from qcompile.backends.triton.eight_bit import step
 from qcompile.backends.triton.groups import REGISTERS, UNITS
 from qcompile.backends.triton.int4_int8_gemm import int4_int8_kernel
-from qcompile.backends.triton.int4_int8_table import TABLE, Int4Int8Tiles
+from qcompile.backends.triton.int4_int8_table import TABLE, AsInt8, Config, Int4Int8Tiles
+from qcompile.backends.triton.int4_int8_unpack import unpack
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import HOPPER, fitting, on_device, processors_of
 from qcompile.backends.triton.tuned import tuned_entries
@@ -31,6 +33,8 @@ WORD_ROWS, WORD_ROW, SCALE_ROW = 32, 32, 8
 TUNED = "w4a8"
 # what TMA asks of rows of x, in bytes
 ALIGNMENT = 16
+# (2**31 - 1) // (255 * 128): the largest sum of codes less their zero times int8 weights
+MAX_K = 65_793
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,7 @@ class Operands:
     """What is multiplied.
 
     x: int8 [M, K], of whole multiples of 16 columns; scale_x and zero float32, one a row or one for all.
-    words, scales, sums: as `int4_int8_words` packs them.  bias: [N].
+    words, scales, sums, row, totals: as `int4_int8_words` packs them.  bias: [N].
     """
 
     x: Tensor
@@ -48,6 +52,8 @@ class Operands:
     scales: Tensor
     sums: Tensor
     bias: Tensor | None
+    row: Tensor | None = None
+    totals: Tensor | None = None
 
 
 def why_not(N: int, K: int, capability: tuple[int, int]) -> str | None:
@@ -59,21 +65,51 @@ def why_not(N: int, K: int, capability: tuple[int, int]) -> str | None:
     return None
 
 
-def int4_int8_linear(o: Operands, dtype: torch.dtype, tiles: Int4Int8Tiles | None = None) -> Tensor:
-    """y [M, N] in dtype, bfloat16 or float16, for x of any strides.  tiles: to use in place of the table's."""
-    M, N = o.x.shape[0], o.sums.shape[0]
+def why_not_int8(N: int, K: int, row: Tensor | None) -> str | None:
+    """None if a weight [N, K] may be multiplied as int8, else the reason."""
+    if row is None:
+        return "scales of groups are not integers times one number of the row, as those of 'u4row' are"
+    if N % int8_matmul.N_MULTIPLE:
+        return f"the int8 kernel needs N to divide by {int8_matmul.N_MULTIPLE}, got N={N}"
+    if K > MAX_K:
+        return f"K={K} can overflow int32 (largest K: {MAX_K})"
+    return None
+
+
+def int4_int8_linear(o: Operands, dtype: torch.dtype, config: Config | None = None) -> Tensor:
+    """y [M, N] in dtype, bfloat16 or float16, for x of any strides.  config: to use in place of the table's."""
+    (M, K), N = o.x.shape, o.sums.shape[0]
     if M == 0:
         return torch.empty(0, N, dtype=dtype, device=o.x.device)
     if not o.x.is_contiguous() or o.x.data_ptr() % ALIGNMENT:
         o = replace(o, x=o.x.clone(memory_format=torch.contiguous_format))
     with on_device(o.x.device):
-        return _multiply(o, dtype, tiles or _tiles(M, N, o.x.shape[1], o.x.device))
+        for chosen in _configs(M, N, K, o.x.device) if config is None else (config,):
+            if isinstance(chosen, Int4Int8Tiles):
+                return _multiply(o, dtype, chosen)
+            if why_not_int8(N, K, o.row) is None:
+                return _as_int8(o, dtype, chosen)
+    raise ValueError(f"{config} cannot run this: {why_not_int8(N, K, o.row)}")
 
 
 @lru_cache(maxsize=4096)
-def _tiles(M: int, N: int, K: int, device: torch.device) -> Int4Int8Tiles:
-    found: Int4Int8Tiles = next(fitting(tuned_entries(TUNED, N, K, device) + TABLE, M, N, K, HOPPER[0]))
-    return found
+def _configs(M: int, N: int, K: int, device: torch.device) -> tuple[Config, ...]:
+    return tuple(fitting(tuned_entries(TUNED, N, K, device) + TABLE, M, N, K, HOPPER[0]))
+
+
+def _as_int8(o: Operands, dtype: torch.dtype, config: AsInt8) -> Tensor:
+    assert o.row is not None
+    operands = eight_bit.Operands(
+        x=o.x,
+        w=unpack(o.words, o.scales, o.row, o.x.shape[1], config.blocks),
+        scale_x=o.scale_x,
+        scale_w=o.row,
+        dtype=dtype,
+        zero=o.zero,
+        sum_w=o.totals,
+        bias=o.bias,
+    )
+    return int8_matmul.int8_matmul(operands)
 
 
 def pieces(tiles: Int4Int8Tiles) -> tuple[int, int]:

@@ -11,6 +11,8 @@ m16n8k32 and of wgmma as they stand. It is the order of `widths` for other colum
 
 scales: as in `widths`, with zero points, and one for each group of a block.
 sums: float32 [N], of scale[n, g] * (code[n, k] - zero[n, g]) over k.
+row, totals: of scales that are integers times one number of the row, that number, float32 [N, 1], and int32 [N], of
+integer[n, g] * (code[n, k] - zero[n, g]) over k. Each of these terms is an int8.
 """
 
 import torch
@@ -28,12 +30,13 @@ from qcompile.backends.triton.widths import (
     unpack_codes,
 )
 from qcompile.numerics import QParams
+from qcompile.spec import SCALES
 
 _ORDER = WIDTHS["int4"]
 
 
 def pack_weight(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Words, scales and sums; groups of more columns than a block are several groups.
+    """Words, scales, sums and what a kind of scale has of rows; groups of more columns than a block are several.
 
     codes [N, K], 4-bit integers of a spec that `width_packs.no_groups` lets pass.  dtype: of y.
     """
@@ -43,26 +46,36 @@ def pack_weight(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str
     columns = qparams.spec.granularity.columns
     group = group_of_spans(columns, codes.shape[1], qparams.scale.shape[1]).to(codes.device)
     scales = pack_scales(qparams.scale[:, group], zero[:, group], narrow=is_narrow(qparams, dtype))
-    return {"words": pack_words(stored), "scales": scales, "sums": _sums(codes, qparams)}
+    integers = _span_sums(codes, qparams)
+    group = group[: integers.shape[1]]
+    packed = {"words": pack_words(stored), "scales": scales, "sums": _sums(integers, qparams.scale[:, group])}
+    if not SCALES[qparams.spec.scale].row_bits:
+        return packed
+    row = qparams.stored["outer"].float()
+    totals = (integers.double() * (qparams.scale / row)[:, group]).sum(1)
+    return packed | {"row": row, "totals": totals.to(torch.int32)}
 
 
-def _sums(codes: Tensor, qparams: QParams) -> Tensor:
-    """Of each row of the dequantized weight, added as the kernel adds its products where it does not cut K.
-
-    So a row of zeros in x, whose codes are all -128, gives 0.
-    """
+def _span_sums(codes: Tensor, qparams: QParams) -> Tensor:
+    """Of code - zero over the columns of each span, float32 [N, spans], without those past the end of K."""
     N, K = codes.shape
     columns = qparams.spec.granularity.columns
     span = span_of(columns)
     integers = codes.float()
     if qparams.zero is not None:
         integers = integers - qparams.zero.repeat_interleave(columns or K, 1)[:, :K]
-    integers = pad(integers, (0, -K % span)).view(N, -1, span).sum(2)
-    total = torch.zeros(N, device=codes.device)
-    groups = group_of_spans(columns, K, qparams.scale.shape[1]).tolist()
-    for i, group in enumerate(groups[: integers.shape[1]]):
+    return pad(integers, (0, -K % span)).view(N, -1, span).sum(2)
+
+
+def _sums(integers: Tensor, scale: Tensor) -> Tensor:
+    """Of each row of the dequantized weight, added as the kernel adds its products where it does not cut K.
+
+    So a row of zeros in x, whose codes are all -128, gives 0.  integers, scale: [N, spans].
+    """
+    total = torch.zeros(len(integers), device=integers.device)
+    for part, factor in zip(integers.unbind(1), scale.unbind(1), strict=True):
         # the product is exact in float64: one rounding, as of a fused multiply-add
-        total = (total.double() + integers[:, i].double() * qparams.scale[:, group].double()).float()
+        total = (total.double() + part.double() * factor.double()).float()
     return total
 
 

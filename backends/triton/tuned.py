@@ -23,13 +23,13 @@ from qcompile.backends.triton.table import Entry, capability_of
 
 _LOG = logging.getLogger(__name__)
 
-Config = width_table.Config | eight_bit_table.Config | int4_int8_table.Int4Int8Tiles
+Config = width_table.Config | eight_bit_table.Config | int4_int8_table.Config
 _KINDS: Mapping[str, type[Config]] = {
     kind.__name__: kind
     for kind in (
         *(width_table.FewRows, width_table.ManyRows, width_table.Unpack),
         *(eight_bit_table.Tiles, eight_bit_table.HopperTiles, eight_bit_table.Library),
-        int4_int8_table.Int4Int8Tiles,
+        *(int4_int8_table.Int4Int8Tiles, int4_int8_table.AsInt8),
     )
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from qcompile.backends.triton.eight_bit_table import HopperTiles, Library, Tiles
 from qcompile.backends.triton.families import DTYPE, FAMILIES, Family, given, reference
 from qcompile.backends.triton.graphs import Captured, captured, in_turns
-from qcompile.backends.triton.int4_int8_table import Int4Int8Tiles
+from qcompile.backends.triton.int4_int8_table import AsInt8, Int4Int8Tiles
 from qcompile.backends.triton.table import capability_of, configs_of, fitting
 from qcompile.backends.triton.tuned import ROWS, Config, Tuned
 from qcompile.backends.triton.width_table import FewRows, ManyRows, Unpack
@@ -42,6 +42,7 @@ CHOICES: Mapping[type, Mapping[str, tuple[int, ...]]] = {
         "resident": (1, 2, 3, 4, 5),
     },
     Unpack: {"blocks": (1, 2, 4, 8)},
+    AsInt8: {"blocks": (1, 2, 4, 8)},
     Tiles: {
         "tokens": (16, 32, 64, 128),
         "channels": (32, 64, 128, 256),
@@ -99,7 +100,7 @@ def candidates(family: Family, M: int, N: int, K: int, capability: int) -> list[
     """
     able = [c for c in fitting(family.table, M, N, K, capability) if family.can_run(c, M, N)]
     fewer = next(fitting(family.table, M // 2, N, K, capability))
-    library = [c for c in configs_of(family.table, capability) if isinstance(c, Unpack | Library)]
+    library = [c for c in configs_of(family.table, capability) if isinstance(c, Unpack | AsInt8 | Library)]
     found = [*neighbours(able[0]), *neighbours(fewer), *able[1:STARTS], *library]
     return [c for c in dict.fromkeys(found) if family.can_run(c, M, N)]
 

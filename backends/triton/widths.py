@@ -35,7 +35,7 @@ SMALL_GROUPS = (32, 64)
 SMALLEST_GROUP = 16
 LEVELS = 16
 # kinds of scales that bfloat16 holds
-BFLOAT16_SCALES = ("bf16", "e8m0")
+BFLOAT16_SCALES = ("bf16", "e8m0", "u4row")
 _DIGITS = {"q": 2, "i": 8, "x": 2, "y": 2, "z": 2, "c": 2, "j": 4, "e": 2}
 
 

@@ -59,7 +59,7 @@ FORMATS: Mapping[str, Format] = {
     "int2": Format(weight="int2/g64/asym/bf16"),
     "fp8 weight": Format(weight="fp8_e4m3/channel"),
     "fp6": Format(weight="fp6_e3m2/g128"),
-    "w4a8": Format(weight="int4/g128/asym/bf16", input="int8/token/asym", rate=EIGHT_BIT_RATE),
+    "w4a8": Format(weight="int4/g128/asym/u4row", input="int8/token/asym", rate=EIGHT_BIT_RATE),
     "int8": Format(weight="int8/channel", input="int8/token/asym", rate=EIGHT_BIT_RATE),
     "int8 split": Format(weight="int8/channel", input="int8/token/asym", outliers=0.01, rate=EIGHT_BIT_RATE),
     "fp8": Format(weight="fp8_e4m3/channel", input="fp8_e4m3/token", rate=EIGHT_BIT_RATE),

@@ -3,12 +3,14 @@
     python examples/benchmarks/w4a8.py [--shapes NxK ...] [--rows M ...]
 
 Each result is checked against float32 before it is timed. Times are medians of CUDA graph replays, taken in turns, so
-that all meet the same clocks; weights rotate over copies that no cache holds. `us` is the matmul of codes alone;
-triton_kernels.py times it with the quantization of its input. Writes examples/benchmarks/results/w4a8.json.
+that all meet the same clocks; weights rotate over copies that no cache holds. `us` is the matmul of codes alone, and
+`groups_us` the same without a weight of int8; triton_kernels.py times it with the quantization of its input. Writes
+examples/benchmarks/results/w4a8.json.
 """
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +24,10 @@ from qcompile.backends.triton.graphs import captured, in_turns
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 
-WEIGHT, INPUT = parse_spec("int4/g128/asym/bf16"), parse_spec("int8/token/asym")
+WEIGHT, INPUT = parse_spec("int4/g128/asym/u4row"), parse_spec("int8/token/asym")
 # of Llama-3.1-8B: gate and up, down, q and o, q and k and v
 SHAPES = ((28672, 4096), (4096, 14336), (4096, 4096), (6144, 4096))
-ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
+ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 768, 1024, 2048, 8192)
 DTYPE = torch.bfloat16
 # what all copies of a weight fill, so that none is in the cache when its turn comes
 ROTATED = 300e6
@@ -63,11 +65,13 @@ def measure(N: int, K: int, rows: Sequence[int]) -> list[dict[str, Any]]:
         stored = quantize(x, given)
         signed = (stored.float() - 128).to(torch.int8)
 
-        def product(i: int, signed: Tensor = signed, scale: Tensor = given.scale, zero: Any = given.zero) -> Tensor:
+        def product(
+            i: int, of_row: bool = True, signed: Tensor = signed, scale: Tensor = given.scale, zero: Any = given.zero
+        ) -> Tensor:
             packed = w4a8[i % copies]
-            y: Tensor = torch.ops.qcompile.int4_int8_mm(
-                signed, scale, zero, packed["words"], packed["scales"], packed["sums"], None, DTYPE
-            )
+            pack = (packed["words"], packed["scales"], packed["sums"])
+            rows = (packed["row"], packed["totals"]) if of_row else (None, None)
+            y: Tensor = torch.ops.qcompile.int4_int8_mm(signed, scale, zero, *pack, *rows, None, DTYPE)
             return y
 
         def narrow(i: int, x: Tensor = x) -> Tensor:
@@ -82,6 +86,7 @@ def measure(N: int, K: int, rows: Sequence[int]) -> list[dict[str, Any]]:
         graphs = {
             "bf16_us": captured(lambda i, x=x: torch.nn.functional.linear(x, floats[i % len(floats)]), calls),
             "w4a16_us": captured(narrow, calls),
+            "groups_us": captured(partial(product, of_row=False), calls),
             "us": captured(product, calls),
         }
         times = dict(zip(graphs, in_turns(list(graphs.values()), 20 if M <= 256 else 8), strict=True))

@@ -38,7 +38,7 @@ def solve_mse(weight: Tensor, spec: Spec, importance: Tensor | None = None) -> Q
     view, dims = tiles(weight, spec.granularity)
     low, high = view.amin(dims).float(), view.amax(dims).float()
     # these keep neighbours together: each tile is searched as if alone, and the outcome is checked below
-    together = spec.scale == "dq256" or SCALES[spec.scale].shared
+    together = spec.scale == "dq256" or SCALES[spec.scale].code_bits
     alone = replace(spec, scale="fp32") if together else spec
 
     def candidate(clip: Tensor | float, spec: Spec = alone) -> QParams:

@@ -65,6 +65,17 @@ def test_the_budget_is_kept_and_better_spent_than_evenly(bits: float) -> None:
     assert errors[0] > errors[1]
 
 
+def test_more_bits_than_integers_of_a_row_have_take_scales_of_their_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 512)).eval()
+    table = {"weight": "int4/g64/asym/u4row", "solver": "mse", "budget": "5 bits"}
+    given = [torch.randn(64, 256) for _ in range(4)]
+    plan = qcompile.calibrate(model, given, recipe_from_table({"rules": [table]}), progress=False)
+    specs = [str(d.weight) for d in plan.decisions.values()]
+    assert all(spec.endswith("u4row") == (spec[:4] in ("int2", "int3", "int4")) for spec in specs)
+    assert bits_of(plan) <= 5
+
+
 def test_blocks_stay_blocks_and_keep_more_in_as_many_bits() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 512)).eval()

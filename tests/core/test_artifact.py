@@ -114,7 +114,9 @@ def test_a_plan_whose_importance_was_lost_is_refused(model: Net, tmp_path: Path)
         load(tmp_path / "p")
 
 
-@pytest.mark.parametrize("spec", ["int4/g16/asym/bf16", "int3/channel", "nf4/g16/dq256", "lloyd4/channel"])
+@pytest.mark.parametrize(
+    "spec", ["int4/g16/asym/bf16", "int4/g16/asym/u4row", "int3/channel", "nf4/g16/dq256", "lloyd4/channel"]
+)
 def test_codes_of_schema_2_still_load(spec: str, tmp_path: Path) -> None:
     weight = torch.randn(6, 32)
     given = solved(weight, find_qparams(weight, parse_spec(spec)))

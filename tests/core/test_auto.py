@@ -49,6 +49,12 @@ WEIGHTS = {
 }
 
 
+def test_rivals_of_integers_of_a_row_have_scales_of_their_own() -> None:
+    found = {str(decided(weight, rule("int4/g32/asym/u4row")).weight) for weight in WEIGHTS.values()}
+    assert len(found) > 1
+    assert found <= {"int4/g32/asym/u4row", "fp4_e2m1/g32/bf16", "nf4/g32/bf16"}
+
+
 @pytest.mark.parametrize(
     "text", ["int4/g64", "int4/channel", "nf4/g32", "fp6_e2m3/b32/e8m0", "int8/tensor", "int4/b16x64"]
 )

@@ -154,3 +154,12 @@ def test_recorded_blocks_round_as_others_do(text: str, k: int, monkeypatch: pyte
     x, h = x.cpu(), h.cpu()
     elsewhere = replace(on_device(plain, x.device), codes=plain.codes.cpu())
     assert cost(x, elsewhere, h) == pytest.approx(cost(x, solve_gptq(x, spec, h), h), rel=0.05)
+
+
+@pytest.mark.parametrize("text", ["int4/g32/asym/u4row", "int3/g32/u4row"])
+def test_codes_chosen_together_stay_int8_under_a_row(text: str) -> None:
+    """What columns make up for may lie outside of the range that scales were found for."""
+    x, h = weight(rows=ROWS, columns=K) * 3, moments(k=K)
+    qparams = solve_gptq(x, parse_spec(text), h)
+    whole = dequantize(quantize(x, qparams), qparams) / qparams.stored["outer"].float()
+    assert torch.equal(whole, whole.to(torch.int8).float())

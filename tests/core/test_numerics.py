@@ -36,6 +36,7 @@ SPECS = [
     *("fp8_e4m3/token", "fp8_e5m2/tensor", "fp8_e4m3fnuz/channel", "e3m2/g16/fp16", "fp4_e3m0/g32"),
     *("fp4_e2m1/b32/e8m0", "fp6_e2m3/b32/e8m0", "int8/b32/e8m0", "fp4_e2m1/b16/fp8_e4m3"),
     *("int4/b32/full/fp16", "int8/channel/full", "int6/b16/full/i8x16", "int3/b16/full/i6x16", "int4/g32/u6x8"),
+    *("int4/g16/asym/u4row", "int3/g32/u4row"),
     *("nf4/g16", "nf4/g16/dq256", "nf4/b32/e8m0", "bnb_fp4/g16", "dynamic8/g32", "linear8/channel/bf16"),
 ]
 # 0 has no code of its own

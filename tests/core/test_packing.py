@@ -96,7 +96,7 @@ def test_quantized_weights_survive_packing(name):
     [
         *("int8/channel", "int4/g32/asym/fp16", "int3/g32/bf16", "fp4_e2m1/b32/e8m0", "fp4_e2m1/b16/fp8_e4m3"),
         *("nf4/g32/dq256", "lloyd4/g32", "int8/tensor", "fp8_e4m3/b2x32", "int5/token"),
-        *("int4/b32/full/fp16", "int5/b32/min/fp16", "int4/b32/min/u6x8", "int6/b16/full/i8x16"),
+        *("int4/b32/full/fp16", "int5/b32/min/fp16", "int4/b32/min/u6x8", "int6/b16/full/i8x16", "int4/g32/asym/u4row"),
     ],
 )
 def test_stored_bytes_count_what_is_stored(text):
@@ -112,6 +112,7 @@ def test_stored_bytes_count_what_is_stored(text):
 
 def test_stored_bytes_agree_with_bits_per_element_up_to_what_a_tensor_stores_once():
     texts = ("int4/g128/asym/fp16", "fp4_e2m1/b16/fp8_e4m3", "int8/channel", "nf4/g64/dq256", "int5/b32/min/fp16")
+    texts += ("int4/g128/asym/u4row",)
     for text in (*texts, "int2/b16/min/u4x16", "int3/b16/full/i6x16", "int4/b32/min/u6x8", "iq4_nl/b32/i6x8"):
         spec = parse_spec(text)
         assert 0 <= stored_bytes(spec, 256, 512) - spec.bits_per_element(256, 512) * 256 * 512 / 8 <= 4

@@ -180,6 +180,8 @@ def test_a_weight_on_meta_is_checked_by_shape() -> None:
         (8, 4000, "int4/g128/asym/bf16", "int4/g32/asym/bf16"),
         (8, 48, "fp4_e2m1/b32/e8m0", "fp4_e2m1/b16/e8m0"),
         (8, 97, "int4/g128", "int4/channel"),
+        (8, 4000, "int4/g128/asym/u4row", "int4/g32/asym/u4row"),
+        (8, 97, "int4/g128/asym/u4row", "int4/channel/asym"),
         (64, 192, "fp8_e4m3/b128x128", "fp8_e4m3/b64x64"),
     ],
 )

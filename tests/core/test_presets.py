@@ -26,7 +26,7 @@ SPECS = {
     "fp8": ("fp8_e4m3/channel", "fp8_e4m3/token"),
     "nf4": ("nf4/g64", "None"),
     "int4-token": ("int4/channel", "int4/token/asym"),
-    "w4a8": ("int4/g128/asym/bf16", "int8/token/asym"),
+    "w4a8": ("int4/g128/asym/u4row", "int8/token/asym"),
     "mxfp4": ("fp4_e2m1/b32/e8m0", "fp4_e2m1/b32/e8m0"),
     "nvfp4": ("fp4_e2m1/b16/fp8_e4m3", "fp4_e2m1/b16/fp8_e4m3"),
     "fp4-a8": ("fp4_e2m1/channel", "fp8_e4m3/token"),

@@ -17,7 +17,8 @@ from tests.core.test_solvers import weight
 
 FITTED = ["int4/g32/asym/bf16", "int3/channel", "nf4/g32/fp16", "fp4_e2m1/channel", "lloyd4/g48"]
 # shared by rows, of powers of two, integers themselves, beside a minimum
-KEPT = ["int4/b4x32", "int4/tensor", "fp4_e2m1/b32/e8m0", "int4/g32/u6x8", "int4/g32/min/bf16", "nf4/g32/dq256"]
+KEPT = ["int4/b4x32", "int4/tensor", "fp4_e2m1/b32/e8m0", "int4/g32/u6x8", "int4/g32/asym/u4row", "int4/g32/min/bf16"]
+KEPT += ["nf4/g32/dq256"]
 
 
 def pair(text: str, columns: int = K) -> tuple[Tensor, Tensor, QParams]:

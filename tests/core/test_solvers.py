@@ -12,7 +12,16 @@ from qcompile.spec import parse_spec
 SPECS = [
     *("int4/channel", "int4/g32/asym", "int2/g32", "int3/g32/fp16", "int8/tensor", "int4/tensor/asym", "int4/b4x32"),
     *("fp8_e4m3/channel", "fp4_e2m1/g32", "fp4_e2m1/b32/e8m0", "int4/b32/e8m0", "nf4/b32/e8m0"),
-    *("fp4_e2m1/b16/fp8_e4m3", "nf4/g32", "nf4/g32/dq256", "lloyd4/g32", "quantile4/channel", "e3m2/g32/bf16"),
+    *(
+        "int4/g32/asym/u4row",
+        "int3/g32/u4row",
+        "fp4_e2m1/b16/fp8_e4m3",
+        "nf4/g32",
+        "nf4/g32/dq256",
+        "lloyd4/g32",
+        "quantile4/channel",
+        "e3m2/g32/bf16",
+    ),
 ]
 
 
@@ -56,13 +65,14 @@ def test_round_needs_shapes_only(text):
 def test_mse_is_never_worse_than_round(text, seed, size):
     spec, x = parse_spec(text), weight(seed, rows=4, columns=64) * size
     best, base = (tile_errors(x, SOLVERS[name](x, spec)) for name in ("mse", "round"))
-    if spec.scale == "dq256":  # scales that are kept together are compared together
+    if spec.scale in ("dq256", "u4row"):  # scales that are kept together are compared together
         best, base = best.sum(), base.sum()
     # the search sums in float32
     assert (best <= base * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("text", [s for s in SPECS if not s.startswith("int8")])
+# under one number of a row, small groups whose range is clipped get coarser integers, which may take all gain
+@pytest.mark.parametrize("text", [s for s in SPECS if not s.startswith("int8") and not s.endswith("asym/u4row")])
 def test_mse_gains_on_heavy_tails(text):
     spec, x = parse_spec(text), weight()
     gain = snr_db(x, rounded(x, SOLVERS["mse"](x, spec))) - snr_db(x, rounded(x, SOLVERS["round"](x, spec)))

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from qcompile.errors import SpecError
-from qcompile.formats import Integer
+from qcompile.formats import Integer, parse_format
 from qcompile.numerics import tiles
-from qcompile.spec import ALL, Granularity, Spec, Zero, parse_granularity, parse_spec
+from qcompile.spec import ALL, Granularity, Spec, Zero, by_channel, parse_granularity, parse_spec, with_format
 
 
 @pytest.mark.parametrize(
@@ -12,6 +12,7 @@ from qcompile.spec import ALL, Granularity, Spec, Zero, parse_granularity, parse
     [
         *("int8/token", "int4/g128/asym/bf16", "fp4_e2m1/b32/e8m0", "fp4_e2m1/b16/fp8_e4m3", "nf4/g64/dq256"),
         *("int4/b32/full/fp16", "int4/b32/min/u6x8", "int6/b16/full/i8x16", "iq4_nl/b32/fp16"),
+        *("int4/g128/asym/u4row", "int3/g64/u4row"),
         *("int8/tensor/asym", "fp8_e4m3/b128x128", "lloyd4/channel/fp16", "e3m2/g32"),
     ],
 )
@@ -100,6 +101,10 @@ def test_code_range(bits):
             "int4/channel/min/u6x8",
             "scales 'u6x8' belong to groups of a row, got 'channel'; write for example 'int4/g32",
         ),
+        ("int4/channel/u4row", "scales 'u4row' belong to groups of a row, got 'channel'"),
+        ("int8/g128/u4row", "int8 of integers of up to 4 bits, got 'int8'; take 'bf16'"),
+        ("nf4/g64/u4row", "got 'nf4'"),
+        ("int4/g128/min/u4row", "'min' needs scales that can be 0, got 'u4row'"),
         ("nf4/g32/min", "'min' belongs to integers only"),
         ("int4/b32/min/e8m0", "leave out 'min'"),
     ],
@@ -107,6 +112,24 @@ def test_code_range(bits):
 def test_zeros_and_scales_that_do_not_go_together(text, why):
     with pytest.raises(SpecError, match=why):
         parse_spec(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "fmt", "made"),
+    [
+        ("int4/g64/asym/bf16", "nf4", "nf4/g64/bf16"),
+        ("int4/g64/asym/u4row", "int3", "int3/g64/asym/u4row"),
+        ("int4/g64/asym/u4row", "int5", "int5/g64/asym/bf16"),
+        ("int4/g64/asym/u4row", "fp4_e2m1", "fp4_e2m1/g64/bf16"),
+    ],
+)
+def test_another_format_takes_what_it_has_no_room_for_off(text, fmt, made):
+    assert str(with_format(parse_spec(text), parse_format(fmt))) == made
+
+
+def test_one_scale_a_channel_is_no_integer_of_several():
+    for scale, kept in (("bf16", "/bf16"), ("u4row", ""), ("u6x8", "")):
+        assert str(by_channel(parse_spec(f"int4/g32/{scale}"))) == f"int4/channel{kept}"
 
 
 @pytest.mark.parametrize(
@@ -124,6 +147,7 @@ def test_zeros_and_scales_that_do_not_go_together(text, why):
         *(("int4/b32/full/fp16", 4.5), ("int4/b32/min/fp16", 5), ("int5/b32/min/fp16", 6), ("int8/b32/fp16", 8.5)),
         *(("int2/b16/min/u4x16", 2.625), ("int3/b16/full/i6x16", 3.4375), ("int4/b32/min/u6x8", 4.5)),
         *(("int5/b32/min/u6x8", 5.5), ("int6/b16/full/i8x16", 6.5625), ("iq4_nl/b32/i6x8", 4.25)),
+        ("int4/g128/asym/u4row", 4 + (4 + 8) / 128 + 16 / 512),
     ],
 )
 def test_bits_per_element(text, bits):

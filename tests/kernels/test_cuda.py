@@ -37,6 +37,8 @@ CASES = [
     ("weight-triton", "int3/g32/asym/bf16", None),
     ("weight-triton", "int2/channel", None),
     ("int4-int8", "int4/g32/asym/bf16", "int8/token/asym"),
+    ("int4-int8", "int4/g32/asym/u4row", "int8/token/asym"),
+    ("weight-triton", "int4/g32/asym/u4row", None),
     ("int4-int8", "int4/g32", "int8/token"),
     ("fp4", "fp4_e2m1/channel", "fp8_e4m3/token"),
     ("fp4", "fp4_e1m2/channel", "fp4_e2m1/token"),

@@ -14,6 +14,7 @@ from tests.families import build, tokens
 from tests.variants import variants
 
 SPECS = ("int8/channel", "int4/channel/asym", "int4/g32/asym/bf16", "int3/g32", "nf4/g64", "fp8_e4m3/channel")
+SPECS += ("int4/g32/asym/u4row",)
 
 
 def problem(spec: str, dtype: torch.dtype = torch.float32, V: int = 50, D: int = 64) -> Problem:

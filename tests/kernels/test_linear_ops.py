@@ -33,6 +33,7 @@ CASES = [
     ("dense", "int4/g32/asym/bf16", None),
     ("packed", "int8/channel", None),
     ("packed", "int4/g32/asym/bf16", None),
+    ("packed", "int4/g32/asym/u4row", None),
     ("packed", "int3/g32/asym", None),
     ("packed", "nf4/g32", None),
     ("packed", "nf4/g32/dq256", None),

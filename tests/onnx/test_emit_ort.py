@@ -151,7 +151,7 @@ def test_a_token_with_inf_does_not_hide_it_and_harms_no_other() -> None:
 
 NARROW = ["int8/channel", "int4/g32", "int4/g128/asym/bf16", "int2/g64", "int2/g16/asym", "int3/g32/asym", "int5/g16",
           "int6/channel/asym", "int8/g48", "int4/b16x32", "fp4_e2m1/b32/e8m0", "fp4_e2m1/b16/fp8_e4m3", "fp6_e2m3/g32",
-          "fp4_e2m1/channel", "fp4_e1m2/b16x32"]  # fmt: skip
+          "fp4_e2m1/channel", "fp4_e1m2/b16x32", "int4/g32/asym/u4row"]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

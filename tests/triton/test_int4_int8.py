@@ -7,7 +7,7 @@ from torch import Tensor, library
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from qcompile.backends.fx.kernels.int4_int8 import KERNEL
-from qcompile.backends.triton.int4_int8_table import TABLE
+from qcompile.backends.triton.int4_int8_table import TABLE, AsInt8
 from qcompile.numerics import QParams, dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 from tests.triton.compiled import name_of
@@ -17,15 +17,19 @@ pytestmark = [pytest.mark.gpu, hopper]
 
 BFLOAT16 = torch.bfloat16
 TOKENS = "int8/token/asym"
+BY_ROW = "int4/g128/asym/u4row"
+# words, scales, sums, and row and totals of integers of a row
+Pack = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def packed(text: str, N: int, K: int, dtype: torch.dtype = BFLOAT16) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """A random weight: words, scales and sums, and the oracle's floats."""
-    weight = torch.randn(N, K, device="cuda")
+def packed(text: str, N: int, K: int, dtype: torch.dtype = BFLOAT16, size: float = 1.0) -> tuple[Pack, Tensor]:
+    """A random weight as the op takes it, and the oracle's floats."""
+    weight = torch.randn(N, K, device="cuda") * size
     qparams = find_qparams(weight, parse_spec(text))
     codes = quantize(weight, qparams)
     parts = KERNEL.pack(codes, qparams, dtype)
-    return (parts["words"], parts["scales"], parts["sums"]), dequantize(codes, qparams).double()
+    pack = (parts["words"], parts["scales"], parts["sums"], parts.get("row"), parts.get("totals"))
+    return pack, dequantize(codes, qparams).double()
 
 
 def inputs(M: int, K: int, text: str = TOKENS) -> tuple[Tensor, QParams]:
@@ -35,7 +39,7 @@ def inputs(M: int, K: int, text: str = TOKENS) -> tuple[Tensor, QParams]:
     return quantize(x, qparams), qparams
 
 
-def run(codes: Tensor, qparams: QParams, pack: tuple[Tensor, ...], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def run(codes: Tensor, qparams: QParams, pack: Pack, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     # what the allocator hands out next holds NaN
     torch.full((8 * codes.shape[0] * pack[2].shape[0],), torch.nan, device="cuda")
     return torch.ops.qcompile.linear_int4_int8(codes, qparams.scale, qparams.zero, *pack, bias, dtype)
@@ -67,17 +71,56 @@ def test_odd_shapes(M: int, N: int, K: int, text: str, dtype: torch.dtype) -> No
             check(y, codes, qparams, weight, added)
 
 
+@pytest.mark.parametrize("M", [1, 17, 257, 1100, 2048])
+@pytest.mark.parametrize(("N", "K"), [(400, 384), (1000, 2208), (12, 128), (129, 256), (4096, 1024)])
+@pytest.mark.parametrize("text", ["int4/g32/asym/u4row", "int4/g32/u4row"])
+@pytest.mark.parametrize("dtype", [BFLOAT16, torch.float16], ids=str)
+def test_integers_of_a_row(M: int, N: int, K: int, text: str, dtype: torch.dtype) -> None:
+    """On both sides of the number of rows from which the weight is int8, and where N keeps it from being so."""
+    pack, weight = packed(text, N, K, dtype)
+    bias = torch.randn(N, dtype=dtype, device="cuda")
+    for given in (TOKENS, "int8/token"):
+        codes, qparams = inputs(M, K, given)
+        for added in (bias, None):
+            check(run(codes, qparams, pack, added, dtype), codes, qparams, weight, added)
+
+
+@pytest.mark.parametrize("text", [*(f"int4/g{group}/asym/u4row" for group in (32, 64, 128, 256)), "int4/g64/u4row"])
+@pytest.mark.parametrize("size", [1.0, 2.0**-14])
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8])
+def test_a_weight_is_int8_once_unpacked(text: str, size: float, blocks: int) -> None:
+    from qcompile.backends.triton.int4_int8_unpack import unpack
+
+    N, K = 1001, 2304
+    (words, scales, _, row, totals), weight = packed(text, N, K, torch.float16, size)
+    assert row is not None
+    assert totals is not None
+    # smaller than the normal numbers of float16: they stay float32
+    assert (scales.dim() == 4) == (size < 1)
+    torch.full((4 * N * K,), 0x55, dtype=torch.uint8, device="cuda")
+    made = unpack(words, scales, row, K, blocks)
+    assert torch.equal(made.double() * row.double(), weight)
+    assert torch.equal(made.sum(1, dtype=torch.int32), totals)
+
+
 @pytest.mark.parametrize("M", [1, 7, 30, 64, 128, 300, 2048])
-@pytest.mark.parametrize("text", ["int4/g32/asym/bf16", "int4/g64/asym/bf16", "int4/g128/asym/bf16", "int4/g128"])
+@pytest.mark.parametrize(
+    "text", ["int4/g32/asym/bf16", "int4/g64/asym/bf16", "int4/g128/asym/bf16", "int4/g128", "int4/g32/u4row", BY_ROW]
+)
 def test_every_configuration(M: int, text: str) -> None:
     from qcompile.backends.triton.int4_int8_linear import Operands, int4_int8_linear
 
     N, K = 1000, 2176
-    (words, scales, sums), weight = packed(text, N, K)
+    (words, scales, sums, row, totals), weight = packed(text, N, K)
     codes, qparams = inputs(M, K)
     x = (codes.float() - 128).to(torch.int8)
-    o = Operands(x=x, scale_x=qparams.scale, zero=qparams.zero, words=words, scales=scales, sums=sums, bias=None)
+    given = {"x": x, "scale_x": qparams.scale, "words": words, "scales": scales, "sums": sums}
+    o = Operands(**given, zero=qparams.zero, row=row, totals=totals, bias=None)
     for tiles in dict.fromkeys(entry.config for entry in TABLE):
+        if isinstance(tiles, AsInt8) and row is None:
+            with pytest.raises(ValueError, match="not integers times one number of the row"):
+                int4_int8_linear(o, BFLOAT16, tiles)
+            continue
         torch.full((8 * M * N,), torch.nan, device="cuda")
         y = int4_int8_linear(o, BFLOAT16, tiles)
         assert y.isfinite().all(), name_of(tiles)
@@ -86,7 +129,7 @@ def test_every_configuration(M: int, text: str) -> None:
 
 
 def test_no_rows() -> None:
-    pack, _ = packed("int4/g128/asym/bf16", 64, 256)
+    pack, _ = packed(BY_ROW, 64, 256)
     codes, qparams = inputs(3, 256)
     y = torch.ops.qcompile.linear_int4_int8(codes[:0], qparams.scale[:0], qparams.zero[:0], *pack, None, BFLOAT16)
     assert y.shape == (0, 64)
@@ -106,14 +149,14 @@ def test_largest_products_are_exact(M: int) -> None:
     x = torch.full((M, K), -128, dtype=torch.int8, device="cuda")
     scale = torch.ones(M, 1, device="cuda")
     y = torch.ops.qcompile.int4_int8_mm(
-        x, scale, None, parts["words"], parts["scales"], parts["sums"], None, torch.bfloat16
+        x, scale, None, parts["words"], parts["scales"], parts["sums"], None, None, None, torch.bfloat16
     )
     assert (y == torch.tensor(-128.0 * 15 * K).to(y.dtype)).all()
 
 
-@pytest.mark.parametrize("M", [5, 40, 200])
+@pytest.mark.parametrize("M", [5, 40, 200, 1100])
 def test_inputs_that_are_not_contiguous(M: int) -> None:
-    pack, weight = packed("int4/g128/asym/bf16", 256, 512)
+    pack, weight = packed(BY_ROW, 256, 512)
     codes, qparams = inputs(M, 512)
     wide = torch.zeros(M, 1030, dtype=torch.uint8, device="cuda")
     wide[:, 1:1025:2] = codes
@@ -126,18 +169,18 @@ def test_inputs_that_are_not_contiguous(M: int) -> None:
     check(y, codes, qparams, weight, None)
 
 
-@pytest.mark.parametrize("M", [5, 300])
+@pytest.mark.parametrize("M", [5, 300, 1100])
 def test_one_scale_for_all_rows(M: int) -> None:
-    pack, weight = packed("int4/g128/asym/bf16", 256, 512)
+    pack, weight = packed(BY_ROW, 256, 512)
     codes, qparams = inputs(M, 512, "int8/tensor/asym")
     assert qparams.scale.dim() == 0
     check(run(codes, qparams, pack, None, BFLOAT16), codes, qparams, weight, None)
 
 
-@pytest.mark.parametrize("M", [4, 16, 48, 130, 300])
+@pytest.mark.parametrize("M", [4, 16, 48, 130, 300, 1100])
 def test_rows_are_alone(M: int) -> None:
     N, K = 512, 1024
-    pack, weight = packed("int4/g128/asym/bf16", N, K)
+    pack, weight = packed(BY_ROW, N, K)
     x = torch.randn(M, K, device="cuda")
     spec = parse_spec(TOKENS)
 
@@ -159,19 +202,20 @@ def test_rows_are_alone(M: int) -> None:
     assert torch.equal(linear(x[order]), clean[order])
 
 
-def test_a_row_of_zeros_gives_zeros() -> None:
-    M, N, K = 300, 16384, 512
-    pack, _ = packed("int4/g128/asym/bf16", N, K)
+@pytest.mark.parametrize("M", [300, 1100])
+def test_a_row_of_zeros_gives_zeros(M: int) -> None:
+    N, K = 16384, 512
+    pack, _ = packed(BY_ROW, N, K)
     x = torch.randn(M, K, device="cuda")
     x[7] = 0
     qparams = find_qparams(x, parse_spec(TOKENS))
     assert (run(quantize(x, qparams), qparams, pack, None, BFLOAT16)[7] == 0).all()
 
 
-@pytest.mark.parametrize("M", [1, 20, 140])
+@pytest.mark.parametrize("M", [1, 20, 140, 1100])
 def test_graph_replays(M: int) -> None:
     N, K = 512, 1024
-    pack, _ = packed("int4/g128/asym/bf16", N, K)
+    pack, _ = packed(BY_ROW, N, K)
     codes, qparams = inputs(M, K)
     run(codes, qparams, pack, None, BFLOAT16)
     graph = torch.cuda.CUDAGraph()
@@ -183,9 +227,9 @@ def test_graph_replays(M: int) -> None:
         assert torch.equal(y, run(codes, qparams, pack, None, BFLOAT16))
 
 
-@pytest.mark.parametrize("M", [0, 3, 40, 300])
+@pytest.mark.parametrize("M", [0, 3, 40, 300, 1100])
 def test_the_op_is_clean(M: int) -> None:
-    pack, _ = packed("int4/g128/asym/bf16", 64, 256)
+    pack, _ = packed(BY_ROW, 64, 256)
     codes, qparams = inputs(max(M, 1), 256)
     x = (codes.float() - 128).to(torch.int8)[:M]
     arguments = (x, qparams.scale[:M], qparams.zero[:M], *pack, None, BFLOAT16)

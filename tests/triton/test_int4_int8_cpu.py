@@ -1,21 +1,35 @@
 """The W4A8 kernel without a GPU: its weight, its table, its binaries, and what it refuses."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, library
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from qcompile.backends.fx.kernels import int4_int8
 from qcompile.backends.fx.kernels.problem import Problem
-from qcompile.backends.triton.int4_int8_table import TABLE, Int4Int8Tiles
+from qcompile.backends.fx.lower import lower
+from qcompile.backends.triton.int4_int8_linear import MAX_K, why_not_int8
+from qcompile.backends.triton.int4_int8_table import TABLE, AsInt8, Int4Int8Tiles
 from qcompile.backends.triton.int4_int8_words import pack_weight, pack_words, unpack_words
-from qcompile.backends.triton.table import fitting
+from qcompile.backends.triton.table import configs_of, fitting
+from qcompile.graph import graph_text
 from qcompile.numerics import dequantize, find_qparams, quantize
+from qcompile.pipeline import quantize as quantize_graph
+from qcompile.recipe import recipe_from_table
 from qcompile.spec import parse_spec
+from tests.hosts import FX, result
 from tests.triton.compiled import name_of
-from tests.triton.int4_int8_cubins import cubin
+from tests.triton.int4_int8_cubins import cubin, unpack_cubin
+from tests.triton.needs import run_interpreted
+from tests.triton.test_fp4_cpu import HOPPER, Heads, Packs
 
-CONFIGS = [pytest.param(tiles, id=name_of(tiles)) for tiles in dict.fromkeys(entry.config for entry in TABLE)]
+CONFIGS = [
+    pytest.param(tiles, id=name_of(tiles)) for tiles in configs_of(TABLE, 90) if isinstance(tiles, Int4Int8Tiles)
+]
 
 
 @pytest.mark.parametrize(("N", "K"), [(64, 128), (1, 32), (65, 160), (200, 352), (128, 1024)])
@@ -38,7 +52,13 @@ def test_a_code_stands_where_the_module_says() -> None:
         assert int(words[at]) & 0xFFFFFFFF == 15 << (8 * b + 4 * h)
 
 
-@pytest.mark.parametrize("text", ["int4/g32", "int4/g64/asym/bf16", "int4/g128/asym/bf16", "int4/g256", "int4/channel"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("int4/g32", "int4/g64/asym/bf16", "int4/g128/asym/bf16", "int4/g256", "int4/channel"),
+        *("int4/g64/asym/u4row", "int4/g256/u4row"),
+    ],
+)
 @pytest.mark.parametrize(("N", "K"), [(80, 256), (64, 768)])
 def test_packs_hold_the_weight_and_its_sums(text: str, N: int, K: int) -> None:
     weight, spec = torch.randn(N, K), parse_spec(text)
@@ -55,6 +75,76 @@ def test_packs_hold_the_weight_and_its_sums(text: str, N: int, K: int) -> None:
     restored = (unpack_words(words, N, K) - zero.repeat_interleave(width, 1)[:, :K]) * scale.repeat_interleave(width, 1)
     assert torch.equal(restored, dequantize(codes, qparams))
     torch.testing.assert_close(packed["sums"].double(), restored.double().sum(1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["int4/g32/u4row", "int4/g128/asym/u4row", "int4/g256/asym/u4row"])
+def test_packs_of_integers_of_a_row_are_int8_times_it(text: str) -> None:
+    weight, spec = torch.randn(80, 768) + 0.5, parse_spec(text)
+    qparams = find_qparams(weight, spec)
+    codes = quantize(weight, qparams)
+    packed = pack_weight(codes, qparams, torch.bfloat16)
+    # scales of groups take no more than other ones do
+    assert packed["scales"].dim() == 3
+    whole = dequantize(codes, qparams) / packed["row"]
+    assert torch.equal(whole, whole.to(torch.int8).float())
+    assert torch.equal(packed["totals"], whole.sum(1).to(torch.int32))
+    assert packed["row"].shape == (80, 1)
+    assert set(pack_weight(codes, find_qparams(weight, parse_spec("int4/g128")), torch.bfloat16)) == {
+        *("words", "scales", "sums"),
+    }
+
+
+INTERPRETED = """
+import torch
+from qcompile.backends.triton.int4_int8_unpack import unpack
+from qcompile.backends.triton.int4_int8_words import pack_weight
+from qcompile.numerics import QParams, find_qparams, quantize
+from qcompile.spec import parse_spec
+
+torch.manual_seed(0)
+# all integers and all zeros that go together, all codes in each of their groups
+pairs = [(i, z) for i in range(1, 17) for z in range(16) if z * i <= 128 and (15 - z) * i <= 127]
+for group, N, K in ((32, len(pairs), 160), (64, len(pairs) + 1, 192), (128, 70, 384), (256, 7, 512)):
+    spec = parse_spec(f"int4/g{group}/asym/u4row")
+    places = (torch.arange(N)[:, None] * (K // group) + torch.arange(K // group)) % len(pairs)
+    integer, zero = torch.tensor(pairs)[places].unbind(-1)
+    outer = (torch.randint(8, 16, (N, 1)) / 64).bfloat16()
+    qparams = QParams(spec=spec, scale=integer * outer.float(), zero=zero.float(), stored={"outer": outer})
+    codes = torch.arange(K).expand(N, K).remainder(16).to(torch.uint8)
+    expected = (codes - zero.repeat_interleave(group, 1)) * integer.repeat_interleave(group, 1)
+    for dtype in (torch.bfloat16, torch.float16):
+        if dtype is torch.float16:
+            # smaller than its normal numbers: scales in float32
+            outer = outer * 2.0**-20
+            qparams = QParams(spec=spec, scale=integer * outer.float(), zero=zero.float(), stored={"outer": outer})
+        packed = pack_weight(codes, qparams, dtype)
+        assert (packed["scales"].dim() == 4) == (dtype is torch.float16)
+        for blocks in (1, 4):
+            made = unpack(packed["words"], packed["scales"], packed["row"], K, blocks)
+            assert made.dtype is torch.int8 and torch.equal(made.long(), expected), (group, N, K, dtype, blocks)
+for text in ("int4/g32/u4row", "int4/g32/asym/u4row"):
+    weight = torch.randn(65, 96) ** 3
+    weight[3], weight[5, :32] = 0, 0
+    qparams = find_qparams(weight, parse_spec(text))
+    codes = quantize(weight, qparams)
+    packed = pack_weight(codes, qparams, torch.bfloat16)
+    made = unpack(packed["words"], packed["scales"], packed["row"], 96, 2)
+    zero = 0 if qparams.zero is None else qparams.zero.repeat_interleave(32, 1)
+    assert torch.equal(made * packed["row"], (codes - zero) * qparams.scale.repeat_interleave(32, 1)), text
+    assert torch.equal(made.sum(1, dtype=torch.int32), packed["totals"])
+print("equal")
+"""
+
+
+def test_the_interpreter_unpacks_every_code_integer_and_zero() -> None:
+    run_interpreted(INTERPRETED, loops=False)
+
+
+@pytest.mark.parametrize("config", [c for c in configs_of(TABLE, 90) if isinstance(c, AsInt8)], ids=name_of)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("wide", [False, True])
+def test_unpacking_compiles(config: AsInt8, groups: int, wide: bool) -> None:
+    assert unpack_cubin(config, groups, wide=wide)[:4] == b"\x7fELF"
 
 
 def test_sums_take_a_row_of_zeros_out_exactly() -> None:
@@ -88,7 +178,27 @@ def test_every_variant_compiles(tiles: Int4Int8Tiles, groups: int, wide: bool, d
 def test_the_table_takes_every_problem() -> None:
     for M in (1, 8, 9, 16, 17, 64, 65, 257, 2048, 1 << 20):
         for N in (8, 4096, 28672, 12345):
-            assert next(fitting(TABLE, M, N, 4096, 90)).tokens >= min(M, 128)
+            tiles, *_ = (c for c in fitting(TABLE, M, N, 4096, 90) if isinstance(c, Int4Int8Tiles))
+            assert tiles.tokens >= min(M, 128)
+
+
+@pytest.mark.parametrize(("M", "many"), [(768, False), (769, True), (8192, True)])
+def test_many_rows_read_the_weight_as_int8(M: int, many: bool) -> None:
+    assert isinstance(next(fitting(TABLE, M, 4096, 4096, 90)), AsInt8) is many
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "row", "reason"),
+    [
+        (64, 256, torch.ones(64, 1), None),
+        (64, 256, None, "not integers times one number of the row"),
+        (60, 256, torch.ones(60, 1), "N=60"),
+        (64, MAX_K + 1, torch.ones(64, 1), "can overflow int32"),
+    ],
+)
+def test_what_stays_groups_says_why(N: int, K: int, row: torch.Tensor | None, reason: str | None) -> None:
+    found = why_not_int8(N, K, row)
+    assert found is None if reason is None else reason in str(found)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +206,7 @@ def test_the_table_takes_every_problem() -> None:
     [
         ("int8/token/asym", {}, None),
         ("int8/token", {"weight": parse_spec("int4/g32")}, None),
+        ("int8/token/asym", {"weight": parse_spec("int4/g64/asym/u4row")}, None),
         ("int8/tensor", {"dtype": torch.float16}, None),
         (None, {}, "not quantized"),
         ("fp8_e4m3/token", {}, "not integers"),
@@ -113,3 +224,53 @@ def test_refusals_say_why(given: str | None, more: dict[str, object], reason: st
     fields |= {"weight": parse_spec("int4/g128"), "input": None if given is None else parse_spec(given)}
     found = int4_int8.why_not(Problem(**(fields | more)))
     assert found is None if reason is None else reason in str(found)
+
+
+def as_int8(codes: Tensor, scale: Tensor, zero: Tensor, words: Tensor, scales: Tensor, *given: Any) -> Tensor:
+    """What the op computes for many rows, in plain torch."""
+    _, row, totals, bias, dtype = given
+    N, K = len(row), codes.shape[1]
+    # groups of a block and 32 columns
+    integer = (scales & -65536).view(torch.float32).transpose(1, 2).reshape(-1, K // 32)[:N] / row
+    zeros = (scales & 0xFFFF).transpose(1, 2).reshape(-1, K // 32)[:N]
+    weight = (unpack_words(words, N, K) - zeros.repeat_interleave(32, 1)) * integer.repeat_interleave(32, 1)
+    assert torch.equal(weight, weight.to(torch.int8).float())
+    sums = codes.double() @ weight.double().T - (zero - 128).double() * totals
+    y = sums * scale.double() * row.double().T
+    return (y if bias is None else y + bias.double()).to(dtype)
+
+
+def as_rows(x: Tensor, *given: Any) -> list[Tensor]:
+    """Of `quantize_rows` behind a norm, what it computes of integers with a zero point."""
+    second, weight, bias, before, eps, spec, offset, _ = given
+    assert (second, bias, before, offset) == (None, None, "rms_norm", 128)
+    value = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+    qparams = find_qparams(value, parse_spec(spec))
+    assert qparams.zero is not None
+    return [(quantize(value, qparams).short() - offset).to(torch.int8), qparams.scale, qparams.zero]
+
+
+@pytest.fixture
+def ops_on_cpu() -> Iterator[None]:
+    added = library.Library("qcompile", "IMPL")
+    added.impl("int4_int8_mm", as_int8, "CPU")
+    added.impl("quantize_rows", as_rows, "CPU")
+    yield
+    added._destroy()
+
+
+@pytest.mark.usefixtures("ops_on_cpu")
+def test_joined_weights_are_int8_under_one_number_a_row() -> None:
+    torch.manual_seed(0)
+    model, x = Heads(128).bfloat16().eval(), torch.randn(2, 30, 128).bfloat16()
+    table = {"name": "rows", "rules": [{"weight": "int4/g32/asym/u4row", "input": "int8/token/asym"}]}
+    recipe = recipe_from_table(table)
+    graph = FX.open(model, x)
+    quantize_graph(graph, recipe)
+    expected = result(graph, x).float()
+    graph = FX.open(model, x)
+    quantize_graph(graph, recipe, lower=lambda graph, plan: len(lower(graph, HOPPER, Packs())))
+    # q and k behind each other, and v, which has a bias
+    assert graph_text(graph).count("linear_int4_int8") == 2
+    # numbers that the planned graph rounds to bfloat16, and results
+    assert float((result(graph, x).float() - expected).norm() / expected.norm()) < 5e-3

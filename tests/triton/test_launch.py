@@ -18,6 +18,7 @@ from qcompile.backends.triton import (
     hopper,
     int4_int8_linear,
     int4_int8_table,
+    int4_int8_unpack,
     quantize_rows,
     width_few_rows,
     width_many_rows,
@@ -175,6 +176,7 @@ LAUNCHERS = {
     "many_rows": lambda: width_many_rows.many_rows(*int4(ManyRows)),
     "unpack": lambda: width_unpack.unpack(*int4(Unpack)),
     "w4a8": lambda: int4_int8_linear._multiply(w4a8(), torch.bfloat16, int4_int8_table.TABLE[0].config),
+    "w4a8 as int8": lambda: int4_int8_unpack.unpack(w4a8().words, w4a8().scales, torch.ones(256, 1), 384, 4),
     "quantize_rows": lambda: quantize_rows.quantize_rows(torch.ones(2, 384), parse_spec("int8/token/asym"), eps=1e-5),
     "add_parts": lambda: add_parts.add_parts(torch.ones(2, 3, 4), None, torch.ones(3, 4)),
 }
@@ -189,6 +191,7 @@ def test_launchers_give_what_their_kernel_takes(name: str, monkeypatch: pytest.M
         hopper,
         width_many_rows,
         int4_int8_linear,
+        int4_int8_unpack,
         width_few_rows,
         width_unpack,
         quantize_rows,

@@ -14,7 +14,7 @@ from qcompile.formats import CodeBook
 from qcompile.spec import SCALES
 
 # kinds of scales that lie row by row
-_BY_ROW = ("fp32", "fp16", "bf16", "e8m0", *(name for name, kind in SCALES.items() if kind.shared))
+_BY_ROW = ("fp32", "fp16", "bf16", "e8m0", *(name for name, kind in SCALES.items() if kind.code_bits))
 
 REGISTRY.define(
     "embedding_packed(Tensor indices, Tensor[] packed, str spec, str[] names, int K, ScalarType dtype) -> Tensor"

@@ -1,8 +1,9 @@
 """W4A8 on Hopper: 4-bit weights under 8-bit inputs, the Triton kernel of `qcompile.backends.triton.int4_int8_linear`.
 
-codes int8 (or uint8, with zero) [..., K], scale and zero float32 [..., 1] or []; words, scales and sums as
-`qcompile.backends.triton.int4_int8_words` packs them. Products of codes are summed exactly, in int32, group by group;
-M is known to the opaque op alone.
+codes int8 (or uint8, with zero) [..., K], scale and zero float32 [..., 1] or []; words, scales, sums, and row and
+totals where scales are integers of a row, as `qcompile.backends.triton.int4_int8_words` packs them. Products of codes
+are summed exactly, in int32, group by group, or for many rows of x all of a row of the weight, as int8; M is known to
+the opaque op alone.
 """
 
 from collections.abc import Mapping
@@ -21,12 +22,12 @@ from qcompile.formats import Integer
 from qcompile.spec import ALL, Zero
 
 REGISTRY.define(
-    "int4_int8_mm(Tensor codes, Tensor scale, Tensor? zero, Tensor words, Tensor scales, Tensor sums, Tensor? bias,"
-    " ScalarType dtype) -> Tensor"
+    "int4_int8_mm(Tensor codes, Tensor scale, Tensor? zero, Tensor words, Tensor scales, Tensor sums, Tensor? row,"
+    " Tensor? totals, Tensor? bias, ScalarType dtype) -> Tensor"
 )
 REGISTRY.define(
     "linear_int4_int8(Tensor codes, Tensor scale, Tensor? zero, Tensor words, Tensor scales, Tensor sums,"
-    " Tensor? bias, ScalarType dtype) -> Tensor"
+    " Tensor? row, Tensor? totals, Tensor? bias, ScalarType dtype) -> Tensor"
 )
 
 
@@ -37,13 +38,16 @@ def _int4_int8_mm(
     words: Tensor,
     scales: Tensor,
     sums: Tensor,
+    row: Tensor | None,
+    totals: Tensor | None,
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """codes int8 [M, K]; scale and zero [M, 1] or []; y [M, N]."""
     from qcompile.backends.triton.int4_int8_linear import Operands, int4_int8_linear
 
-    o = Operands(x=codes, scale_x=scale, zero=zero, words=words, scales=scales, sums=sums, bias=bias)
+    pack = {"words": words, "scales": scales, "sums": sums}
+    o = Operands(x=codes, scale_x=scale, zero=zero, **pack, row=row, totals=totals, bias=bias)
     return int4_int8_linear(o, dtype)
 
 
@@ -60,6 +64,8 @@ def _linear_int4_int8(
     words: Tensor,
     scales: Tensor,
     sums: Tensor,
+    row: Tensor | None,
+    totals: Tensor | None,
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -74,6 +80,8 @@ def _linear_int4_int8(
         words,
         scales,
         sums,
+        row,
+        totals,
         None if bias is None else bias.expand(N).contiguous(),
         dtype,
     )
@@ -109,7 +117,8 @@ def why_not(p: Problem) -> str | None:
 
 
 def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: Any) -> tuple[Any, ...]:
-    return (*x, packed["words"], packed["scales"], packed["sums"], bias, p.dtype)
+    rows = packed.get("row"), packed.get("totals")
+    return (*x, packed["words"], packed["scales"], packed["sums"], *rows, bias, p.dtype)
 
 
 KERNEL = Kernel(
