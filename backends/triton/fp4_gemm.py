@@ -124,6 +124,28 @@ def _scaled(sums, vectors, n, m, M, N):
 
 
 @gluon.jit
+def _multiply(
+    acc, low, high, index, phase, block, use_acc, end, ring, octaves, UNIT: gl.constexpr, UNITS: gl.constexpr,
+    STAGES: gl.constexpr, MANTISSA: gl.constexpr,
+):  # fmt: skip
+    """Add the product of a block that is unpacked, and unpack the next one meanwhile: sums, that block, its stage."""
+    xs, ws, full, free = ring
+    LOWERED: gl.constexpr = octaves is not None
+    mma: gl.constexpr = acc.type.layout
+    x = xs.index(index).permute((1, 0))
+    acc = warpgroup_mma(_operand(low, high, LOWERED, mma), x, acc, use_acc=use_acc, is_async=True)
+    next_index, next_phase = next_stage(index, phase, STAGES)
+    # asked for before the wait; behind the last block they are not used
+    lowering = _octaves_of(octaves, gl.minimum(block + 1, end - 1))
+    mbarrier.wait(full.index(next_index), next_phase, pred=block + 1 < end)
+    next_low, next_high = _unpacked(ws.index(next_index * UNITS + UNIT), lowering, LOWERED, MANTISSA)
+    # all that the product reads, and what is unpacked while it runs
+    acc, low, high, next_low, next_high = warpgroup_mma_wait(0, deps=[acc, low, high, next_low, next_high])
+    mbarrier.arrive(free.index(index), count=1)
+    return acc, next_low, next_high, next_index, next_phase
+
+
+@gluon.jit
 def _multiply_all(
     UNIT: gl.constexpr, ring, ys, y, parts_ptr, vectors, sizes, shape, UNITS: gl.constexpr, STAGES: gl.constexpr,
     ROWS: gl.constexpr, MANTISSA: gl.constexpr, WHOLE: gl.constexpr,
@@ -143,19 +165,22 @@ def _multiply_all(
         lowering = _octaves_of(octaves, first)
         mbarrier.wait(full.index(index), phase)
         low, high = _unpacked(ws.index(index * UNITS + UNIT), lowering, LOWERED, MANTISSA)
-        for block in range(first, end):
+        # two blocks at a time, so that the next one's registers are never copied to those of the product that runs:
+        # ptxas would let no product overlap with unpacking (C7513)
+        for block in range(first, end - 1, 2):
+            acc, odd_low, odd_high, odd_index, odd_phase = _multiply(
+                acc, low, high, index, phase, block, block > first, end, ring, octaves, UNIT, UNITS, STAGES, MANTISSA
+            )
+            acc, low, high, index, phase = _multiply(
+                acc, odd_low, odd_high, odd_index, odd_phase, block + 1, True, end, ring, octaves, UNIT, UNITS, STAGES,
+                MANTISSA,
+            )  # fmt: skip
+        if (end - first) % 2 == 1:
             x = xs.index(index).permute((1, 0))
-            acc = warpgroup_mma(_operand(low, high, LOWERED, mma), x, acc, use_acc=block > first, is_async=True)
-            next_index, next_phase = next_stage(index, phase, STAGES)
-            # asked for before the wait; behind the last block they are not used
-            next_lowering = _octaves_of(octaves, gl.minimum(block + 1, end - 1))
-            mbarrier.wait(full.index(next_index), next_phase, pred=block + 1 < end)
-            next_low, next_high = _unpacked(ws.index(next_index * UNITS + UNIT), next_lowering, LOWERED, MANTISSA)
-            # all that the product reads, and what is unpacked while it runs
-            acc, low, high, next_low, next_high = warpgroup_mma_wait(0, deps=[acc, low, high, next_low, next_high])
+            acc = warpgroup_mma(_operand(low, high, LOWERED, mma), x, acc, use_acc=end - 1 > first, is_async=True)
+            acc, low, high = warpgroup_mma_wait(0, deps=[acc, low, high])
             mbarrier.arrive(free.index(index), count=1)
-            low, high = next_low, next_high
-            index, phase = next_index, next_phase
+            index, phase = next_stage(index, phase, STAGES)
         n = (column * UNITS + UNIT) * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
         m = row * TOKENS
         result = _scaled(acc, vectors, n, m, M, N)

@@ -1,13 +1,17 @@
 """4-bit floats under 8-bit ones without a GPU: their weight and input, their table, binaries, and what is refused."""
 
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+
+import triton
 
 import qcompile
 from qcompile.backends.fx.kernels import choose as choose_kernel
@@ -137,6 +141,16 @@ def test_configuration_compiles(config: Config, capability: int, mantissa: int) 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_slices_compile(tiles: Tiles, dtype: torch.dtype) -> None:
     assert kernel(tiles, 90, dtype, 1, whole=False).asm["cubin"][:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("tiles", [c for c in configs_of(TABLE, 90) if isinstance(c, Tiles)], ids=name_of)
+@pytest.mark.parametrize("columns_lowered", [False, True])
+def test_products_run_while_the_next_block_is_unpacked(tiles: Tiles, columns_lowered: bool, tmp_path: Path) -> None:
+    (tmp_path / "kernel.ptx").write_text(kernel(tiles, 90, torch.bfloat16, 1, lowered=columns_lowered).asm["ptx"])
+    command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name", "sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
+    # C7510 to C7514: the products wait for each other
+    assert "serialized" not in said
 
 
 def test_the_table_takes_every_problem() -> None:
