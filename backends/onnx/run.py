@@ -27,6 +27,7 @@ from qcompile.backends.onnx.ops import (
     attribute,
     is_op,
 )
+from qcompile.backends.onnx.runtime import keep_sums_exact
 from qcompile.backends.onnx.values import constant, held_tensor, is_numpys_own, onnx_dtype, tensor_of
 from qcompile.errors import GraphError
 from qcompile.numerics import QParams, dequantize, find_qparams, quantize
@@ -168,6 +169,7 @@ def _session(model: ir.Model, nodes: Sequence[ir.Node], wanted: set[ir.Value]) -
     opset = model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx", 1))
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    keep_sums_exact(options)
     graph = GraphProto(name="part")
     graph.node.extend(proto for node in nodes for proto in runnable(node, opset))
     graph.input.extend(_info(v) for v in outer)

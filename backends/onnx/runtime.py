@@ -12,11 +12,17 @@ import onnxruntime as ort
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
+from qcompile.backends.devices import this_device
 from qcompile.backends.onnx.files import write_model
 from qcompile.errors import CalibrationError, UnsupportedError
 
 # of onnxruntime's log: warnings of its optimizer are not the user's business, nor is what an exception says anyway
 _ERRORS_ONLY, _FATAL_ONLY = 3, 4
+# x86 without VNNI adds pairs of products of unsigned and signed bytes in 16 bits, which overflow
+_OVERFLOWING = ("cpu", "cpu_avx2", "cpu_avx512")
+# there, onnxruntime makes signed weights of integer kernels unsigned, whose products it adds in 32 bits, and leaves
+# pairs of QuantizeLinear and DequantizeLinear as they are written: those it would make kernels of, it does not mend
+EXACT_SUMS = {"session.x64quantprecision": "1", "session.disable_quant_qdq": "1"}
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # what it raises: each class stands alone, beneath Exception
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (
@@ -66,6 +72,7 @@ def start(
     options.log_severity_level = _FATAL_ONLY if quiet else _ERRORS_ONLY
     # threads that wait for a next run keep the cores busy for whoever else computes: torch, and other sessions
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    keep_sums_exact(options)
     for key, value in (settings or {}).items():
         options.add_session_config_entry(key, value)
     if provider != CPU:
@@ -90,6 +97,18 @@ def _remedy(provider: str) -> str:
     if provider == CPU:
         return "export it at another opset, or in float32"
     return f"see that the libraries of {provider} can be loaded, and that the file was written for it"
+
+
+def overflows() -> bool:
+    """Whether sums of integer kernels overflow on this CPU, unless a session has the settings of EXACT_SUMS."""
+    return this_device(torch.device("cpu")).name in _OVERFLOWING
+
+
+def keep_sums_exact(options: ort.SessionOptions) -> None:
+    """Have integer kernels on this CPU give what they give elsewhere."""
+    if overflows():
+        for key, value in EXACT_SUMS.items():
+            options.add_session_config_entry(key, value)
 
 
 def results_of(

@@ -1,6 +1,6 @@
 """A decoder on a GPU under each recipe, beside torch.compile of its bfloat16 original: decoding and prefill.
 
-    python examples/benchmarks/decoder_cuda.py [--recipes NAME ...]
+    python examples/benchmarks/decoder_cuda.py [--recipes NAME ...] [--steps NAME ...] [--layers N] [--result FILE]
 
 Layers of Llama-3.1-8B's shapes with random weights, without embeddings and logits. Decoding: one token for each of 1,
 16 and 64 sequences that have 1024 tokens in their caches; prefill: one sequence of 2048 tokens. Recipes run without
@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -32,6 +34,7 @@ from qcompile.presets import parse_recipe
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD = 4096, 14336, 32, 8, 128
 CONTEXT, PREFILL = 1024, 2048
 BATCHES = (1, 16, 64)
+STEPS = (*(f"decode {batch}" for batch in BATCHES), f"prefill {PREFILL}")
 FLOAT = "bfloat16, torch.compile"
 RECIPES = ("int4-weight", "fp8", "int8", "w4a8", "fp4-a8", "fp4-token", "mixed/3", "mixed/4.25")
 # relative difference from the Q/DQ graph that bfloat16 and the order of sums explain in two layers; beyond it, as where
@@ -115,13 +118,14 @@ def decoder(layers: int, place: str = "cuda") -> Decoder:
     return made
 
 
-def shapes(layers: int) -> list[Shape]:
+def shapes(layers: int, steps: Sequence[str]) -> list[Shape]:
     found = []
     for batch in BATCHES:
         kept = torch.randn(layers, 2, batch, KV_HEADS, CONTEXT, HEAD, device="cuda").bfloat16()
         caches = [(layer[0].clone(), layer[1].clone()) for layer in kept]
         found.append(_shape(f"decode {batch}", batch, 1, CONTEXT - 1, caches))
-    return [*found, _shape(f"prefill {PREFILL}", 1, PREFILL, 0, [])]
+    found.append(_shape(STEPS[-1], 1, PREFILL, 0, []))
+    return [shape for shape in found if shape.name in steps]
 
 
 def _shape(name: str, batch: int, tokens: int, start: int, caches: Sequence[Cache]) -> Shape:
@@ -163,15 +167,15 @@ def compiled(model: Decoder, name: str, **options: Any) -> Callable[..., Tensor]
 
 
 @torch.no_grad()
-def check(name: str) -> dict[str, float]:
+def check(name: str, steps: Sequence[str]) -> dict[str, float]:
     """The largest relative differences from the recipe's Q/DQ graph and, of both, from the float model.
 
-    Raises SystemExit where rounding explains neither.
+    steps: names of those to look at.  Raises SystemExit where rounding explains neither.
     """
     torch._dynamo.config.recompile_limit = VARIANTS
     model, worst = decoder(CHECKED_LAYERS), {"difference": 0.0, "error": 0.0, "error_of_qdq": 0.0}
     fast, reference = compiled(model, name), compiled(model, name, lower=False)
-    for shape in shapes(CHECKED_LAYERS):
+    for shape in shapes(CHECKED_LAYERS, steps):
         exact, expected, found = (call(*shape.inputs).float() for call in (model, reference, fast))
         off, error, of_qdq = _distance(found, expected), _distance(found, exact), _distance(expected, exact)
         if not (off < ROUNDED or error < AS_NEAR * of_qdq):
@@ -185,11 +189,12 @@ def check(name: str) -> dict[str, float]:
     return worst
 
 
-def checks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def checks(names: Sequence[str], steps: Sequence[str]) -> dict[str, dict[str, Any]]:
     """`check` of each recipe by name, side by side, as most of it is compiling."""
     workers = max(1, min(len(names), (os.cpu_count() or 1) // 2))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        return {name: dict(found) for name, found in zip(names, pool.map(check, names), strict=True)}
+        found = pool.map(partial(check, steps=steps), names)
+        return {name: dict(worst) for name, worst in zip(names, found, strict=True)}
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
@@ -229,13 +234,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    parser.add_argument("--result", type=Path, default=RESULTS / "decoder_cuda.json")
     given = parser.parse_args()
     torch._dynamo.config.recompile_limit = VARIANTS
     rows: dict[str, dict[str, Any]] = {FLOAT: {}}
-    rows |= checks(given.recipes)
+    rows |= checks(given.recipes, given.steps)
     with torch.no_grad():
         calls: dict[str, Callable[..., Tensor]] = {}
-        given_shapes = shapes(given.layers)
+        given_shapes = shapes(given.layers, given.steps)
         graphs: dict[str, list[torch.cuda.CUDAGraph]] = {shape.name: [] for shape in given_shapes}
         for name, row in rows.items():
             torch.cuda.synchronize()
@@ -265,7 +272,7 @@ def main() -> None:
         "machine": device("cuda"),
         "rows": rows,
     }
-    write_result(RESULTS / "decoder_cuda.json", result)
+    write_result(given.result, result)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
+from qcompile.backends.onnx.runtime import keep_sums_exact
 from qcompile.numerics import QParams, dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 
@@ -152,6 +153,7 @@ def run_onnxruntime(model: ir.Model, *inputs: Tensor, optimize: bool = True) -> 
     """What onnxruntime's CPU makes of it; without optimization it runs each node as it is written."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    keep_sums_exact(options)
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     data = ir.to_proto(model).SerializeToString()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qcompile.backends.onnx.graph import OnnxGraph
+from qcompile.backends.onnx.runtime import keep_sums_exact
 from qcompile.graph import Op
 
 K, N = 6, 4
@@ -41,6 +42,7 @@ def by_onnxruntime(source: ir.Model, *args: Tensor) -> list[Tensor]:
     """What the model gives as it came."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    keep_sums_exact(options)
     session = ort.InferenceSession(ir.to_proto(source).SerializeToString(), options, ["CPUExecutionProvider"])
     feeds = {i.name: a.numpy() for i, a in zip(session.get_inputs(), args, strict=True)}
     return [torch.from_numpy(found) for found in session.run(None, feeds)]

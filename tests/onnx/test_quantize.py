@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from typer.testing import CliRunner
 
 import qcompile
 from qcompile.backends.onnx.export import export_model
+from qcompile.backends.onnx.runtime import start
 from qcompile.cli import app
 from qcompile.errors import CalibrationError, CoverageError, GraphError, ModelError, RecipeError, UnsupportedError
 from qcompile.files import run_onnx
@@ -83,9 +83,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(path: Path, inputs: dict[str, Tensor]) -> Tensor:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = start(path, path.name)
     return torch.from_numpy(session.run(None, {name: x.numpy() for name, x in inputs.items()})[0])
 
 
