@@ -44,6 +44,8 @@ CASES = [
     ("fp4", "fp4_e1m2/channel", "fp4_e2m1/token"),
     ("fp4-lowered", "fp4_e2m1/channel", "fp8_e4m3/token"),
     ("fp4-lowered", "fp4_e3m0/channel", "fp8_e4m3/tensor"),
+    ("weight-lowered", "fp4_e2m1/channel", None),
+    ("weight-lowered", "fp4_e3m0/channel", None),
     ("book-triton", "dynamic8/g32", None),
     ("packed", "int3/g32/asym/bf16", None),
     ("packed", "nf4/g32/dq256", None),
@@ -73,7 +75,7 @@ def test_kernel_equals_oracle(
     )
     qparams = find_qparams(W, p.weight)
     codes = quantize(W, qparams)
-    if name == "fp4-lowered":
+    if name in ("fp4-lowered", "weight-lowered"):
         codes, qparams = lowered_codes(codes, qparams, tuple(k % 12 for k in range(K)))
         p = replace(p, weight=qparams.spec, lowered=qparams.lowered)
     kernel = BY_NAME[name]

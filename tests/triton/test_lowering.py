@@ -128,6 +128,7 @@ def test_kernels_of_a_device_are_no_candidates_elsewhere() -> None:
         "fp4",
         "fp4-lowered",
         "fp8-triton",
+        "weight-lowered",
         "weight-triton",
         "book-triton",
         "int4-int8",

@@ -13,6 +13,7 @@ from qcompile.backends.fx.kernels import (
     lifted,
     narrow,
     packed,
+    weight_lowered,
     weight_triton,
 )
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
@@ -28,6 +29,7 @@ KERNELS: tuple[Kernel, ...] = (
     fp8.KERNEL,
     lifted.KERNEL,
     int4_int8.KERNEL,
+    weight_lowered.KERNEL,
     weight_triton.KERNEL,
     book_triton.KERNEL,
     narrow.KERNEL,
