@@ -34,6 +34,7 @@ def matmuls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """N of every integer matmul that runs."""
     seen: list[int] = []
     plain = torch._int_mm
+    monkeypatch.setattr(int8, "has_integer_units", lambda: True)
     monkeypatch.setattr(torch, "_int_mm", lambda a, b, **more: seen.append(b.shape[1]) or plain(a, b, **more))
     return seen
 

@@ -6,7 +6,8 @@ from torch import Tensor, library
 from torch._subclasses import FakeTensorMode
 
 from qcompile.backends.fx import ops as fx_ops
-from qcompile.backends.fx.kernels import KERNELS, Problem, choose
+from qcompile.backends.fx.kernels import KERNELS, Problem, choose, int8
+from qcompile.backends.fx.kernels.int8 import FLOAT_M, float_mm
 from qcompile.backends.fx.kernels.problem import Kernel
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import Spec, parse_spec
@@ -95,6 +96,25 @@ def test_kernel_equals_oracle(
 def test_integer_product_is_exact() -> None:
     codes = torch.randint(-127, 128, (37, 4099), dtype=torch.int8)
     weight = torch.randint(-127, 128, (41, 4099), dtype=torch.int8)
+    assert torch.equal(torch.ops.qcompile.int_mm(codes, weight), (codes.long() @ weight.long().T).int())
+
+
+@pytest.mark.parametrize(("M", "K"), [(4, 1), (37, 4099), (5, 1024), (5, 1025), (0, 8), (3, 0)])
+@pytest.mark.parametrize("least", [-128, -127])
+def test_integer_product_by_floats_is_exact(M: int, K: int, least: int) -> None:
+    codes = torch.randint(least, 128, (M, K), dtype=torch.int8)
+    weight = torch.randint(least, 128, (41, K), dtype=torch.int8)
+    # sums as large as there are
+    codes[: M // 2], weight[:20] = least, least
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(float_mm(codes, weight), (codes.long() @ weight.long().T).int())
+
+
+@pytest.mark.parametrize("M", [1, FLOAT_M, 100])
+@pytest.mark.parametrize("units", [True, False])
+def test_who_multiplies_integers(M: int, units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "has_integer_units", lambda: units)
+    codes, weight = (torch.randint(-127, 128, (n, 300), dtype=torch.int8) for n in (M, 17))
     assert torch.equal(torch.ops.qcompile.int_mm(codes, weight), (codes.long() @ weight.long().T).int())
 
 

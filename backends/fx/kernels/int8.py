@@ -10,11 +10,13 @@ slower kernel.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qcompile.backends.devices import this_device
 from qcompile.backends.fx.kernels.kept import kept
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
@@ -24,6 +26,9 @@ from qcompile.spec import ALL, Spec
 
 # (2**31 - 1) // (255 * 127): the largest sum of codes without their zero times weights
 MAX_K = 66_311
+# of a CPU without integer units: rows from which making floats of a weight pays, and 2**24 // (128 * 128), the most
+# products that a sum in float32 takes
+FLOAT_M, FLOAT_K = 4, 1024
 # between uint8 codes and the int8 that the matmul takes
 OFFSET = 128
 # what cuBLAS asks of an int8 matmul
@@ -42,7 +47,23 @@ REGISTRY.define(
 
 def _int_mm(codes: Tensor, weight: Tensor) -> Tensor:
     """codes int8 [M, K], weight int8 [N, K] -> int32 [M, N], exact."""
-    return torch._int_mm(codes, weight.t())
+    few = codes.shape[0] < FLOAT_M
+    return torch._int_mm(codes, weight.t()) if few or has_integer_units() else float_mm(codes, weight)
+
+
+@cache
+def has_integer_units() -> bool:
+    """Whether this CPU multiplies int8; where it does not, torch multiplies number by number."""
+    return "int8" in this_device("cpu").multiplies
+
+
+def float_mm(codes: Tensor, weight: Tensor) -> Tensor:
+    """As `_int_mm`, by float32 matmuls: each has so few columns that all sums are integers that float32 holds."""
+    total = torch.zeros(codes.shape[0], weight.shape[0], dtype=torch.int32)
+    with torch.autocast("cpu", enabled=False):
+        for x, w in zip(codes.split(FLOAT_K, 1), weight.split(FLOAT_K, 1), strict=True):
+            total += (x.float() @ w.float().t()).to(torch.int32)
+    return total
 
 
 def _int_mm_cuda(codes: Tensor, weight: Tensor) -> Tensor:
