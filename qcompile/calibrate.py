@@ -38,9 +38,9 @@ def calibrate(
 ) -> Plan:
     """The plan of a recipe for a model, with ranges, folds and outliers found from data; it is bound to the model.
 
-    batches: what the model takes: dicts of keyword arguments, tuples of positional ones, or single tensors. Those in
-        host memory go to the device of a model that is on one, one batch at a time. Where a
-        dict has an attention_mask [B, T], rows of activations that are padding (0) are not counted.
+    batches: what the model takes: dicts of keyword arguments, tuples of positional ones, or single tensors. Where a
+        dict has an attention_mask [B, T], rows of activations that are padding (0) are not counted. A batch that lies
+        in host memory as a whole goes to the device that the whole model is on, when it runs.
     progress: show a bar, if standard error is a terminal.
     failures: a folder for the parts of the graph where a pass changed the model's outputs and was undone; by default
         one in the system's folder for temporary files. `Plan.notes` says what was undone.

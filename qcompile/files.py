@@ -23,7 +23,7 @@ from qcompile.backends.onnx.graph import OnnxGraph
 from qcompile.backends.onnx.opsets import raised
 from qcompile.backends.onnx.planned import Kernels, as_written
 from qcompile.backends.onnx.prove import HeldOut, Proof, numeric_outputs, outputs, prove
-from qcompile.backends.onnx.runtime import EXACT_SUMS, overflows, session
+from qcompile.backends.onnx.runtime import exact_sums_of, session
 from qcompile.calibrate import parts_for
 from qcompile.errors import CalibrationError, CoverageError, OptionsError, PlanError, UnsupportedError, nearest
 from qcompile.expected import expected_report
@@ -147,19 +147,20 @@ def quantize_onnx(
     outliers = () if applied.outliers is None else outlier_notes(applied.outliers)
     report = as_written(expected, emitted, proof.kernels)
     notes = (*report.notes, *said, *multiplications, *outliers, *_joined(emitted.notes), *_counted(proof.kernels))
-    notes = (*notes, *_served(target))
+    notes = (*notes, *_served(emitted.model, target))
     if isinstance(certificate, str):
         return replace(report, notes=(*notes, certificate), comparison=proof.comparison)
     return replace(report, notes=notes, comparison=proof.comparison, agreement=certificate)
 
 
-def _served(target: str) -> Iterator[str]:
+def _served(model: ir.Model, target: str) -> Iterator[str]:
     """What whoever serves the file must know."""
-    if target == "ort-cpu" and overflows():
-        settings = ", ".join(f"{key} = {value}" for key, value in EXACT_SUMS.items())
+    settings = exact_sums_of(model, target) if target in ("ort-cpu", "portable") else {}
+    if settings:
+        entries = ", ".join(f"{key} = {value}" for key, value in settings.items())
         yield (
-            "this CPU has no VNNI, and onnxruntime's sums of products of bytes overflow here: give sessions the "
-            f"config entries {settings}, as was done for the comparison"
+            "this CPU has no VNNI, and onnxruntime's sums of products of bytes overflow here: give sessions the config "
+            f"entries {entries}, as was done for the comparison"
         )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import qcompile.numerics
+import qcompile.scales
 import qcompile.solvers
 from qcompile.artifact import load, save
 from qcompile.plan import Decision, Plan
@@ -48,7 +50,8 @@ def _fingerprint(model: nn.Module, plan: Plan, batches: Iterable[Any]) -> str:
     """Tells apart all that the codes depend on."""
     digest = hashlib.sha256(repr(plan.recipe).encode())
     # one version and the next may choose other codes
-    for source in sorted(Path(qcompile.solvers.__file__).parent.glob("*.py")):
+    solvers = sorted(Path(qcompile.solvers.__file__).parent.glob("*.py"))
+    for source in (*solvers, Path(qcompile.numerics.__file__), Path(qcompile.scales.__file__)):
         digest.update(source.read_bytes())
     for decision in plan.decisions.values():
         # ranges and importance follow from the data

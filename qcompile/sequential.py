@@ -84,7 +84,7 @@ def solve_in_turn(
     model: nn.Module,
     batches: Sequence[Any],
     plan: Plan,
-    weights: "Weights",
+    weights: Weights,
     *,
     divided: Mapping[str, Tensor] | None = None,
     kept: Kept | None = None,
@@ -93,9 +93,8 @@ def solve_in_turn(
     """The plan, with the codes of all weights whose solver is run in turn.
 
     batches: see `qcompile.calibrate`; one thread each.  plan: says which weights these are, and what else is quantized.
-    divided: by site, what the plan's folds divide the rows
-        of its weight by, float64 [N].  kept: what an earlier run solved is taken from there, and what this one solves
-        is put there.
+    weights: see there.  divided: by site, what the plan's folds divide the rows of its weight by, float64 [N].
+    kept: what an earlier run solved is taken from there, and what this one solves is put there.
     Whatever the plan quantizes is quantized on the way, inputs too, behind its folds. A site that is called several
     times is solved on its first call. Sites with fewer rows of data than channels are noted: what they show of the
     channels is not all. The log has the error of each site.
@@ -138,7 +137,7 @@ class _Run:
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, weights: "Weights", divided: Mapping[str, Tensor], kept: Kept | None
+        self, model: nn.Module, plan: Plan, weights: Weights, divided: Mapping[str, Tensor], kept: Kept | None
     ) -> None:
         wanted = [d.name for d in plan.decisions.values() if d.weight is not None and d.solver in IN_TURN]
         members: dict[int, list[str]] = {}

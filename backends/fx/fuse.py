@@ -16,10 +16,11 @@ from qcompile.backends.fx.graph import FxGraph
 from qcompile.backends.fx.kernels.int8 import OFFSET
 from qcompile.backends.fx.kernels.narrow_floats import is_narrow
 from qcompile.backends.fx.masked import Masked, find_masked
-from qcompile.backends.fx.rows import QUANTIZE_ROWS, tail_width, why_not
+from qcompile.backends.fx.rows import QUANTIZE_ROWS, why_not
 from qcompile.backends.fx.targets import aten, is_call
 from qcompile.backends.fx.values import attribute, dtype, example, fake_mode, infer
 from qcompile.backends.fx.writes import is_written
+from qcompile.backends.triton.eight_bit_table import tail_width
 from qcompile.graph import Op
 from qcompile.spec import Spec
 

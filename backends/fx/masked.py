@@ -28,7 +28,7 @@ def find_masked(graph: FxGraph, value: fx.Node) -> Masked | None:
     x, keep = graph.inputs(value)[:2]
     if x is None or keep is None or not is_constant(keep) or graph.shape(x) != graph.shape(value):
         return None
-    zeroed = _zeroed(graph, keep)
+    zeroed = _zeroed(graph, keep, graph.shape(x)[-1])
     if not zeroed or not dtype(x) == dtype(keep) == dtype(value):
         return None
     for reader in graph.users(x):
@@ -38,10 +38,10 @@ def find_masked(graph: FxGraph, value: fx.Node) -> Masked | None:
     return None
 
 
-def _zeroed(graph: FxGraph, keep: fx.Node) -> tuple[int, ...] | None:
-    """Which channels a vector of ones and zeros multiplies by zero; None if it is no such vector."""
+def _zeroed(graph: FxGraph, keep: fx.Node, K: int | None) -> tuple[int, ...] | None:
+    """Which channels a vector [K] of ones and zeros multiplies by zero; None if it is no such vector."""
     mask = graph.constant(keep)
-    if mask is None or mask.is_meta or mask.dim() != 1 or not ((mask == 0) | (mask == 1)).all():
+    if mask is None or mask.is_meta or mask.shape != (K,) or not ((mask == 0) | (mask == 1)).all():
         return None
     return tuple((mask == 0).nonzero().flatten().tolist())
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qcompile.backends.fx.kernels.narrow_floats import is_narrow
 from qcompile.backends.fx.registry import REGISTRY
-from qcompile.backends.triton.eight_bit_table import TAIL_MULTIPLE
+from qcompile.backends.triton.eight_bit_table import tail_width
 from qcompile.backends.triton.ready import missing
 from qcompile.formats import Integer
 from qcompile.shifts import raised
@@ -89,11 +89,6 @@ REGISTRY.impl("quantize_rows", _quantize_rows, "CUDA")
 REGISTRY.impl("quantize_rows", _quantize_rows_meta, "Meta")
 
 QUANTIZE_ROWS = torch.ops.qcompile.quantize_rows.default
-
-
-def tail_width(outliers: int) -> int:
-    """Columns of the tail."""
-    return outliers + -outliers % TAIL_MULTIPLE
 
 
 def why_not(spec: Spec, dtype: torch.dtype, K: int, capability: tuple[int, int]) -> str | None:

@@ -14,7 +14,7 @@ from qcompile.backends.onnx.feeds import Array, inputs_of, to_feed
 from qcompile.backends.onnx.files import read_model
 from qcompile.backends.onnx.fusion import check_fusion
 from qcompile.backends.onnx.planned import Emitted, Kernels
-from qcompile.backends.onnx.runtime import results_of, start
+from qcompile.backends.onnx.runtime import exact_sums_of, results_of, start
 from qcompile.errors import CalibrationError, ModelError, UnsupportedError
 from qcompile.report.comparison import Comparison, Differences
 from qcompile.watch import mask_of
@@ -55,7 +55,8 @@ def prove(path: Path, emitted: Emitted, source: Path, held_out: HeldOut | None) 
     if fuses and held_out is None:
         return Proof(kernels=kernels, comparison=Comparison(reason=_NO_DATA))
     try:
-        running = start(path, f"the file for {emitted.target}", quiet=not fuses)
+        settings = exact_sums_of(emitted.model, emitted.target)
+        running = start(path, f"the file for {emitted.target}", quiet=not fuses, settings=settings)
         comparison = Comparison(reason=_NO_DATA) if held_out is None else _compared(running, source, held_out)
     except UnsupportedError as e:
         # of the targets, it is onnxruntime's CPU alone that has to run what is here

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
-from qcompile.backends.devices import this_device
+from qcompile.backends.devices import cpu_features, this_device
 from qcompile.backends.onnx.files import write_model
 from qcompile.errors import CalibrationError, UnsupportedError
 
@@ -20,9 +20,11 @@ from qcompile.errors import CalibrationError, UnsupportedError
 _ERRORS_ONLY, _FATAL_ONLY = 3, 4
 # x86 without VNNI adds pairs of products of unsigned and signed bytes in 16 bits, which overflow
 _OVERFLOWING = ("cpu", "cpu_avx2", "cpu_avx512")
-# there, onnxruntime makes signed weights of integer kernels unsigned, whose products it adds in 32 bits, and leaves
-# pairs of QuantizeLinear and DequantizeLinear as they are written: those it would make kernels of, it does not mend
-EXACT_SUMS = {"session.x64quantprecision": "1", "session.disable_quant_qdq": "1"}
+# there, the first has onnxruntime make signed weights of integer kernels unsigned, whose products it adds in 32 bits.
+# It fails at weights of pairs of QuantizeLinear and DequantizeLinear of which it makes no kernel: the second leaves all
+# pairs as they are written
+_UNSIGNED, _AS_WRITTEN = {"session.x64quantprecision": "1"}, {"session.disable_quant_qdq": "1"}
+_QUANTIZES = ("QuantizeLinear", "DynamicQuantizeLinear")
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # what it raises: each class stands alone, beneath Exception
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (
@@ -59,8 +61,8 @@ def start(
 ) -> ort.InferenceSession:
     """A session that runs a file.  name: see `session`.  quiet: nothing is logged of what it cannot run.
 
-    settings, provider_settings: of onnxruntime's session and of its provider, by their keys.  provider: that runs all
-    of the file.  Raises UnsupportedError if it cannot.
+    settings, provider_settings: of onnxruntime's session and of its provider, by their keys; where `settings` is None,
+    on the CPU, those of `exact_sums`.  provider: that runs all of the file.  Raises UnsupportedError if it cannot.
     """
     if provider not in ort.get_available_providers():
         raise UnsupportedError(
@@ -72,8 +74,9 @@ def start(
     options.log_severity_level = _FATAL_ONLY if quiet else _ERRORS_ONLY
     # threads that wait for a next run keep the cores busy for whoever else computes: torch, and other sessions
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    keep_sums_exact(options)
-    for key, value in (settings or {}).items():
+    if settings is None:
+        settings = exact_sums() if provider == CPU else {}
+    for key, value in settings.items():
         options.add_session_config_entry(key, value)
     if provider != CPU:
         # else nodes that the provider lacks run on the CPU without a word
@@ -100,15 +103,28 @@ def _remedy(provider: str) -> str:
 
 
 def overflows() -> bool:
-    """Whether sums of integer kernels overflow on this CPU, unless a session has the settings of EXACT_SUMS."""
-    return this_device(torch.device("cpu")).name in _OVERFLOWING
+    """Whether sums of onnxruntime's integer kernels overflow on this CPU."""
+    return this_device("cpu").name in _OVERFLOWING and "avx_vnni" not in cpu_features()
+
+
+def exact_sums() -> dict[str, str]:
+    """What a session of any model needs for integer kernels on this CPU to give what they give elsewhere."""
+    return _UNSIGNED | _AS_WRITTEN if overflows() else {}
+
+
+def exact_sums_of(model: ir.Model, target: str) -> dict[str, str]:
+    """What a session of a file that was written for a target needs for that, its kernels being those that it has."""
+    nodes = [node for node in model.graph if node.op_type in (*_QUANTIZES, "DequantizeLinear")]
+    if not any(node.op_type in _QUANTIZES for node in nodes) or not overflows():
+        return {}
+    by_blocks = any("block_size" in node.attributes for node in nodes)
+    return _UNSIGNED if target == "ort-cpu" and not by_blocks else _UNSIGNED | _AS_WRITTEN
 
 
 def keep_sums_exact(options: ort.SessionOptions) -> None:
-    """Have integer kernels on this CPU give what they give elsewhere."""
-    if overflows():
-        for key, value in EXACT_SUMS.items():
-            options.add_session_config_entry(key, value)
+    """Give the options what `exact_sums` says."""
+    for key, value in exact_sums().items():
+        options.add_session_config_entry(key, value)
 
 
 def results_of(

@@ -15,6 +15,11 @@ from qcompile.backends.triton.table import HOPPER, Entry
 TAIL_MULTIPLE = 8
 
 
+def tail_width(outliers: int) -> int:
+    """Columns of a tail of so many channels."""
+    return outliers + -outliers % TAIL_MULTIPLE
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
     """`eight_bit`. tokens, channels: of a tile of y; depth: columns a step.

@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.backends.triton.add_parts import is_dependent
 from qcompile.backends.triton.before_rows import BEFORE, LAYER_NORM, RMS_NORM, combined, moments, normalized
-from qcompile.backends.triton.eight_bit_table import TAIL_MULTIPLE
+from qcompile.backends.triton.eight_bit_table import TAIL_MULTIPLE, tail_width
 from qcompile.backends.triton.float_grid import ROUNDER, on_grid, power_of_two
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import on_device
@@ -241,7 +241,7 @@ def quantize_rows(
     zero = None if spec.symmetric else torch.empty_like(scale)
     total = torch.empty((*batch, K), dtype=x.dtype, device=x.device) if keep_total else None
     outliers = 0 if channels is None else channels.shape[0]
-    width = triton.cdiv(outliers, TAIL_MULTIPLE) * TAIL_MULTIPLE
+    width = tail_width(outliers)
     tail = None if channels is None else x.new_empty((*batch, width))
     result = Rows(codes=codes, scale=scale, zero=zero, total=total, tail=tail)
     if M == 0:

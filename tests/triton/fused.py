@@ -10,7 +10,8 @@ from torch import Tensor, library, nn
 
 from qcompile.backends.fx.fuse import fuse
 from qcompile.backends.fx.kernels.int8 import OFFSET
-from qcompile.backends.fx.rows import QUANTIZE_ROWS, tail_width
+from qcompile.backends.fx.rows import QUANTIZE_ROWS
+from qcompile.backends.triton.eight_bit_table import tail_width
 from qcompile.numerics import find_qparams, quantize
 from qcompile.pipeline import quantize as quantize_graph
 from qcompile.plan import make_plan

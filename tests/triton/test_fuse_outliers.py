@@ -117,6 +117,7 @@ def test_channels_in_any_order_are_returned_in_it() -> None:
         pytest.param(keep_of(2) / 2, (2,), False, id="no mask"),
         pytest.param(keep_of(), (), False, id="no channels"),
         pytest.param(torch.zeros(()), (2,), False, id="a number"),
+        pytest.param(torch.zeros(1), (0,), False, id="one for all channels"),
         pytest.param(keep_of(2, 9), (2, 9), True, id="the rest is read by others"),
     ],
 )
