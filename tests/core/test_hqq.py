@@ -14,7 +14,7 @@ from qcompile.spec import parse_spec
 from tests.core.test_imatrix import INTEGERS
 from tests.core.test_solvers import SPECS, weight
 
-KINDS = ("e8m0", "fp8_e4m3", "dq256")
+KINDS = ("e8m0", "fp8_e4m3", "dq256", "u4row")
 FREE = [text for text in SPECS if parse_spec(text).scale not in KINDS] + INTEGERS
 FIXED = [text for text in SPECS if parse_spec(text).scale in KINDS]
 
