@@ -64,9 +64,7 @@ def loud(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    "recipe", variants(("fp4", "nvfp4-shift", "fp4-token", "mxfp4-shift"), quick=("fp4", "nvfp4-shift"))
-)
+@pytest.mark.parametrize("recipe", variants(("fp4", "nvfp4-shift", "fp4-token", "mxfp4-shift"), quick=("nvfp4-shift",)))
 def test_loud_channels_of_small_weights_cost_next_to_nothing(recipe: str) -> None:
     plain, ids, data = build("llama"), tokens(8, 16), [{"input_ids": tokens(16, 16)}]
     errors = []
