@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import onnx_ir as ir
 import onnxruntime as ort
 
-from qcompile.backends.onnx.runtime import exact_sums, session
+from qcompile.backends.onnx.runtime import session
 
 # of MatMulNBits: inputs stay float32. Source: ContribOperators.md of onnxruntime, accuracy_level
 _FLOAT = 1
@@ -21,7 +21,7 @@ def exact_session(model: ir.Model, name: str) -> Iterator[ort.InferenceSession]:
     for node in copy.graph.all_nodes():
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _FLOAT)
-    with session(copy, name, settings=_SETTINGS | exact_sums()) as running:
+    with session(copy, name, settings=_SETTINGS) as running:
         yield running
 
 

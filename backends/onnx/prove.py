@@ -55,8 +55,8 @@ def prove(path: Path, emitted: Emitted, source: Path, held_out: HeldOut | None) 
     if fuses and held_out is None:
         return Proof(kernels=kernels, comparison=Comparison(reason=_NO_DATA))
     try:
-        settings = exact_sums_of(emitted.model, emitted.target)
-        running = start(path, f"the file for {emitted.target}", quiet=not fuses, settings=settings)
+        sums = exact_sums_of(emitted.model, emitted.target)
+        running = start(path, f"the file for {emitted.target}", quiet=not fuses, sums=sums)
         comparison = Comparison(reason=_NO_DATA) if held_out is None else _compared(running, source, held_out)
     except UnsupportedError as e:
         # of the targets, it is onnxruntime's CPU alone that has to run what is here

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
-from qcompile.backends.devices import cpu_features, this_device
+from qcompile.backends.devices import this_device
 from qcompile.backends.onnx.files import write_model
 from qcompile.errors import CalibrationError, UnsupportedError
 
@@ -55,14 +55,16 @@ def start(
     name: str,
     *,
     quiet: bool = False,
+    sums: Mapping[str, str] | None = None,
     settings: Mapping[str, str] | None = None,
     provider: str = CPU,
     provider_settings: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
     """A session that runs a file.  name: see `session`.  quiet: nothing is logged of what it cannot run.
 
-    settings, provider_settings: of onnxruntime's session and of its provider, by their keys; where `settings` is None,
-    on the CPU, those of `exact_sums`.  provider: that runs all of the file.  Raises UnsupportedError if it cannot.
+    sums: the settings that keep them exact, `exact_sums` on the CPU if not given.  settings, provider_settings: more of
+    onnxruntime's session, and of its provider, by their keys.  provider: that runs all of the file.
+    Raises UnsupportedError if it cannot.
     """
     if provider not in ort.get_available_providers():
         raise UnsupportedError(
@@ -74,9 +76,9 @@ def start(
     options.log_severity_level = _FATAL_ONLY if quiet else _ERRORS_ONLY
     # threads that wait for a next run keep the cores busy for whoever else computes: torch, and other sessions
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if settings is None:
-        settings = exact_sums() if provider == CPU else {}
-    for key, value in settings.items():
+    if sums is None:
+        sums = exact_sums() if provider == CPU else {}
+    for key, value in (*sums.items(), *(settings or {}).items()):
         options.add_session_config_entry(key, value)
     if provider != CPU:
         # else nodes that the provider lacks run on the CPU without a word
@@ -104,7 +106,7 @@ def _remedy(provider: str) -> str:
 
 def overflows() -> bool:
     """Whether sums of onnxruntime's integer kernels overflow on this CPU."""
-    return this_device("cpu").name in _OVERFLOWING and "avx_vnni" not in cpu_features()
+    return this_device("cpu").name in _OVERFLOWING
 
 
 def exact_sums() -> dict[str, str]:

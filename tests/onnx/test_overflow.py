@@ -89,7 +89,7 @@ def test_what_is_said_suffices(target: str, source: Path, tmp_path: Path, monkey
     feed = {"x": torch.rand(2, 3, 256).numpy()}
     entries = exact_sums_of(ir.load(path), target)
     (exact,) = start(source, "the float file").run(None, feed)
-    (found,) = start(path, "the file", settings=entries).run(None, feed)
+    (found,) = start(path, "the file", sums=entries).run(None, feed)
     (plain,) = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feed)
     error, without = (float(np.linalg.norm(y - exact) / np.linalg.norm(exact)) for y in (found, plain))
     assert error < 0.01
