@@ -1,7 +1,7 @@
 """What each device multiplies natively, and which device this is.
 
 Sources: PTX ISA 8.7, "Matrix multiply-accumulate" and "tcgen05" tables; AMD CDNA 3 ISA, section "Matrix
-Arithmetic"; Intel 64 Software Developer's Manual, AVX512_VNNI and AMX.
+Arithmetic"; Intel 64 Software Developer's Manual, AVX512_VNNI, AVX-VNNI and AMX.
 """
 
 import platform
@@ -37,6 +37,7 @@ _TABLE = (
     Device(name="cpu_avx2", title="x86 with AVX2", floats=()),
     # VPMADDUBSW and VPDPBUSD take unsigned x signed bytes: s8 x s8 costs a correction of the sum
     Device(name="cpu_avx512", title="x86 with AVX-512", floats=()),
+    Device(name="cpu_avx_vnni", title="x86 with AVX-VNNI", multiplies=_INT8, floats=()),
     Device(name="cpu_vnni", title="x86 with AVX512-VNNI", multiplies=_INT8, floats=()),
     Device(name="cpu_vnni_bf16", title="x86 with AVX512-VNNI and AVX512-BF16", multiplies=_INT8, floats=("bf16",)),
     Device(name="cpu_amx", title="x86 with AMX", multiplies=_INT8, floats=("bf16",)),
@@ -65,6 +66,7 @@ _CPU_FEATURES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("cpu_amx", ("amx_int8", "amx_bf16")),
     ("cpu_vnni_bf16", ("avx512_vnni", "avx512_bf16")),
     ("cpu_vnni", ("avx512_vnni",)),
+    ("cpu_avx_vnni", ("avx_vnni",)),
     ("cpu_avx512", ("avx512_f",)),
     ("cpu_avx2", ("avx2",)),
     ("cpu_i8mm", ("i8mm",)),

@@ -33,6 +33,7 @@ def test_an_unknown_capability_counts_as_the_nearest_below(capability: int, name
     [
         ({"sse2"}, "cpu"),
         ({"avx2"}, "cpu_avx2"),
+        ({"avx2", "avx_vnni"}, "cpu_avx_vnni"),
         ({"avx2", "avx512_f"}, "cpu_avx512"),
         ({"avx2", "avx512_f", "avx512_vnni"}, "cpu_vnni"),
         ({"avx2", "avx512_f", "avx512_vnni", "avx512_bf16"}, "cpu_vnni_bf16"),
