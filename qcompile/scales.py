@@ -7,6 +7,7 @@ progressive group quantization (integers of a row).
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from qcompile.packing import pack, unpack
 from qcompile.spec import SCALES, ScaleKind
 
 Stored = dict[str, Tensor]
-_Keep = Callable[[Tensor, Tensor, float, Tensor | float], tuple[Tensor, Stored]]
+# of a scale and, in their order, the other arguments of `keep_scale`
+_Keep = Callable[[Tensor, Tensor, float, Tensor | float, Tensor | None], tuple[Tensor, Stored]]
 
 _E4M3 = FORMATS["fp8_e4m3"].max
 _E4M3_SMALLEST = 2.0**-9
@@ -46,21 +48,17 @@ def keep_scale(
     """`scale` as storage of this kind gives it back, and the tensors that are stored.
 
     scale: float32, any shape, not 0, negative only if the kind is signed; amax: largest magnitude of each tile, same
-    shape; element_max: of the format; clip: the part of amax that scale covers; below: how far tiles reach below 0,
-    of codes with a zero point, below / scale.
+    shape; element_max: of the format; clip: the part of amax that scale covers; below: how far each tile reaches below
+    0, same shape, where below / scale will be its zero point.
     Returns float32 shaped like scale, and tensors by name.
     A tile's result under fp8_e4m3 does not depend on clip elsewhere: the tensor's scale is that of clip 1.
     """
-    if SCALES[kind].row_bits:
-        return _integers_of_row(SCALES[kind], scale, amax, element_max, below)
-    return _KEEP[kind](scale, amax, element_max, clip)
+    return _KEEP[kind](scale, amax, element_max, clip, below)
 
 
 def stored_scale(stored: Stored, kind: str, count: int) -> Tensor:
     """The float32 scale that `keep_scale` returned, from what it stored.  count: of its last dimension."""
-    if SCALES[kind].row_bits:
-        return _restored_row(SCALES[kind], stored, count)
-    return _restored(SCALES[kind], stored, count) if SCALES[kind].shared else _RESTORE[kind](stored)
+    return _RESTORE[kind](stored, count)
 
 
 def keep_minimum(minimum: Tensor, kind: str) -> tuple[Tensor, Stored]:
@@ -85,7 +83,9 @@ def stored_minimum(stored: Stored, kind: str, count: int) -> Tensor:
     return -_restored(SCALES[kind], {name: stored[f"minimum_{name}"] for name in ("code", "outer")}, count)
 
 
-def _as_it_is(scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float) -> tuple[Tensor, Stored]:
+def _as_it_is(
+    scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float, below: Tensor | None
+) -> tuple[Tensor, Stored]:
     return scale, {"scale": scale}
 
 
@@ -95,7 +95,9 @@ def _rounded(dtype: torch.dtype) -> _Keep:
     # distance of the subnormal numbers
     step = limits.smallest_normal * limits.eps
 
-    def keep(scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float) -> tuple[Tensor, Stored]:
+    def keep(
+        scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float, below: Tensor | None
+    ) -> tuple[Tensor, Stored]:
         # in integers, because a compiler that fuses a cast down with a cast up leaves out the rounding
         size = scale.abs()
         bits = size.view(torch.int32)
@@ -110,7 +112,9 @@ def _rounded(dtype: torch.dtype) -> _Keep:
     return keep
 
 
-def _power_of_two(scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float) -> tuple[Tensor, Stored]:
+def _power_of_two(
+    scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float, below: Tensor | None
+) -> tuple[Tensor, Stored]:
     # float32 log2 is off by one just below powers of two; the exponent field is exact
     exponent = ((clip * amax).view(torch.int32) >> 23) & 255
     # frexp counts from a significand below 1, OCP from one below 2
@@ -129,7 +133,9 @@ def _restore_power_of_two(stored: Stored) -> Tensor:
     return torch.where(code == _NOT_FINITE, torch.nan, bits.view(torch.float32))
 
 
-def _under_tensor_scale(scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float) -> tuple[Tensor, Stored]:
+def _under_tensor_scale(
+    scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float, below: Tensor | None
+) -> tuple[Tensor, Stored]:
     top = amax.amax()
     outer = torch.where(top == 0, 1.0, over(top, _E4M3 * element_max).clamp(min=torch.finfo(torch.float32).tiny))
     # a block far below the tensor's largest keeps the smallest scale there is, rather than none
@@ -142,7 +148,9 @@ def _restore_under_tensor_scale(stored: Stored) -> Tensor:
     return stored["code"].view(torch.float8_e4m3fn).float() * stored["outer"]
 
 
-def _double(scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float) -> tuple[Tensor, Stored]:
+def _double(
+    scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float, below: Tensor | None
+) -> tuple[Tensor, Stored]:
     # a tile of zeros takes the mean, so that it costs its neighbours no precision
     live = (amax != 0).flatten()
     flat = torch.where(live, scale.flatten(), 0.0)
@@ -171,7 +179,9 @@ def _restore_double(stored: Stored) -> Tensor:
 
 
 def _as_integers(kind: ScaleKind) -> _Keep:
-    def keep(scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float) -> tuple[Tensor, Stored]:
+    def keep(
+        scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float, below: Tensor | None
+    ) -> tuple[Tensor, Stored]:
         # a tile of zeros has any scale, and costs its neighbours no precision
         return _integers(kind, torch.where(amax == 0, 0.0, scale), least=1)
 
@@ -185,7 +195,7 @@ def _integers(kind: ScaleKind, values: Tensor, *, least: int) -> tuple[Tensor, S
     largest = together.gather(-1, together.abs().argmax(-1, keepdim=True)).squeeze(-1)
     low, high = integer_range(kind)
     # the largest magnitude is the integer that is furthest from 0; of zeros alone, no negative one
-    outer, stored = _KEEP["fp16"](over(largest, low or high) + 0.0, largest, 1.0, 1.0)
+    outer, stored = _KEEP["fp16"](over(largest, low or high) + 0.0, largest, 1.0, 1.0, None)
     exact = together / outer[..., None]
     codes = exact.round().clamp(low, high)
     sign = torch.where(exact < 0, -1.0, 1.0)
@@ -210,7 +220,7 @@ def _restored(kind: ScaleKind, stored: Stored, count: int) -> Tensor:
 
 
 def _integers_of_row(
-    kind: ScaleKind, scale: Tensor, amax: Tensor, element_max: float, below: Tensor | None
+    kind: ScaleKind, scale: Tensor, amax: Tensor, element_max: float, clip: Tensor | float, below: Tensor | None
 ) -> tuple[Tensor, Stored]:
     """Integers 1 .. 2**bits times one number of the row, of those that an octave has the one that errs least.
 
@@ -258,12 +268,15 @@ _KEEP: dict[str, _Keep] = {
     "fp8_e4m3": _under_tensor_scale,
     "dq256": _double,
     **{name: _as_integers(kind) for name, kind in SCALES.items() if kind.shared},
+    **{name: partial(_integers_of_row, kind) for name, kind in SCALES.items() if kind.row_bits},
 }
-_RESTORE: dict[str, Callable[[Stored], Tensor]] = {
-    "fp32": lambda stored: stored["scale"],
-    "fp16": lambda stored: stored["scale"].float(),
-    "bf16": lambda stored: stored["scale"].float(),
-    "e8m0": _restore_power_of_two,
-    "fp8_e4m3": _restore_under_tensor_scale,
-    "dq256": _restore_double,
+_RESTORE: dict[str, Callable[[Stored, int], Tensor]] = {
+    "fp32": lambda stored, count: stored["scale"],
+    "fp16": lambda stored, count: stored["scale"].float(),
+    "bf16": lambda stored, count: stored["scale"].float(),
+    "e8m0": lambda stored, count: _restore_power_of_two(stored),
+    "fp8_e4m3": lambda stored, count: _restore_under_tensor_scale(stored),
+    "dq256": lambda stored, count: _restore_double(stored),
+    **{name: partial(_restored, kind) for name, kind in SCALES.items() if kind.shared},
+    **{name: partial(_restored_row, kind) for name, kind in SCALES.items() if kind.row_bits},
 }

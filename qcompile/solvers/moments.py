@@ -42,11 +42,10 @@ class Moments:
 
         Returns float32 [K / columns, columns, columns]; where no input was anything but zero, all columns are alike.
         """
-        mean = self.matrix.diagonal().double().mean()
         tiles = self.matrix.unflatten(0, (-1, columns)).unflatten(2, (-1, columns))
         blocks = tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1).double()
         unit = torch.eye(columns, dtype=blocks.dtype, device=blocks.device)
-        return torch.where(mean == 0, unit, blocks / mean).float()
+        return torch.where(self._is_silent, unit, blocks / self._mean).float()
 
     def snr_db(self, weight: Tensor, values: Tensor) -> float:
         """Signal-to-noise ratio in dB of outputs when `values` stand for the weight; both [N, K]."""
@@ -64,9 +63,7 @@ class Moments:
 
         Where no input was anything but zero, all columns are alike.
         """
-        found = self.matrix.diagonal().double()
-        mean = found.mean()
-        return torch.where(mean == 0, 1.0, found / mean) + damping
+        return torch.where(self._is_silent, 1.0, self.matrix.diagonal().double() / self._mean) + damping
 
     def factored(self, damping: float, *, ordered: bool) -> _Factored:
         """Order of the columns, int64 [K], and `turned_factor` of the moments in that order, float64 [K, K].
@@ -86,8 +83,8 @@ class Moments:
 
     def damped(self, damping: float, device: torch.device) -> "Damped":
         """The moments with `diagonal`, there."""
-        # where no input was anything but zero, all columns cost 1
-        more = damping + (self.matrix.diagonal().double().mean() == 0)
+        # where nothing was seen, all columns cost 1
+        more = damping + self._is_silent
         matrix, mean, more = (part.to(device, torch.float32) for part in (self.matrix, self._mean, more))
         return Damped(matrix=matrix, mean=mean, more=more)
 
@@ -96,10 +93,14 @@ class Moments:
         self._factored.clear()
 
     @property
+    def _is_silent(self) -> Tensor:
+        """Whether no input was anything but zero; bool []."""
+        return self.matrix.diagonal().double().mean() == 0
+
+    @property
     def _mean(self) -> Tensor:
         """Of the diagonal; 1 where no input was anything but zero."""
-        mean = self.matrix.diagonal().double().mean()
-        return torch.where(mean == 0, 1.0, mean)
+        return torch.where(self._is_silent, 1.0, self.matrix.diagonal().double().mean())
 
     def _hessian(self, order: Tensor, diagonal: Tensor) -> Tensor:
         """The moments in another order of channels, with a mean diagonal of 1 and then this one, float64 [K, K]."""
