@@ -1,21 +1,17 @@
 """What kernels of 4-bit floats compute, in plain torch, and a model that is lowered to them, without a GPU."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, library, nn
+from torch import Tensor
 
 from qcompile.backends.fx.kernels.narrow_floats import is_narrow, lowered, widened
-from qcompile.backends.fx.kernels.problem import Problem
 from qcompile.backends.triton.fp4_ptx import lowered_ptx
 from qcompile.backends.triton.int4_int8_words import unpack_words
 from qcompile.formats import parse_format
 from qcompile.numerics import find_qparams, quantize
 from qcompile.shifts import raised
 from qcompile.spec import parse_spec
-from tests.passes.test_permute_outliers import PlainPacks
 from tests.triton.ptx import FULL, run
 
 FORMATS = ("fp4_e2m1", "fp4_e1m2", "fp4_e3m0")
@@ -68,41 +64,4 @@ def as_rows(x: Tensor, *given: Any) -> list[Tensor]:
     return [lowered(codes, fmt, octaves).view(torch.float8_e4m3fn), qparams.scale * 2.0 ** -raised(fmt)]
 
 
-@contextmanager
-def ops_on_cpu() -> Iterator[None]:
-    """Within it, the opaque ops run on the CPU."""
-    added = library.Library("qcompile", "IMPL")
-    added.impl("fp4_mm", multiplied, "CPU")
-    added.impl("quantize_rows", as_rows, "CPU")
-    yield
-    added._destroy()
-
-
-class Heads(nn.Module):
-    """A norm whose channels are far apart, and linears that read it."""
-
-    def __init__(self, K: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(K, eps=1e-6)
-        self.q, self.k = nn.Linear(K, 128, bias=False), nn.Linear(K, 64, bias=False)
-        self.v = nn.Linear(K, 48)
-        self.norm.weight.data = torch.exp2(torch.linspace(-4, 4, K))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        return torch.cat([self.q(h), self.k(h), self.v(h)], -1)
-
-
-class Packs(PlainPacks):
-    """The packs of a graph, joined as the store joins them."""
-
-    def __init__(self) -> None:
-        self._made: dict[str, dict[str, Tensor]] = {}
-
-    def quantized(self, site: str, constant: str, kernel: Any, problem: Problem, weight: Any) -> dict[str, Tensor]:
-        self._made[site] = kernel.pack(weight.make(), weight.qparams, problem.dtype)
-        return self._made[site]
-
-    def joined(self, members: Any, kernel: Any, problem: Problem) -> dict[str, Tensor]:
-        packs = [self._made[site] for site, _ in members]
-        return {name: torch.cat([pack[name] for pack in packs]) for name in packs[0]}
+OPS = {"fp4_mm": multiplied, "quantize_rows": as_rows}

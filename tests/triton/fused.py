@@ -1,12 +1,11 @@
 """What the tests of FUSE share: its op in plain torch on the CPU, and linears behind what it may take."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, library, nn
+from torch import Tensor, nn
 
 from qcompile.backends.fx.fuse import fuse
 from qcompile.backends.fx.kernels.int8 import OFFSET
@@ -19,10 +18,8 @@ from qcompile.presets import parse_recipe
 from qcompile.sites import find_sites
 from qcompile.spec import parse_spec
 from tests.hosts import FX, result
-from tests.passes.test_permute_outliers import PlainPacks
 from tests.passes.test_split_outliers import with_outliers
 
-HOPPER = (9, 0)
 K = 32
 _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -90,14 +87,8 @@ def matmul_on_cpu(
     return y.to(dtype)
 
 
-@contextmanager
-def ops_on_cpu() -> Iterator[None]:
-    """The op, and the int8 matmul that reads what it makes, run on the CPU meanwhile."""
-    added = library.Library("qcompile", "IMPL")
-    added.impl("quantize_rows", plain, "CPU")
-    added.impl("int8_matmul", matmul_on_cpu, "CPU")
-    yield
-    added._destroy()
+# the op, and the int8 matmul that reads what it makes
+OPS = {"quantize_rows": plain, "int8_matmul": matmul_on_cpu}
 
 
 class RMSNorm(nn.Module):
@@ -141,7 +132,7 @@ def fused(
     plan = make_plan([found.site for found in find_sites(graph)], parse_recipe(recipe))
     quantize_graph(graph, plan if outliers is None else with_outliers(plan, outliers))
     expected = result(graph, *given)
-    count = fuse(graph, HOPPER)
+    count = fuse(graph, (9, 0))
     nodes = [node for node in graph.module.graph.nodes if node.target is QUANTIZE_ROWS]
     assert len(nodes) == count
     torch.testing.assert_close(result(graph, *given), expected, rtol=1e-6, atol=1e-6)
@@ -172,16 +163,3 @@ CASES: dict[str, tuple[Callable[..., Any], nn.Module, str, bool, bool]] = {
     "a linear": (lambda x, y, norm: F.linear(x, y[0, :1].expand(K, K)), nn.Identity(), "nothing", False, False),
     "two active": (lambda x, y, norm: F.silu(x) * F.silu(y), nn.Identity(), "silu", True, False),
 }
-
-
-class JoinedPacks(PlainPacks):
-    def __init__(self) -> None:
-        self.made: dict[str, dict[str, Tensor]] = {}
-
-    def quantized(self, site: Any, *rest: Any) -> dict[str, Tensor]:
-        self.made[site] = super().quantized(site, *rest)
-        return self.made[site]
-
-    def joined(self, members: Any, kernel: Any, problem: Any) -> dict[str, Tensor]:
-        packs = [self.made[site] for site, _ in members]
-        return {name: torch.cat([pack[name] for pack in packs]) for name in packs[0]}

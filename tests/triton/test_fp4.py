@@ -78,21 +78,26 @@ def test_products(fmt: str, given: str, M: int, N: int, K: int) -> None:
     check(run(codes, qparams, pack, fmt), codes, qparams, weight)
 
 
-@pytest.mark.parametrize("config", configs_of(TABLE, 90), ids=name_of)
-@pytest.mark.parametrize(("M", "N", "K"), [(1, 4096, 512), (130, 208, 1040), (300, 8192, 256), (1000, 144, 4096)])
-def test_configurations(config: Config, M: int, N: int, K: int) -> None:
-    pack, weight = packed("fp4_e2m1", N, K)
+def check_configuration(config: Config, fmt: str, pack: dict[str, Tensor], weight: Tensor, M: int, K: int) -> None:
     codes, qparams = inputs(M, K, "fp8_e4m3/token")
-    torch.full((8 * M * N,), torch.nan, device="cuda")
+    torch.full((8 * M * len(weight),), torch.nan, device="cuda")
     operands = Operands(
         x=codes.view(torch.float8_e4m3fn),
         scale_x=qparams.scale,
         words=pack["words"],
         scale_w=pack["scale"],
-        mantissa=1,
+        mantissa=parse_format(fmt).mantissa,
         dtype=BFLOAT16,
+        octaves=pack.get("octaves"),
     )
     check(fp4_linear(operands, config), codes, qparams, weight)
+
+
+@pytest.mark.parametrize("config", configs_of(TABLE, 90), ids=name_of)
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 4096, 512), (130, 208, 1040), (300, 8192, 256), (1000, 144, 4096)])
+def test_configurations(config: Config, M: int, N: int, K: int) -> None:
+    pack, weight = packed("fp4_e2m1", N, K)
+    check_configuration(config, "fp4_e2m1", pack, weight, M, K)
 
 
 @pytest.mark.parametrize("M", [1, 33, 257, 1025, 2100])
@@ -150,18 +155,7 @@ def test_configurations_lower_columns(config: Config, fmt: str, M: int, N: int, 
     shift = tuple(torch.randint(0, room(parse_format(fmt)) + 1, (K,)).tolist())
     made, found, _ = container(fmt, N, shift)
     pack = {name: t.cuda() for name, t in fp4_lowered.pack(made, found, BFLOAT16).items()}
-    codes, qparams = inputs(M, K, "fp8_e4m3/token")
-    torch.full((8 * M * N,), torch.nan, device="cuda")
-    operands = Operands(
-        x=codes.view(torch.float8_e4m3fn),
-        scale_x=qparams.scale,
-        words=pack["words"],
-        scale_w=pack["scale"],
-        mantissa=parse_format(fmt).mantissa,
-        dtype=BFLOAT16,
-        octaves=pack["octaves"],
-    )
-    check(fp4_linear(operands, config), codes, qparams, dequantize(made, found).double().cuda())
+    check_configuration(config, fmt, pack, dequantize(made, found).double().cuda(), M, K)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -18,24 +18,20 @@ from qcompile.backends.fx.kernels import choose as choose_kernel
 from qcompile.backends.fx.kernels import fp4, fp8
 from qcompile.backends.fx.kernels.narrow_floats import factor, lowered, widened
 from qcompile.backends.fx.kernels.problem import Problem
-from qcompile.backends.fx.lower import Target, lower
 from qcompile.backends.triton.fp4_ptx import unpack_ptx
 from qcompile.backends.triton.fp4_table import TABLE, Config, Tiles, Unpack, choose
 from qcompile.backends.triton.int4_int8_words import unpack_words
 from qcompile.backends.triton.table import configs_of
 from qcompile.formats import code_values, parse_format
-from qcompile.graph import graph_text
 from qcompile.numerics import Lowered, QParams, dequantize, find_qparams, quantize
-from qcompile.pipeline import quantize as quantize_graph
 from qcompile.shifts import raised, room
 from qcompile.spec import parse_spec
-from tests.hosts import FX, result
 from tests.triton.compiled import name_of
 from tests.triton.fp4_cubins import kernel
-from tests.triton.fp4_on_cpu import FORMATS, Heads, Packs, ops_on_cpu
+from tests.triton.fp4_on_cpu import FORMATS, OPS
+from tests.triton.on_cpu import Heads, lowered_for_hopper, on_cpu
 from tests.triton.ptx import run
 
-HOPPER = Target(device="cuda", capability=(9, 0))
 # sm_80 has no fp8, and Hopper's kernel is for Hopper
 CASES = [
     pytest.param(config, capability, id=f"sm_{capability}-{name_of(config)}")
@@ -223,7 +219,7 @@ def test_only_weights_that_were_lowered_alike_are_joined() -> None:
 
 @pytest.fixture
 def emulated() -> Iterator[None]:
-    with ops_on_cpu():
+    with on_cpu(**OPS):
         yield
 
 
@@ -234,16 +230,11 @@ def test_a_graph_lowered_for_hopper_computes_what_was_planned(recipe: str) -> No
     model = Heads(160).bfloat16().eval()
     x = torch.randn(2, 30, 160).bfloat16()
     plan = qcompile.calibrate(model, [x], recipe=recipe, progress=False)
-    graph = FX.open(model, x)
-    quantize_graph(graph, plan)
-    expected = result(graph, x)
-    graph = FX.open(model, x)
-    quantize_graph(graph, plan, lower=lambda graph, plan: len(lower(graph, HOPPER, Packs())))
-    assert graph_text(graph).count("linear_fp4") == 2
+    text, error = lowered_for_hopper(plan, model, x)
+    assert text.count("linear_fp4") == 2
     assert recipe == "fp4-a8" or all(decision.shift for decision in plan.decisions.values())
     # numbers that the planned graph rounds to bfloat16, and results
-    y = result(graph, x).float()
-    assert float((y - expected.float()).norm() / expected.float().norm()) < 5e-3
+    assert error < 5e-3
 
 
 @pytest.mark.usefixtures("emulated")
@@ -254,11 +245,6 @@ def test_weights_of_different_formats_are_not_joined() -> None:
     plan = qcompile.calibrate(model, [x], recipe="fp4-token", progress=False)
     formats = {"q": "fp4_e2m1", "k": "fp4_e3m0", "v": "fp4_e1m2"}
     decisions = {n: replace(d, weight=parse_spec(f"{formats[n]}/channel")) for n, d in plan.decisions.items()}
-    plan = replace(plan, decisions=decisions)
-    graph = FX.open(model, x)
-    quantize_graph(graph, plan)
-    expected = result(graph, x).float()
-    graph = FX.open(model, x)
-    quantize_graph(graph, plan, lower=lambda graph, plan: len(lower(graph, HOPPER, Packs())))
-    assert graph_text(graph).count("linear_fp4") == 3
-    assert float((result(graph, x).float() - expected).norm() / expected.norm()) < 5e-3
+    text, error = lowered_for_hopper(replace(plan, decisions=decisions), model, x)
+    assert text.count("linear_fp4") == 3
+    assert error < 5e-3

@@ -22,12 +22,13 @@ from tests.hosts import FX
 from tests.passes.test_fold_exponent_bias import Net as Raised
 from tests.passes.test_fold_exponent_bias import planned, shifts
 from tests.passes.test_permute_outliers import PlainPacks
-from tests.triton.fused import CASES, HOPPER, JoinedPacks, K, Net, RMSNorm, fused, ops_on_cpu, pair
+from tests.triton.fused import CASES, OPS, K, Net, RMSNorm, fused, pair
+from tests.triton.on_cpu import HOPPER, Packs, on_cpu
 
 
 @pytest.fixture(scope="module", autouse=True)
-def on_cpu() -> Iterator[None]:
-    with ops_on_cpu():
+def emulated() -> Iterator[None]:
+    with on_cpu(**OPS):
         yield
 
 
@@ -116,7 +117,7 @@ class Gated(nn.Module):
 def test_a_lowered_gate_is_read_where_it_lies() -> None:
     graph = FX.open(Gated(), torch.randn(3, K).bfloat16())
     quantize_graph(graph, parse_recipe("int8"))
-    lower(graph, Target(device="cuda", capability=HOPPER), JoinedPacks())
+    lower(graph, HOPPER, Packs())
     text = graph_text(graph)
     assert "aten.clone" not in text
     assert text.count("quantize_rows") == 2
@@ -129,7 +130,7 @@ def test_a_lowered_gate_is_read_where_it_lies() -> None:
 def test_w4a8_takes_codes_from_the_pass_that_quantizes() -> None:
     graph = FX.open(nn.Linear(256, 64).bfloat16(), torch.randn(3, 256).bfloat16())
     quantize_graph(graph, parse_recipe("w4a8"))
-    lower(graph, Target(device="cuda", capability=HOPPER), PlainPacks())
+    lower(graph, HOPPER, PlainPacks())
     (rows,) = (n for n in graph.module.graph.nodes if n.target is QUANTIZE_ROWS)
     assert any(n.target is torch.ops.qcompile.linear_int4_int8.default for n in graph.module.graph.nodes)
     assert rows.args[4] == "nothing"
@@ -140,7 +141,7 @@ def test_w4a8_takes_codes_from_the_pass_that_quantizes() -> None:
 def test_a_graph_for_another_device_is_not_fused() -> None:
     graph = FX.open(Gated(), torch.randn(3, K).bfloat16())
     quantize_graph(graph, parse_recipe("int8"))
-    lower(graph, Target(device="cpu"), JoinedPacks())
+    lower(graph, Target(device="cpu"), Packs())
     assert "quantize_rows" not in graph_text(graph)
 
 
@@ -150,7 +151,7 @@ def test_floats_of_few_bits_are_quantized_to_e4m3_and_lowered_there(shift: tuple
     plan = planned(graph, "fp4_e2m1", shift or (0,) * 48, "fp4_e2m1/token")
     plan = replace(plan, decisions={name: replace(d, shift=shift) for name, d in plan.decisions.items()})
     quantize_graph(graph, plan)
-    lower(graph, Target(device="cuda", capability=HOPPER), PlainPacks())
+    lower(graph, HOPPER, PlainPacks())
     (rows,) = (n for n in graph.module.graph.nodes if n.target is QUANTIZE_ROWS)
     (linear,) = (n for n in graph.module.graph.nodes if n.target is torch.ops.qcompile.linear_fp4.default)
     assert rows.args[4:7] == ("rms_norm", 1e-6, "fp4_e2m1/token")
@@ -167,7 +168,7 @@ def test_octaves_that_the_weight_takes_are_not_the_inputs() -> None:
     graph = FX.open(Raised().bfloat16(), torch.randn(5, 48).bfloat16())
     plan = planned(graph, "fp4_e2m1", shift, "fp4_e3m0/token")
     quantize_graph(graph, plan)
-    lower(graph, Target(device="cuda", capability=HOPPER), PlainPacks())
+    lower(graph, HOPPER, PlainPacks())
     (rows,) = (n for n in graph.module.graph.nodes if n.target is QUANTIZE_ROWS)
     op = torch.ops.qcompile.linear_fp4_lowered.default
     (linear,) = (n for n in graph.module.graph.nodes if n.target is op)

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from qcompile.backends.fx.graph import FxGraph
 from qcompile.backends.fx.kernels import tail
-from qcompile.backends.fx.lower import Target, lower
+from qcompile.backends.fx.lower import lower
 from qcompile.backends.fx.rows import QUANTIZE_ROWS
 from qcompile.backends.fx.values import attribute
 from qcompile.calibrate import calibrate
@@ -25,14 +25,15 @@ from qcompile.sites import find_sites
 from tests.hosts import FX, result
 from tests.passes.test_permute_outliers import PlainPacks
 from tests.passes.test_split_outliers import with_outliers
-from tests.triton.fused import CASES, HOPPER, JoinedPacks, K, Net, RMSNorm, fused, ops_on_cpu, pair
+from tests.triton.fused import CASES, OPS, K, Net, RMSNorm, fused, pair
+from tests.triton.on_cpu import HOPPER, Packs, on_cpu
 
 SPLIT = (3, 17, 30)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def on_cpu() -> Iterator[None]:
-    with ops_on_cpu():
+def emulated() -> Iterator[None]:
+    with on_cpu(**OPS):
         yield
 
 
@@ -157,7 +158,7 @@ def test_a_calibrated_split_masks_and_gathers_nothing() -> None:
     assert 40 in split["down"]
     graph = FX.open(model, x)
     quantize_graph(graph, plan)
-    lower(graph, Target(device="cuda", capability=HOPPER), PlainPacks())
+    lower(graph, HOPPER, PlainPacks())
     made = targets_of(graph)
     linear = torch.ops.qcompile.linear_int8_triton.default
     assert made.count(QUANTIZE_ROWS) == 2
@@ -178,7 +179,7 @@ def test_a_tail_that_is_multiplied_apart_has_no_more_columns_than_its_weight() -
     graph = FX.open(Net(CASES["norm"][0], nn.RMSNorm(K, eps=1e-5)), *pair())
     plan = make_plan([found.site for found in find_sites(graph)], parse_recipe("int8"))
     quantize_graph(graph, with_outliers(plan, {"q": SPLIT, "k": SPLIT}))
-    lower(graph, Target(device="cuda", capability=HOPPER), PlainPacks())
+    lower(graph, HOPPER, PlainPacks())
     tails = [node for node in graph.module.graph.nodes if node.target is tail.OP]
     assert len(tails) == 2
     for node in tails:
@@ -194,7 +195,7 @@ def test_inductor_is_left_no_more_of_a_split_than_of_plain_int8(outliers: tuple[
     plan = make_plan([found.site for found in find_sites(graph)], parse_recipe("int8"))
     quantize_graph(graph, with_outliers(plan, dict.fromkeys(("gate", "up", "down"), outliers)))
     expected = result(graph, x)
-    lower(graph, Target(device="cuda", capability=HOPPER), JoinedPacks())
+    lower(graph, HOPPER, Packs())
     torch._dynamo.reset()
     # caches of Inductor know ops by their names alone
     with torch.no_grad(), fresh_cache():

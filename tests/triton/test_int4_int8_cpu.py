@@ -1,31 +1,26 @@
 """The W4A8 kernel without a GPU: its weight, its table, its binaries, and what it refuses."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from qcompile.backends.fx.kernels import int4_int8
 from qcompile.backends.fx.kernels.problem import Problem
-from qcompile.backends.fx.lower import lower
 from qcompile.backends.triton.int4_int8_linear import MAX_K, why_not_int8
 from qcompile.backends.triton.int4_int8_table import TABLE, AsInt8, Int4Int8Tiles
 from qcompile.backends.triton.int4_int8_words import pack_weight, pack_words, unpack_words
 from qcompile.backends.triton.table import configs_of, fitting
-from qcompile.graph import graph_text
 from qcompile.numerics import dequantize, find_qparams, quantize
-from qcompile.pipeline import quantize as quantize_graph
 from qcompile.recipe import recipe_from_table
 from qcompile.spec import parse_spec
-from tests.hosts import FX, result
 from tests.triton.compiled import name_of
 from tests.triton.int4_int8_cubins import cubin, unpack_cubin
 from tests.triton.needs import run_interpreted
-from tests.triton.test_fp4_cpu import HOPPER, Heads, Packs
+from tests.triton.on_cpu import Heads, lowered_for_hopper, on_cpu
 
 CONFIGS = [
     pytest.param(tiles, id=name_of(tiles)) for tiles in configs_of(TABLE, 90) if isinstance(tiles, Int4Int8Tiles)
@@ -250,27 +245,13 @@ def as_rows(x: Tensor, *given: Any) -> list[Tensor]:
     return [(quantize(value, qparams).short() - offset).to(torch.int8), qparams.scale, qparams.zero]
 
 
-@pytest.fixture
-def ops_on_cpu() -> Iterator[None]:
-    added = library.Library("qcompile", "IMPL")
-    added.impl("int4_int8_mm", as_int8, "CPU")
-    added.impl("quantize_rows", as_rows, "CPU")
-    yield
-    added._destroy()
-
-
-@pytest.mark.usefixtures("ops_on_cpu")
 def test_joined_weights_are_int8_under_one_number_a_row() -> None:
     torch.manual_seed(0)
     model, x = Heads(128).bfloat16().eval(), torch.randn(2, 30, 128).bfloat16()
     table = {"name": "rows", "rules": [{"weight": "int4/g32/asym/u4row", "input": "int8/token/asym"}]}
-    recipe = recipe_from_table(table)
-    graph = FX.open(model, x)
-    quantize_graph(graph, recipe)
-    expected = result(graph, x).float()
-    graph = FX.open(model, x)
-    quantize_graph(graph, recipe, lower=lambda graph, plan: len(lower(graph, HOPPER, Packs())))
+    with on_cpu(int4_int8_mm=as_int8, quantize_rows=as_rows):
+        text, error = lowered_for_hopper(recipe_from_table(table), model, x)
     # q and k behind each other, and v, which has a bias
-    assert graph_text(graph).count("linear_int4_int8") == 2
+    assert text.count("linear_int4_int8") == 2
     # numbers that the planned graph rounds to bfloat16, and results
-    assert float((result(graph, x).float() - expected).norm() / expected.norm()) < 5e-3
+    assert error < 5e-3

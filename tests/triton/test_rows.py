@@ -98,7 +98,7 @@ def test_a_block_of_threads_is_no_larger_than_a_device_takes(K: int) -> None:
     assert 1 <= warps_for(K) <= 32
 
 
-INTERPRETED = """
+START = """
 import torch
 import torch.nn.functional as F
 from qcompile.backends.triton.quantize_rows import quantize_rows
@@ -107,6 +107,17 @@ from qcompile.spec import parse_spec
 
 torch.manual_seed(0)
 exact = {"rtol": 0, "atol": 0, "equal_nan": True}
+
+
+def extreme(dtype):
+    x = torch.randn(9, 113).to(dtype)[:, 3:104]
+    x[0], x[1, 4], x[2, 7], x[3, 8] = 0, torch.nan, torch.inf, -torch.inf
+    x[4], x[5] = x[4].abs() + 2, -x[5].abs() - 2
+    x[6] = torch.finfo(dtype).smallest_normal
+    return x
+"""
+
+INTERPRETED = """
 activations = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
@@ -122,10 +133,7 @@ def check(found, value, spec, offset=0):
 for text in ("int8/token", "int8/token/asym", "int4/token", "int4/token/asym"):
     spec = parse_spec(text)
     for dtype in (torch.float32, torch.float16):
-        x = torch.randn(9, 113).to(dtype)[:, 3:104]
-        x[0], x[1, 4], x[2, 7], x[3, 8] = 0, torch.nan, torch.inf, -torch.inf
-        x[4], x[5] = x[4].abs() + 2, -x[5].abs() - 2
-        x[6] = torch.finfo(dtype).smallest_normal
+        x = extreme(dtype)
         check(quantize_rows(x, spec), x, spec)
         # ties, and what lies beside them
         ties = torch.arange(-spec.code_range[1], spec.code_range[1] + 0.5, 0.5).to(dtype)
@@ -175,18 +183,11 @@ print("equal")
 
 
 def test_the_interpreter_finds_the_codes_of_the_oracle() -> None:
-    run_interpreted(INTERPRETED, loops=False)
+    run_interpreted(START + INTERPRETED, loops=False)
 
 
 SPLIT = """
-import torch
 from qcompile.backends.triton.before_rows import BEFORE
-from qcompile.backends.triton.quantize_rows import quantize_rows
-from qcompile.numerics import find_qparams, quantize
-from qcompile.spec import parse_spec
-
-torch.manual_seed(0)
-exact = {"rtol": 0, "atol": 0, "equal_nan": True}
 
 
 def split(channels, x):
@@ -231,10 +232,7 @@ def check(x, channels, spec, **given):
 for text in ("int8/token", "int8/token/asym", "int4/token/asym"):
     spec = parse_spec(text)
     for dtype in (torch.float32, torch.float16):
-        x = torch.randn(9, 113).to(dtype)[:, 3:104]
-        x[0], x[1, 4], x[2, 7], x[3, 8] = 0, torch.nan, torch.inf, -torch.inf
-        x[4], x[5] = x[4].abs() + 2, -x[5].abs() - 2
-        x[6] = torch.finfo(dtype).smallest_normal
+        x = extreme(dtype)
         x[7, ::7] *= 60
         # an outlier that is not finite reaches its row's scale, as it does through the mask
         for channels in ((), (0,), (4, 7), (100, 3, 8, 50), range(0, 101, 7), range(93, 101), range(101)):
@@ -264,4 +262,4 @@ print("equal")
 
 
 def test_the_interpreter_keeps_outliers_out_of_the_codes() -> None:
-    run_interpreted(SPLIT, loops=False)
+    run_interpreted(START + SPLIT, loops=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
@@ -18,9 +18,9 @@ from qcompile.formats import parse_format
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.shifts import lowered_codes, room
 from qcompile.spec import parse_spec
-from tests.triton.fp4_on_cpu import FORMATS, Heads
+from tests.triton.fp4_on_cpu import FORMATS
+from tests.triton.on_cpu import Heads, lowered_for_hopper, on_cpu
 from tests.triton.test_fp4_cpu import lowered_by, problem
-from tests.triton.test_fp4_lowered import lowered_for_hopper
 
 ALONE: dict[str, Any] = {"input": None}
 
@@ -40,10 +40,8 @@ def multiplied(
 
 @pytest.fixture
 def op_on_cpu() -> Iterator[None]:
-    added = library.Library("qcompile", "IMPL")
-    added.impl("weight_mm", multiplied, "CPU")
-    yield
-    added._destroy()
+    with on_cpu(weight_mm=multiplied):
+        yield
 
 
 @pytest.mark.usefixtures("op_on_cpu")

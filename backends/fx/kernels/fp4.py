@@ -64,13 +64,7 @@ def _fp4_mm(
 
 
 def _fp4_mm_meta(
-    codes: Tensor,
-    scale: Tensor,
-    words: Tensor,
-    weight_scale: Tensor,
-    mantissa: int,
-    dtype: torch.dtype,
-    octaves: Tensor | None = None,
+    codes: Tensor, scale: Tensor, words: Tensor, weight_scale: Tensor, mantissa: int, dtype: torch.dtype, *octaves: Any
 ) -> Tensor:
     return codes.new_empty((codes.shape[0], weight_scale.shape[0]), dtype=dtype)
 
