@@ -32,8 +32,8 @@ def quantized(rows: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def remark(found: Mapping[str, Any]) -> str:
-    """What a result says of the code that it was measured with, where that has changed since."""
-    return f" {found['remark']}." if "remark" in found else ""
+    """What a result, or a row of it, says of the code that it was measured with, where that has changed since."""
+    return "".join(f" {one['remark']}." for one in (found, *found.get("rows", {}).values()) if "remark" in one)
 
 
 def speed_table() -> str:
@@ -64,7 +64,7 @@ def quality_table() -> str:
     text = (
         f"Quality: {found['model']} in {found['dtype'].removeprefix('torch.')}, {count} windows of {length} tokens of "
         f"WikiText-2, {machine['device']}, torch {machine['torch']} (`examples/benchmarks/language_quality.py`). "
-        f"Perplexity of the float model {found['rows']['float']['perplexity']:.2f}."
+        f"Perplexity of the float model {found['rows']['float']['perplexity']:.2f}.{remark(found)}"
     )
     rows = (
         (
@@ -224,6 +224,7 @@ def triton_table() -> str:
         f"floor, which is bytes at the {found['read_tb_s']:.2f} TB/s that the run read, or operations at 1979 T/s for "
         f"8 bits and the {found['bf16_tflop_s']:.0f} T/s of bfloat16 in the run "
         "(`examples/benchmarks/triton_kernels.py --no-peers`; other shapes stand in the result)."
+        f"{remark(found)}"
     )
     cells = {
         (row["format"], row["M"]): f"{row['us']:.1f} ({row['speedup']:.2f}x, {row['floor_us'] / row['us']:.0%})"
