@@ -89,6 +89,8 @@ def _w4a8(x: Tensor, given: QParams | None, pack: Mapping[str, Tensor], N: int, 
 
 FAMILIES: Mapping[str, Family] = {
     tuned_name("int8"): _of_width("int8", "int8/channel", 8),
+    tuned_name("int6"): _of_width("int6", "int6/g128/asym/bf16", 128),
+    tuned_name("int5"): _of_width("int5", "int5/g128/asym/bf16", 128),
     tuned_name("int4"): _of_width("int4", "int4/g128/asym/bf16", 128),
     tuned_name("book"): _of_width("book", "nf4/g64", 64),
     tuned_name("int3"): _of_width("int3", "int3/g128/asym/bf16", 128),

@@ -29,6 +29,13 @@ def is_bytes(width):
 
 
 @triton.constexpr_function
+def rest_of(width):
+    """Bits of a code behind four that stand as those of 4-bit codes; 0 where none stand apart."""
+    fields = WIDTHS[width].fields
+    return fields[1].bits if len(fields) > 1 else 0
+
+
+@triton.constexpr_function
 def words_of_integers(groups, minimum):
     """Of a row and a block: one of float16, and those of scales and of minima."""
     return 1 + (groups + 3) // 4 * (2 if minimum else 1)
@@ -57,6 +64,11 @@ def load_words(words_ptr, start, B, UNITS: gl.constexpr, WIDTH: gl.constexpr):
             _lane(words_ptr, start, B, UNITS, WIDTH, 0, 2),
             _lane(words_ptr, start, B, UNITS, WIDTH, 512, 1),
         )
+    elif rest_of(WIDTH) > 0:
+        return (
+            load_run(words_ptr, start, B, UNITS, WIDTH, 0),
+            _lane(words_ptr, start, B, UNITS, WIDTH, 1024, rest_of(WIDTH)),
+        )
     elif is_bytes(WIDTH):
         return (load_run(words_ptr, start, B, UNITS, WIDTH, 0), load_run(words_ptr, start, B, UNITS, WIDTH, 1))
     else:
@@ -67,10 +79,11 @@ def load_words(words_ptr, start, B, UNITS: gl.constexpr, WIDTH: gl.constexpr):
 def load_run(words_ptr, start, B, UNITS: gl.constexpr, WIDTH: gl.constexpr, RUN: gl.constexpr):
     """A run of 256 words of each part of a block, tensor [4 * UNITS, 256]."""
     BLOCK: gl.constexpr = block_of(WIDTH)
+    PART: gl.constexpr = 512 if is_bytes(WIDTH) else 256
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [gl.num_warps(), 1], [1, 0])
     part = gl.arange(0, 4 * UNITS, layout=gl.SliceLayout(1, layout))
     word = gl.arange(0, 256, layout=gl.SliceLayout(0, layout))
-    inside = ((part // 4) * (B * BLOCK) + (part % 4) * (BLOCK // 4))[:, None] + word[None, :]
+    inside = ((part // 4) * (B * BLOCK) + (part % 4) * PART)[:, None] + word[None, :]
     return gl.load(words_ptr + start * BLOCK + (RUN * 256) + inside, cache_modifier=".cg")
 
 
@@ -83,6 +96,11 @@ def spread(words, WIDTH: gl.constexpr):
         first = _twice(words[0])
         last = _twice(_twice(words[1]))
         return (first, gl.convert_layout(last, first.type.layout, assert_trivial=True))
+    elif rest_of(WIDTH) > 0:
+        last = _twice(words[1])
+        if rest_of(WIDTH) == 1:
+            last = _twice(last)
+        return (words[0], gl.convert_layout(last, words[0].type.layout, assert_trivial=True))
     else:
         return words
 

@@ -32,7 +32,8 @@ LINEAR, LINEAR_MOST = FORMATS["linear8"], 127
 def width_of(fmt: Format) -> str | None:
     """The name in `WIDTHS` of what holds a format's codes, None if nothing does.
 
-    Up to 16 numbers are a table. From 5 bits on, codes fill bytes, floats with no fewer bits of exponent and mantissa.
+    Up to 16 numbers are a table. Floats of 5 bits and more fill bytes, with no fewer bits of exponent and mantissa, and
+    integers of 7 do.
     """
     match fmt:
         case Integer():

@@ -22,6 +22,8 @@ class Piece:
 
 PIECES = {
     "int8": Piece(words=4),
+    "int6": Piece(words=4),
+    "int5": Piece(elements=4, words=8),
     "int4": Piece(),
     "book": Piece(),
     "int3": Piece(elements=4, words=8),
@@ -108,10 +110,9 @@ def _planes(width: str, half: bool, first: int, count: int) -> list[str]:
     at = _results(width, count)
     if width == "book":
         return _book(first, count, at)
-    if width == "int3":
-        return [".reg .b32 t;"] + [
-            line for i in range(2 * count) for line in _third(at, first + i // 2, i % 2, half, i)
-        ]
+    if PIECES[width].elements == 4:
+        pair = {"int3": _third, "int5": _fifth}[width]
+        return [".reg .b32 t;"] + [line for i in range(2 * count) for line in pair(at, first + i // 2, i % 2, half, i)]
     lines = [".reg .b32 t, u, v;"]
     for i, plane in enumerate(range(first, first + count)):
         match width:
@@ -119,6 +120,9 @@ def _planes(width: str, half: bool, first: int, count: int) -> list[str]:
                 lines += _byte(f"${at + plane // 2}", 8 * (plane % 2), half, i)
             case _ if WIDTHS[width].mantissa is not None:
                 lines += _float_byte(f"${at + plane // 2}", 8 * (plane % 2), width, half, i)
+            case "int6":
+                lines += _bits(f"${at + plane // 4}", 4 * (plane % 4), 15, half, i)
+                lines += _more_bits(f"${at + 2}", 2 * plane, 3, 4, half, i)
             case "int4":
                 lines += _bits(f"${at + plane // 4}", 4 * (plane % 4), 15, half, i)
             case _:
@@ -144,15 +148,29 @@ def _bits(word: str, start: int, mask: int, half: bool, to: int) -> list[str]:
 @triton.constexpr_function
 def _third(at: int, plane: int, c: int, half: bool, to: int) -> list[str]:
     """A pair of 3-bit codes: five stand in each of three words, and of the last each word holds a bit."""
-    words, place = (f"${at}", f"${at + 2}", f"${at + 4}"), _PLACE[half][0]
+    words = (f"${at}", f"${at + 2}", f"${at + 4}")
     n = 8 * c + plane
     if n < 15:
         return _bits(words[n // 5], 3 * (n % 5), 7, half, to)
     lines = _bits(words[0], 15, 1, half, to)
     for bit in (1, 2):
-        mask = 0x10001 << (bit + place)
-        lines += [_moved("t", words[bit], 15 - bit - place), f"lop3.b32 ${to}, t, {mask:#x}, ${to}, 0xea;"]
+        lines += _more_bits(words[bit], 15, 1, bit, half, to)
     return lines
+
+
+@triton.constexpr_function
+def _fifth(at: int, plane: int, c: int, half: bool, to: int) -> list[str]:
+    """A pair of 5-bit codes: four bits of each stand as those of 4-bit codes, the last ones in a word of their own."""
+    lines = _bits(f"${at + 2 * c + plane // 4}", 4 * (plane % 4), 15, half, to)
+    return lines + _more_bits(f"${at + 4}", 8 * c + plane, 1, 4, half, to)
+
+
+@triton.constexpr_function
+def _more_bits(word: str, start: int, mask: int, bit: int, half: bool, to: int) -> list[str]:
+    """Bits `bit`.. of the codes of a pair that `_bits` made, out of bits start.. of both halves of a word."""
+    place = _PLACE[half][0] + bit
+    pair = (mask << place) * 0x10001
+    return [_moved("t", word, start - place), f"lop3.b32 ${to}, t, {pair:#x}, ${to}, 0xea;"]
 
 
 @triton.constexpr_function

@@ -116,6 +116,15 @@ _INT8: tuple[Entry[Config], ...] = (
     *_WIDEST,
     *_ELSEWHERE,
 )
+_FIVE_OR_SIX: tuple[Entry[Config], ...] = (
+    _few(8, 8, 7, weights=_LARGE),
+    _few(8, 4, 7),
+    _few(16, 4, 5),
+    _many(32, 3, steps=2, stages=8),
+    _many(64, 2),
+    *_WIDEST,
+    *_ELSEWHERE,
+)
 TABLES: dict[str, tuple[Entry[Config], ...]] = {
     "int4": (
         _few(8, 8, 7, weights=_LARGE),
@@ -130,17 +139,9 @@ TABLES: dict[str, tuple[Entry[Config], ...]] = {
         _many(256, 1, warps=8, slices=2, most=2048),
         *_ELSEWHERE,
     ),
-    "int8": (
-        _few(8, 8, 8, depth=1, weights=_LARGE),
-        _few(8, 4, 7),
-        _many(16, 5, units=1, steps=2, stages=8, weights=_LARGE),
-        _few(16, 4, 6, depth=1),
-        _many(32, 5, units=1, steps=2, stages=8),
-        _many(64, 4, units=1, steps=2, weights=_VERY_LARGE),
-        _many(64, 4, units=1),
-        *_WIDEST,
-        *_ELSEWHERE,
-    ),
+    "int8": _INT8,
+    "int6": _FIVE_OR_SIX,
+    "int5": _FIVE_OR_SIX,
     # Its table of 32 KB counts against what a kernel may have without asking. Triton asks where its own part of shared
     # memory is more than 48 KB alone, so that part is up to 16 KB, or more than 48.
     "book": (

@@ -54,7 +54,8 @@ class Width:
 
     center: the code of 0 where codes are signed.  book: codes are places in a table.  mantissa: of floats in bytes, of
     sign, 7 - mantissa bits of exponent, whose bias is half of them, and mantissa, subnormals as in IEEE 754; else None.
-    flip: bits of a code that words hold inverted.  fields: none of codes that cross words, see `_THIRDS`.
+    flip: bits of a code that words hold inverted.  fields: the lowest bits first, the words of a block field by field;
+    none of codes that cross words, see `_THIRDS`.
     """
 
     name: str
@@ -120,6 +121,9 @@ class Packed:
 # them bit w of the last code.
 _THIRDS = 3
 _BYTES = (Field(words="xqijcy", inside="ez", bits=8),)
+_FOURS = Field(words="qijcx", inside="eyz", bits=4)
+_TWOS = Field(words="ijqc", inside="exyz", bits=2)
+_ONES = Field(words="ijq", inside="ecxyz", bits=1)
 WIDTHS: dict[str, Width] = {
     width.name: width
     for width in (
@@ -128,10 +132,12 @@ WIDTHS: dict[str, Width] = {
             Width(name=f"e{7 - mantissa}m{mantissa}", bits=8, fields=_BYTES, mantissa=mantissa)
             for mantissa in range(2, 6)
         ),
-        Width(name="int4", bits=4, fields=(Field(words="qijcx", inside="eyz", bits=4),)),
+        Width(name="int6", bits=6, fields=(_FOURS, _TWOS)),
+        Width(name="int5", bits=5, fields=(_FOURS, _ONES)),
+        Width(name="int4", bits=4, fields=(_FOURS,)),
         Width(name="book", bits=4, fields=(Field(words="qijcx", inside="yze", bits=4),), book=True),
         Width(name="int3", bits=3),
-        Width(name="int2", bits=2, fields=(Field(words="ijqc", inside="exyz", bits=2),)),
+        Width(name="int2", bits=2, fields=(_TWOS,)),
     )
 }
 
@@ -163,27 +169,40 @@ def pack_codes(codes: Tensor, width: Width) -> Tensor:
     digits = full.view(units, PARTS, 2, 8, blocks, *(_DIGITS[d] for d in "xyzcje"))
     if not width.fields:
         return _pack_thirds(digits.permute(["uPqibxyzcje".index(d) for d in "ubPijqcxyze"]))
-    (field,) = width.fields
-    parts = digits.permute(["uPqibxyzcje".index(d) for d in "ubP" + field.words + field.inside])
-    parts = parts.flatten(-len(field.inside))
-    words = torch.zeros(parts.shape[:-1], dtype=torch.int32, device=codes.device)
-    for n in range(parts.shape[-1]):
-        words |= parts[..., n].to(torch.int32) << (field.bits * n)
-    return words.reshape(units, blocks, WORDS * width.bits)
+    runs, low = [], 0
+    for field in width.fields:
+        parts = digits.permute(["uPqibxyzcje".index(d) for d in "ubP" + field.words + field.inside])
+        parts = parts.flatten(-len(field.inside))
+        words = torch.zeros(parts.shape[:-1], dtype=torch.int32, device=codes.device)
+        for n in range(parts.shape[-1]):
+            words |= (parts[..., n].to(torch.int32) >> low & 2**field.bits - 1) << (field.bits * n)
+        runs.append(words.reshape(units, blocks, WORDS * field.bits))
+        low += field.bits
+    return torch.cat(runs, dim=2)
 
 
 def unpack_codes(words: Tensor, width: Width, N: int, K: int) -> Tensor:
     """The codes that `pack_codes` packed, uint8 [N, K]."""
     units, blocks = words.shape[:2]
-    if width.fields:
-        (field,) = width.fields
-        shifts = torch.arange(0, 32, field.bits, dtype=torch.int32, device=words.device)
-        digits, named = (words[..., None] >> shifts) & (2**field.bits - 1), field.words + field.inside
+    if not width.fields:
+        codes = _by_rows(_unpack_thirds(words), "ijqcxyze")
     else:
-        digits, named = _unpack_thirds(words), "ijqcxyze"
-    digits = digits.to(torch.uint8).reshape(units, blocks, PARTS, *(_DIGITS[d] for d in named))
-    codes = digits.permute([("ubP" + named).index(d) for d in "uPqibxyzcje"])
-    return (codes.reshape(units * ROWS, blocks * COLUMNS) ^ width.flip)[:N, :K]
+        runs = words.split([WORDS * field.bits for field in width.fields], dim=2)
+        codes, low = torch.zeros(units * ROWS, blocks * COLUMNS, dtype=torch.uint8, device=words.device), 0
+        for field, run in zip(width.fields, runs, strict=True):
+            shifts = torch.arange(0, 32, field.bits, dtype=torch.int32, device=words.device)
+            digits = (run[..., None] >> shifts) & (2**field.bits - 1)
+            codes |= _by_rows(digits, field.words + field.inside) << low
+            low += field.bits
+    return (codes ^ width.flip)[:N, :K]
+
+
+def _by_rows(codes: Tensor, named: str) -> Tensor:
+    """Codes [u, b, P, digits as `named`], uint8 [N, K]."""
+    units, blocks = codes.shape[:2]
+    digits = codes.to(torch.uint8).reshape(units, blocks, PARTS, *(_DIGITS[d] for d in named))
+    rows = digits.permute([("ubP" + named).index(d) for d in "uPqibxyzcje"])
+    return rows.reshape(units * ROWS, blocks * COLUMNS)
 
 
 def _pack_thirds(codes: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ CASES = [
     ("weight-triton", "int4/channel", None),
     ("weight-triton", "int8/channel", None),
     ("weight-triton", "nf4/g32/dq256", None),
+    ("weight-triton", "int6/g32/asym/bf16", None),
+    ("weight-triton", "int5/g32/asym/bf16", None),
     ("weight-triton", "int3/g32/asym/bf16", None),
     ("weight-triton", "int2/channel", None),
     ("int4-int8", "int4/g32/asym/bf16", "int8/token/asym"),

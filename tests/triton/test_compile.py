@@ -35,6 +35,8 @@ VARIANTS = [
 # what presets ask for
 FORMS = {
     "int8": Form(width="int8", groups=0, wide=True, zero=False),
+    "int6": Form(width="int6"),
+    "int5": Form(width="int5"),
     "int4": Form(),
     "book": Form(width="book", groups=2, wide=True, zero=False),
     "int3": Form(width="int3"),
@@ -73,10 +75,11 @@ def test_reduction_compiles(capability: int) -> None:
     assert reduce_cubin(capability, torch.bfloat16)[:4] == b"\x7fELF"
 
 
-# ggml's: Q4_K, Q6_K, Q2_K, Q4_1
+# ggml's: Q4_K, Q5_K, Q6_K, Q2_K, Q4_1
 BLOCKS = [
     Form(width="int4", groups=4, minimum=True, integers=True),
-    Form(width="int8", groups=8, zero=False, integers=True),
+    Form(width="int5", groups=4, minimum=True, integers=True),
+    Form(width="int6", groups=8, zero=False, integers=True),
     Form(width="int2", groups=8, minimum=True, integers=True),
     Form(width="int4", groups=4, wide=True, minimum=True),
 ]

@@ -101,8 +101,7 @@ def test_configuration_compiles(config: Config, capability: int, mantissa: int) 
     assert made.metadata.shared <= 232448
     if isinstance(config, Tiles):
         assert ".f32.e5m2.e4m3" in made.asm["ptx"]
-        # of a lane, all octaves of a block come in two loads, in each of three places: an item's first block, and two an
-        # iteration
+        # of a lane, all octaves of a block come in two loads, in three places: an item's first block, two an iteration
         assert made.asm["ptx"].count("ld.global.v4.b32") == 3 * UNITS * 2
 
 

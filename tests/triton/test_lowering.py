@@ -92,6 +92,7 @@ def test_choice_and_reason(
     "weight",
     [
         *("int8/channel", "int4/g128/asym/bf16", "nf4/g64", "int3/g128/asym/bf16", "int2/g64/asym/bf16", "lloyd4/g32"),
+        *("int5/g128/asym/bf16", "int6/g64/asym/bf16"),
         *("nf4/g64/dq256", "int4/b32/min/u6x8", "int6/b16/full/i8x16", "int5/b32/full/fp16", "iq4_nl/b32/fp16"),
     ],
 )

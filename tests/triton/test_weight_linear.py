@@ -29,6 +29,10 @@ OTHERS += [
     "fp4_e2m1/b16/fp8_e4m3",
     "int8/g64",
     "int5/channel",
+    "int5/g128/asym/bf16",
+    "int6/g64/asym/bf16",
+    "int6/g32",
+    "int7/channel",
     "fp8_e4m3/channel",
 ]
 OTHERS += ["fp8_e5m2/g64/bf16", "fp8_e3m4/g32", "fp8_e2m5/channel", "fp6_e3m2/g128", "e2m2/b32/e8m0", "e1m1/g64"]

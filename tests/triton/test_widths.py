@@ -43,20 +43,29 @@ def test_a_lane_holds_what_tensor_cores_take_from_it(name: str) -> None:
         codes = torch.zeros(64, 128, dtype=torch.uint8)
         codes[row, column] = 1
         (changed,) = (pack_codes(codes, width) ^ pack_codes(codes * 0, width)).flatten().nonzero().flatten().tolist()
-        last = name == "int3" and changed >= 512
-        part, inside = divmod(
-            changed - 512 if last else changed, 64 if last else 128 if width.bits < 4 else 64 * width.bits
-        )
+        start, each = next(run for run in reversed(runs_of(name)) if run[0] <= changed)
+        part, inside = divmod(changed - start, 64 * each)
         assert part == row // 16
-        # words of a lane stand together, in pieces of 16 bytes, or of 8
-        lane = inside // (2 if last else 4) % 32
+        # words of a lane stand together, in pieces of up to 16 bytes; where there are eight, of both rows apart
+        lane = inside // min(2 * each, 4) % 32
         assert lane == 4 * (row % 8) + column % 8 // 2
+
+
+def runs_of(name: str) -> list[tuple[int, int]]:
+    """Where words of a block begin that are loaded at once, and how many of them a lane has for a row of a part."""
+    match name:
+        case "int3":
+            return [(0, 2), (512, 1)]
+        case "int5" | "int6":
+            return [(0, 4), (1024, WIDTHS[name].bits - 4)]
+        case _:
+            return [(0, WIDTHS[name].bits)]
 
 
 def fragments(words: Tensor, name: str) -> list[Tensor]:
     """Registers of words of one block's first part, as `width_tiles` loads them: [2, 8, 4, 2 / c, ...] flattened.
 
-    Each holds, for one (q, i, j) and c, what a piece reads; of int3, for both c.
+    Each holds, for one (q, i, j) and c, what a piece reads; of int3 and int5, for both c.
     """
     words = words.flatten().to(torch.int64) & 0xFFFFFFFF
     if name in ("int2", "int3"):
@@ -65,6 +74,12 @@ def fragments(words: Tensor, name: str) -> list[Tensor]:
             return [pairs.flatten()] * 2
         last = words[512 : 512 + 64].view(8, 4, 2).permute(2, 0, 1).flatten()
         return [pairs[..., w].flatten() for w in (0, 0, 1, 1)] + [last] * 4
+    if name == "int5":
+        last = words[1024 : 1024 + 64].view(8, 4, 2).permute(2, 0, 1).flatten()
+        return [words[:256].view(-1, 4)[:, d] for d in range(4)] + [last] * 4
+    if name == "int6":
+        last = words[1024 : 1024 + 128].view(8, 4, 2, 2).permute(2, 0, 1, 3).flatten()
+        return [words[:256].view(-1, 2)[:, d] for d in range(2)] + [last] * 2
     runs = words[:512].view(2, 256) if WIDTHS[name].bits == 8 else words[:256].view(1, 256)
     return [run.view(-1, 2)[:, d] for run in runs for d in range(2)]
 
@@ -362,7 +377,7 @@ def test_inputs_in_blocks_are_multiplied_as_numbers(text: str) -> None:
     assert choose(Problem(weight=spec, input=spec, **fields))[0] is weight_triton.KERNEL  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("name", "bits"), [("int4/b32/min/u6x8", 4.75), ("int6/b16/full/i8x16", 8.75)])
+@pytest.mark.parametrize(("name", "bits"), [("int4/b32/min/u6x8", 4.75), ("int6/b16/full/i8x16", 6.75)])
 def test_scales_that_are_integers_stay_small(name: str, bits: float) -> None:
     qparams = find_qparams(torch.randn(64, 512), parse_spec(name))
     packed = pack_weight(quantize(torch.randn(64, 512), qparams), qparams, torch.bfloat16)
