@@ -28,16 +28,16 @@ def backend(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """Entry point of `torch.compile(model, backend="qcompile", options=..., mode=...)`.
+    """Entry point of `torch.compile(model, backend="qcompile", options=...)`.
 
-    options: see `qcompile.options.Options`. mode: handed to Inductor.
+    options: see `qcompile.options.Options`. mode: the option of that name.
     Raises OptionsError, RecipeError, PlanError, WeightError, SpecError, CoverageError or UnsupportedError; torch
     wraps them in its BackendCompilerFailed.
     """
-    parsed = Options.parse(options)
+    parsed = _parsed(options, mode)
     refuse_training(gm, example_inputs)
     with torch.no_grad():
-        frame = Frame(gm, example_inputs, parsed, mode)
+        frame = Frame(gm, example_inputs, parsed)
         frame.bind(example_inputs)
     _FRAMES.add(frame)
     return frame
@@ -96,11 +96,16 @@ def reference(model: nn.Module, plan: Plan) -> Iterator[Callable[..., Any]]:
         yield torch.compile(model, backend=partial(backend), options=options)
 
 
-def _options_of(compiled: Any) -> tuple[Options, str | None] | None:
-    """The options and mode that a torch.compile wrapper was made with; None for a bare model."""
+def _parsed(options: Mapping[str, Any] | None, mode: str | None) -> Options:
+    """torch takes either of them."""
+    return Options.parse(options if mode is None else {**(options or {}), "mode": mode})
+
+
+def _options_of(compiled: Any) -> Options | None:
+    """The options that a torch.compile wrapper was made with; None for a bare model."""
     layer = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
     while layer is not None and not hasattr(layer, "kwargs"):
         layer = getattr(layer, "_torchdynamo_orig_backend", None)
     if layer is None:
         return None
-    return Options.parse(layer.kwargs.get("options")), layer.kwargs.get("mode")
+    return _parsed(layer.kwargs.get("options"), layer.kwargs.get("mode"))

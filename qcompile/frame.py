@@ -85,13 +85,13 @@ class Frame:
         "asked",
     )
 
-    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> None:
-        self.asked = (options, mode)
+    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
+        self.asked = options
         self._options = options
         self._gm = gm
         self._parameters = parameters(gm, example_inputs)
         self._positions = {n.name: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
-        self._inductor = Inductor(gm, example_inputs, mode)
+        self._inductor = Inductor(gm, example_inputs, options.mode)
         self._code: dict[str, _Code] = {}
         self._bounds: dict[tuple[int, ...], Bound] = {}
         self._last: Bound | None = None

@@ -22,6 +22,7 @@ class Options:
     free_weights: give up the float values of weights once packed; the model itself then computes NaN.
     lower: False runs the Q/DQ graph in eager torch: the reference for results, and slow.
     dump: a folder that gets the graph's text after every pass.
+    mode: as torch.compile's own, which torch takes only where there are no options; handed to Inductor.
     """
 
     recipe: str | Path | Recipe | None = None
@@ -31,6 +32,7 @@ class Options:
     free_weights: bool = False
     lower: bool = True
     dump: str | Path | None = None
+    mode: str | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> "Options":
@@ -66,4 +68,5 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "free_weights": (bool,),
     "lower": (bool,),
     "dump": (str, Path, _NONE),
+    "mode": (str, _NONE),
 }

@@ -358,6 +358,6 @@ PEERS: Mapping[str, Mapping[str, Peer]] = {
 
 def peers(name: str) -> Iterator[tuple[str, Peer]]:
     """The peers of a format that are installed."""
-    for title, peer in PEERS[name].items():
+    for title, peer in PEERS.get(name, {}).items():
         if peer.needs is None or importlib.util.find_spec(peer.needs) is not None:
             yield title, peer

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
+from qcompile.backends.fx import inductor
 from qcompile.compile import backend
 from qcompile.report import Report
 
@@ -125,13 +126,33 @@ def test_training_uses_are_refused_or_told() -> None:
 
 def test_mode_is_passed_to_inductor() -> None:
     x = torch.randn(3, 32)
-    model = net()
-    y = torch.compile(model, backend="qcompile", mode="max-autotune-no-cudagraphs")(x)
+    model, mode = net(), "max-autotune-no-cudagraphs"
+    y = torch.compile(model, backend="qcompile", mode=mode)(x)
     torch._dynamo.reset()
     torch.testing.assert_close(y, torch.compile(model, backend="qcompile")(x), atol=2e-2, rtol=0)
     torch._dynamo.reset()
     with pytest.raises(Exception, match="no-such-mode"):
         torch.compile(net(), backend="qcompile", mode="no-such-mode")(x)
+
+
+def test_mode_stands_beside_other_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch itself takes a mode or options."""
+    asked: list[str] = []
+
+    def options_of(mode: str) -> dict[str, object]:
+        asked.append(mode)
+        return {}
+
+    monkeypatch.setattr(inductor, "list_mode_options", options_of)
+    options = {"recipe": "int8-weight", "mode": "reduce-overhead"}
+    model, x = net(), torch.randn(3, 32)
+    compiled = torch.compile(model, backend="qcompile", options=options)
+    compiled(x)
+    assert asked == ["reduce-overhead"]
+    assert qcompile.report(compiled).recipe == "int8-weight"
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="option 'mode' takes str"):
+        torch.compile(net(), backend="qcompile", options={"mode": 3})(x)
 
 
 def test_functional_weights_and_plain_functions() -> None:

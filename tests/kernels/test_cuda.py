@@ -106,23 +106,19 @@ def test_whole_model(recipe: str, dtype: torch.dtype, mode: str) -> None:
     torch._dynamo.reset()
     model, ids = build("llama").to("cuda", dtype), tokens(2, 16).cuda()
     with torch.no_grad():
-        fast = torch.compile(model, backend="qcompile", fullgraph=True, mode=mode, options=None)
         options = {"recipe": recipe}
-        if mode == "default":
-            fast = torch.compile(model, backend="qcompile", fullgraph=True, options=options)
+        fast = torch.compile(model, backend="qcompile", fullgraph=True, options=options | {"mode": mode})
         reference = torch.compile(model, backend="qcompile", options=options | {"lower": False})
         for _ in range(3):
             y = fast(ids).logits.clone()
-        expected = reference(ids).logits if mode == "default" else model(ids).logits
+        expected = reference(ids).logits
     # a step between two codes of fp8 is 6 %, and its tensor cores' rounding moves values over it
-    limit = 2e-2 if mode == "default" and recipe != "fp8" else 0.1
+    limit = 2e-2 if recipe != "fp8" else 0.1
     assert float((y - expected).float().norm() / expected.float().norm()) < limit
-    kernels = {site.kernel for site in qcompile.report(fast).sites if site.weight}
-    if mode == "default":
-        own = own_kernels(dtype)
-        assert own.get(recipe, "dense") in kernels
-        # the logits keep 8 bits
-        assert kernels <= {own.get(recipe, "dense"), own.get("int8-weight", "dense"), "dense"}
+    kernels, own = {site.kernel for site in qcompile.report(fast).sites if site.weight}, own_kernels(dtype)
+    assert own.get(recipe, "dense") in kernels
+    # the logits keep 8 bits
+    assert kernels <= {own.get(recipe, "dense"), own.get("int8-weight", "dense"), "dense"}
 
 
 def own_kernels(dtype: torch.dtype) -> dict[str, str]:
