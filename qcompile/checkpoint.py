@@ -159,7 +159,7 @@ def _take(frame: Frame, bound: Bound, binding: Binding, taken: dict[str, Solved]
         gone = PACKS.freed(weight)
         given[slot] = torch.empty(weight.shape, dtype=weight.dtype, device="meta") if gone else weight
         names[slot] = next(iter(binding.name_of(weight)), slot.name)
-    gm, options = frame.traced, frame.asked[0]
+    gm, options = frame.traced, frame.asked
     graph = open_dynamo(gm, {slot.placeholder: (names[slot], tensor) for slot, tensor in given.items()})
     sources = {found.site.name: weight_source(graph, found.value).name for found in find_sites(graph)}
     decide = decided(options, target_of(weights.values(), options))
