@@ -23,13 +23,15 @@ from qcompile.recipe import Recipe, Rule
 from qcompile.sites import Site
 from qcompile.sizes import stored_bytes
 from qcompile.solvers import IN_TURN
-from qcompile.spec import Spec, Zero, by_channel, parse_granularity, with_format
+from qcompile.spec import Spec, Zero, by_channel, parse_granularity, parse_spec, with_format
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 # beside integers, for weights on a GPU under float inputs: they err less there than 4 bits of integers, at up to 1.5
 # times the time; the CPU and onnxruntime have no kernel for them
 BOOKS = ("nf4",)
+# and with scales of their own, for as many columns as share one: IQ4_XS of GGML
+BLOCKS = {parse_spec("iq4_nl/b32/i6x8"): 256}
 # what stands in for a solver that takes the running model
 STAND_IN = "mse"
 
@@ -109,14 +111,17 @@ def _specs(rule: Rule, site: Site) -> Iterator[Spec]:
     if rule.weight.zero is Zero.MINIMUM:
         yield from (replace(rule.weight, format=parse_format(f"int{width}")) for width in WIDTHS)
         return
-    books = BOOKS if takes_books(rule, site.weight.device.type) else ()
+    on_gpu = takes_books(rule, site.weight.device.type)
+    books = BOOKS if on_gpu else ()
     groups = [parse_granularity(f"g{size}") for size in GROUPS if K % size == 0]
     for spec in [replace(rule.weight, granularity=group) for group in groups] or [by_channel(rule.weight)]:
         yield from (with_format(spec, parse_format(name)) for name in (*(f"int{width}" for width in WIDTHS), *books))
+    if on_gpu:
+        yield from (spec for spec, columns in BLOCKS.items() if K % columns == 0)
 
 
 def takes_books(rule: Rule, device: str) -> bool:
-    """Whether some kernel multiplies by `BOOKS` on such a device."""
+    """Whether some kernel multiplies by `BOOKS` and `BLOCKS` on such a device."""
     return rule.input is None and device == "cuda"
 
 

@@ -56,8 +56,12 @@ OTHERS: dict[str, tuple[Rule, ...]] = {
     "lloyd4/g64/bf16, GPTQ, act-order": (Rule(weight=parse_spec("lloyd4/g64/bf16"), solver="gptq"),),
     **{
         f"{kind}, {method}": (Rule(weight=TYPES[kind].spec, solver=solver),)
-        for kind in ("Q4_0", "Q4_K", "Q5_K", "Q6_K")
+        for kind in ("Q2_K", "Q3_K", "Q4_0", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K")
         for method, solver in (("k-quants", "kquant"), ("weighted", "imatrix"), ("GPTQ, act-order", "gptq"))
+    },
+    **{
+        f"{spec}, GPTQ, act-order": (Rule(weight=parse_spec(spec), solver="gptq"),)
+        for spec in ("int2/g32/bf16", "int2/g32/asym/bf16", "lloyd2/g32/bf16", "int3/channel/asym")
     },
     **{
         f"mixed/{bits:g}, GPTQ, act-order": (

@@ -93,7 +93,9 @@ def _better(best: QParams, least: Tensor, now: QParams, x: Tensor) -> tuple[QPar
 
 
 def _kept(scale: Tensor, spec: Spec) -> tuple[Tensor, dict[str, Tensor]]:
-    return keep_scale(scale.clamp(min=SMALLEST_SCALE), spec.scale, scale, spec.format.max)
+    # of specs whose codes reach further on one side, the sign says to which
+    held = scale.abs().clamp(min=SMALLEST_SCALE).copysign(scale)
+    return keep_scale(held, spec.scale, scale.abs(), spec.format.max)
 
 
 def _next(now: QParams, x: Tensor, beta: float) -> QParams:

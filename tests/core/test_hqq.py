@@ -15,7 +15,9 @@ from tests.core.test_imatrix import INTEGERS
 from tests.core.test_solvers import SPECS, weight
 
 KINDS = ("e8m0", "fp8_e4m3", "dq256", "u4row")
-FREE = [text for text in SPECS if parse_spec(text).scale not in KINDS] + INTEGERS
+# whose scales may be negative
+FULL = ["int4/b32/full/fp16", "int5/b32/full/fp16", "int4/g32/full", "int3/g32/full/bf16"]
+FREE = [text for text in SPECS if parse_spec(text).scale not in KINDS] + INTEGERS + FULL
 FIXED = [text for text in SPECS if parse_spec(text).scale in KINDS]
 
 

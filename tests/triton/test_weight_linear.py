@@ -37,9 +37,16 @@ OTHERS += [
 ]
 OTHERS += ["fp8_e5m2/g64/bf16", "fp8_e3m4/g32", "fp8_e2m5/channel", "fp6_e3m2/g128", "e2m2/b32/e8m0", "e1m1/g64"]
 # of ggml's blocks
-OTHERS += ["int4/b32/min/fp16", "int5/b32/full/fp16", "int5/b32/min/fp16", "int8/b32/fp16", "iq4_nl/b32/fp16"]
+OTHERS += [
+    "int4/b32/full/fp16",
+    "int4/b32/min/fp16",
+    "int5/b32/full/fp16",
+    "int5/b32/min/fp16",
+    "int8/b32/fp16",
+    "iq4_nl/b32/fp16",
+]
 OTHERS += ["int2/b16/min/u4x16", "int3/b16/full/i6x16", "int4/b32/min/u6x8", "int5/b32/min/u6x8", "int6/b16/full/i8x16"]
-OTHERS += ["iq4_nl/b32/i6x8", "int4/g64/min/u6x8", "linear8/g64", "nf4/g64/dq256"]
+OTHERS += ["iq4_nl/b32/fp16", "iq4_nl/b32/i6x8", "int4/g64/min/u6x8", "linear8/g64", "nf4/g64/dq256"]
 
 
 def packed(text: str, N: int, K: int, dtype: torch.dtype) -> tuple[Packed, Tensor]:
