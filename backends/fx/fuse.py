@@ -1,10 +1,11 @@
 """FUSE: a quantization that finds its scales while running becomes one op, with the norm or activation before it.
 
+A factor of each channel that no fold could move elsewhere (`fold_smooth`) is multiplied with there, too.
 Outlier channels that are kept out of it (`split_outliers`) leave the same op: nothing else masks or gathers them.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any
 
@@ -18,7 +19,7 @@ from qcompile.backends.fx.kernels.narrow_floats import is_narrow
 from qcompile.backends.fx.masked import Masked, find_masked
 from qcompile.backends.fx.rows import QUANTIZE_ROWS, why_not
 from qcompile.backends.fx.targets import aten, is_call
-from qcompile.backends.fx.values import attribute, dtype, example, fake_mode, infer
+from qcompile.backends.fx.values import attribute, dtype, example, fake_mode, infer, is_constant
 from qcompile.backends.fx.writes import is_written
 from qcompile.backends.triton.eight_bit_table import tail_width
 from qcompile.graph import Op
@@ -48,6 +49,7 @@ class _Before:
     """What is made of x before it is quantized.
 
     second: added to x before a norm, or multiplied with the activation of x.  total: their sum, if others read it.
+    weight: of a norm; else what channels are multiplied with at the end.
     gone: the values that the op makes in its registers, or does not make at all.
     """
 
@@ -83,9 +85,10 @@ def _fuse(graph: FxGraph, quantize: fx.Node, capability: tuple[int, int]) -> boo
     masked = find_masked(graph, value) if _is_alone(graph, value, (quantize,)) else None
     made, readers = (value, [quantize]) if masked is None else (masked.x, [masked.value, masked.selected])
     before = _norm(graph, made, readers) or _activation(graph, made, readers) or _whole(graph, made)
+    before = before or _scaled(graph, made, readers)
     if before is None:
         return False
-    read = (*before.gone, before.x, before.second, *([] if masked is None else readers))
+    read = (*before.gone, before.x, before.second, before.weight, *([] if masked is None else readers))
     if any(is_written(node) for node in read if node is not None):
         return False
     _replace(graph, quantize, before, spec, masked)
@@ -237,6 +240,26 @@ def _activation_kind(graph: FxGraph, value: fx.Node) -> str | None:
     if graph.op(value) is Op.SILU:
         return "silu"
     return _GELU.get(str(_argument(value, 1, "approximate", "none"))) if graph.op(value) is Op.GELU else None
+
+
+def _scaled(graph: FxGraph, value: fx.Node, readers: Collection[fx.Node]) -> _Before | None:
+    """An activation, or what stands in memory, times a factor of each channel, if these alone read the product.
+
+    A norm has a weight of its own, into which such factors are folded.
+    """
+    if graph.op(value) is not Op.MUL or not _is_alone(graph, value, readers):
+        return None
+    for x, factor in (tuple(graph.inputs(value)), tuple(graph.inputs(value))[::-1]):
+        if x is None or factor is None or not _is_factor(graph, factor, value) or not _are_alike(value, x):
+            continue
+        before = _activation(graph, x, (value,)) or _whole(graph, x)
+        return None if before is None else replace(before, weight=factor, gone=(value, *before.gone))
+    return None
+
+
+def _is_factor(graph: FxGraph, factor: fx.Node, product: fx.Node) -> bool:
+    """Whether it is a number for each channel of the product, in its dtype."""
+    return is_constant(factor) and graph.shape(factor) == graph.shape(product)[-1:] and dtype(factor) == dtype(product)
 
 
 def _whole(graph: FxGraph, value: fx.Node) -> _Before | None:

@@ -37,6 +37,7 @@ def _quantize_rows(
 ) -> list[Tensor]:
     """Codes [..., K], scale [..., 1], zero [..., 1] of asymmetric specs, the sum x + second if it is kept, and a tail.
 
+    Without a norm, channels are multiplied with `weight`, [K], at the end.
     Of floats of fewer bits the codes are E4M3, dtype and all, and channels lowered by `shift`, [1, K]. With `keep` the
     codes are of what is made of x times it; the tail [..., tail_width(T)] holds T channels as they were, and zeros.
     """

@@ -1,4 +1,4 @@
-"""What comes before the quantization of a row, for a program that holds it in registers: norms and activations.
+"""What comes before the quantization of a row, for a program that holds it in registers: norms, activations, factors.
 
 v and every step on the way to it that has a name in the model are rounded to the dtype of x, as eager torch rounds what
 it writes to memory. v itself may differ from eager torch's in its last bit, because sums are added in another order,
@@ -54,6 +54,12 @@ def combined(x, second, columns, inside, dtype: tl.constexpr, BEFORE: tl.constex
         other = tl.load(second + columns, mask=inside, other=0.0).to(tl.float32)
         v = kept(v * other if BEFORE >= SILU else v + other, dtype, INLINE)
     return v
+
+
+@triton.jit
+def weighted(v, weight, columns, inside, dtype: tl.constexpr, INLINE: tl.constexpr):
+    """Columns times the weights of their channels."""
+    return kept(v * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32), dtype, INLINE)
 
 
 @triton.jit

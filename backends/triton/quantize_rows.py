@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.backends.triton.add_parts import is_dependent
-from qcompile.backends.triton.before_rows import BEFORE, LAYER_NORM, RMS_NORM, combined, moments, normalized
+from qcompile.backends.triton.before_rows import BEFORE, LAYER_NORM, RMS_NORM, combined, moments, normalized, weighted
 from qcompile.backends.triton.eight_bit_table import TAIL_MULTIPLE, tail_width
 from qcompile.backends.triton.float_grid import ROUNDER, on_grid, power_of_two
 from qcompile.backends.triton.launch import launch
@@ -129,9 +129,13 @@ def quantize_rows_kernel(
     if NORM:
         mean, v, factor = moments(v, inside, K, eps, BEFORE)
         v = normalized(v, factor, weight, bias, columns, inside, dtype, BEFORE, INLINE)
+    elif weight is not None:
+        v = weighted(v, weight, columns, inside, dtype, INLINE)
     if channels is not None:
         if NORM:
             u = normalized(u - mean, factor, weight, bias, chosen, is_outlier, dtype, BEFORE, INLINE)
+        elif weight is not None:
+            u = weighted(u, weight, chosen, is_outlier, dtype, INLINE)
         u = tl.where(is_outlier, u, 0.0).to(dtype)
         tl.store(tail + row * stride_tail + places, u, mask=places < stride_tail)
         v *= tl.load(keep + columns, mask=inside, other=0.0).to(tl.float32)
@@ -226,7 +230,8 @@ def quantize_rows(
 ) -> Rows:
     """x [..., K], and second of its shape: added before a norm, or multiplied with after an activation.
 
-    weight, bias: of a norm, [K].  offset: 0, or 128 for codes with a zero as int8, less 128.
+    weight, bias: of a norm, [K]; weight without a norm: what channels are multiplied with at the end, in x's dtype.
+    offset: 0, or 128 for codes with a zero as int8, less 128.
     shift, raised: octaves of numbers of fewer bits in E4M3, int8 [K], and of all.  keep_total: return the sum, too.
     keep: ones, and zeros for what is left out of the codes, [K] in x's dtype.  channels: of the tail, integers [T].
     """

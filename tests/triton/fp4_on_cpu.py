@@ -1,17 +1,13 @@
 """What kernels of 4-bit floats compute, in plain torch, and a model that is lowered to them, without a GPU."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from qcompile.backends.fx.kernels.narrow_floats import is_narrow, lowered, widened
+from qcompile.backends.fx.kernels.narrow_floats import widened
 from qcompile.backends.triton.fp4_ptx import lowered_ptx
 from qcompile.backends.triton.int4_int8_words import unpack_words
 from qcompile.formats import parse_format
-from qcompile.numerics import find_qparams, quantize
-from qcompile.shifts import raised
-from qcompile.spec import parse_spec
+from tests.triton.fused import plain
 from tests.triton.ptx import FULL, run
 
 FORMATS = ("fp4_e2m1", "fp4_e1m2", "fp4_e3m0")
@@ -50,18 +46,4 @@ def multiplied(
     return (x @ (weight.double() * weight_scale.double()).T).to(dtype)
 
 
-def as_rows(x: Tensor, *given: Any) -> list[Tensor]:
-    """Of `quantize_rows` behind a norm, what it computes of floats of fewer bits."""
-    second, weight, bias, before, eps, spec, _, _, *shift = given
-    assert (second, bias, before) == (None, None, "rms_norm")
-    fmt = parse_spec(spec).format
-    value = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
-    qparams = find_qparams(value, parse_spec(spec))
-    codes = quantize(value, qparams)
-    if not is_narrow(fmt):
-        return [codes, qparams.scale]
-    octaves = shift[0][0] if shift and shift[0] is not None else torch.zeros(x.shape[-1], dtype=torch.int8)
-    return [lowered(codes, fmt, octaves).view(torch.float8_e4m3fn), qparams.scale * 2.0 ** -raised(fmt)]
-
-
-OPS = {"fp4_mm": multiplied, "quantize_rows": as_rows}
+OPS = {"fp4_mm": multiplied, "quantize_rows": plain}

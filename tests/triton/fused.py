@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from qcompile.backends.fx.fuse import fuse
 from qcompile.backends.fx.kernels.int8 import OFFSET
+from qcompile.backends.fx.kernels.narrow_floats import is_narrow, lowered
 from qcompile.backends.fx.rows import QUANTIZE_ROWS
 from qcompile.backends.triton.eight_bit_table import tail_width
 from qcompile.numerics import find_qparams, quantize
 from qcompile.pipeline import quantize as quantize_graph
 from qcompile.plan import make_plan
 from qcompile.presets import parse_recipe
+from qcompile.shifts import raised
 from qcompile.sites import find_sites
 from qcompile.spec import parse_spec
 from tests.hosts import FX, result
@@ -39,7 +41,6 @@ def plain(
     channels: Tensor | None = None,
 ) -> list[Tensor]:
     """What the op computes, in plain torch."""
-    assert shift is None
     total = x if second is None else x + second
     match before:
         case "nothing":
@@ -54,11 +55,16 @@ def plain(
         case _:
             active = F.silu(x) if before == "silu" else F.gelu(x, approximate=_APPROXIMATE[before])
             value = active if second is None else active * second
+    if "norm" not in before:
+        value = value if weight is None else value * weight
     rest = value if keep is None else value * keep
     qparams = find_qparams(rest, parse_spec(spec))
-    codes = quantize(rest, qparams)
+    codes, scale, fmt = quantize(rest, qparams), qparams.scale, qparams.spec.format
+    if is_narrow(fmt):
+        octaves = torch.zeros(x.shape[-1], dtype=torch.int8) if shift is None else shift[0]
+        codes, scale = lowered(codes, fmt, octaves).view(torch.float8_e4m3fn), scale * 2.0 ** -raised(fmt)
     codes = (codes.int() - offset).to(torch.int8) if offset else codes
-    found = [codes, qparams.scale, *([] if qparams.zero is None else [qparams.zero])]
+    found = [codes, scale, *([] if qparams.zero is None else [qparams.zero])]
     found += [total.clone()] if keep_total else []
     if channels is None:
         return found

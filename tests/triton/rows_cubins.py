@@ -20,11 +20,12 @@ def cubin(
     second: bool = False,
     narrow: Float | None = None,
     split: bool = False,
+    factor: bool = False,
 ) -> bytes:
     """The binary for rows of K elements, as the launcher would have it compiled.
 
     second: and what is made with it.  narrow: a format of fewer than 8 bits, with channels lowered.
-    split: outlier channels go to a tail.
+    split: outlier channels go to a tail.  factor: channels are multiplied with numbers of their own, without a norm.
     """
     name = NAMES[dtype]
     norm = "norm" in before
@@ -32,7 +33,7 @@ def cubin(
     given |= {"second": name} if second else {}
     given |= {"total": name} if second and norm else {}
     given |= {"zeros": "fp32"} if zeros else {}
-    given |= {"weight": name} if norm else {}
+    given |= {"weight": name} if norm or factor else {}
     given |= {"bias": name} if before == "layer_norm" else {}
     given |= {"shift": "i8"} if narrow else {}
     given |= {"keep": name, "channels": "i32", "tail": name} if split else {}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, library, nn
+from torch._inductor.utils import run_and_get_code
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
@@ -215,20 +216,58 @@ def test_the_op_is_clean(M: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("M", "K"), [(3, 1), (5, 300), (7, 4096), (2, 14336)])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_rows_become_numbers_of_e4m3(fmt: str, dtype: torch.dtype, M: int, K: int, shifted: bool) -> None:
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_rows_become_numbers_of_e4m3(
+    fmt: str, dtype: torch.dtype, M: int, K: int, shifted: bool, multiplied: bool
+) -> None:
     spec: Spec = parse_spec(f"{fmt}/token")
     x = (torch.randn(M, K, device="cuda") * 2.0 ** torch.randint(-9, 9, (M, 1), device="cuda")).to(dtype)
     x[0, ::2] = -0.0
     octaves = torch.randint(0, room(spec.format) + 1, (1, K), device="cuda", dtype=torch.int8)
     torch.full((4 * M * K,), 0x7F, dtype=torch.uint8, device="cuda")
-    found = quantize_rows(x, spec, shift=octaves if shifted else None, raised=raised(spec.format))
+    up, shift = raised(spec.format), octaves if shifted else None
+    # a channel that no fold could raise is raised there
+    factor = octaves[0].to(dtype).exp2() if multiplied else None
+    found = quantize_rows(x, spec, weight=factor, shift=shift, raised=up)
+    x = x if factor is None else x * factor
     # eager torch on a GPU divides by multiplying with the inverse
     expected = find_qparams(x.cpu(), spec)
     codes = quantize(x.cpu(), expected)
     bits = lowered(codes, spec.format, octaves[0].cpu() * int(shifted))
     assert found.codes.dtype is torch.float8_e4m3fn
     assert torch.equal(found.codes.view(torch.uint8).cpu(), bits)
-    assert torch.equal(found.scale.cpu(), expected.scale * 2.0 ** -raised(spec.format))
+    assert torch.equal(found.scale.cpu(), expected.scale * 2.0**-up)
+
+
+class Kept(nn.Module):
+    """Attention whose values are results, too: what its last linear reads is raised by no other."""
+
+    def __init__(self, K: int) -> None:
+        super().__init__()
+        self.v, self.o = nn.Linear(K, K, bias=False), nn.Linear(K, K, bias=False)
+        self.v.weight.data *= torch.exp2(torch.linspace(-4, 4, K))[:, None]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        v = self.v(x)
+        heads = v.unflatten(-1, (4, -1)).transpose(1, 2)
+        h = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(-2)
+        return x + self.o(h), v
+
+
+def test_a_factor_that_stays_is_multiplied_with_by_the_pass_that_quantizes() -> None:
+    torch.manual_seed(0)
+    model = Kept(512).cuda().bfloat16().eval()
+    x = torch.randn(2, 40, 512, device="cuda", dtype=BFLOAT16)
+    plan = qcompile.calibrate(model, [x], recipe="fp4-token", progress=False)
+    assert [fold.into for fold in plan.folds if fold.sites == ("o",)] == [""]
+    fast = torch.compile(model, backend="qcompile", options={"plan": plan})
+    with torch.no_grad():
+        (y, _), codes = run_and_get_code(fast, x)
+        slow, _ = torch.compile(model, backend="qcompile", options={"plan": plan, "lower": False})(x)
+        exact = model(x)[0].float()
+    # as in `test_a_model_runs_as_planned`
+    assert (y.float() - exact).norm() < 1.05 * (slow.float() - exact).norm()
+    assert "".join(codes).count("quantize_rows.default(") == 2
 
 
 class Block(nn.Module):

@@ -267,6 +267,39 @@ def test_outliers_of_what_comes_before(before: str, full: bool, dtype: torch.dty
             assert torch.equal(found.total, plain.total)
 
 
+@pytest.mark.parametrize("powers", [False, True], ids=["any", "powers of two"])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "K"), SHAPES)
+def test_factors_of_channels(M: int, K: int, dtype: torch.dtype, spec: Spec, powers: bool) -> None:
+    """As a graph multiplies: rounded to the dtype, before the range is found."""
+    x = random(M, K, dtype=dtype)
+    exponents = torch.randint(-3, 4, (K,), device="cuda").to(dtype)
+    weight = exponents.exp2() if powers else torch.rand(K, device="cuda", dtype=dtype) + 0.5
+    product, channels = x * weight, sorted({K // 2, *range(0, K, 97)})
+    poison(M * K)
+    assert_codes_of(quantize_rows(x, spec, weight=weight), product, spec)
+    assert_split(quantize_rows(x, spec, weight=weight, **split(channels, x)), product, channels, spec)
+
+
+@pytest.mark.parametrize("spec", [INT8, ASYMMETRIC, FP8], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("before", [kind for kind in BEFORE if "norm" not in kind])
+def test_factors_of_what_comes_before(before: str, dtype: torch.dtype, spec: Spec) -> None:
+    """The value is what the same kernel leaves, were all channels outliers."""
+    for M, K in ((1, 4096), (5, 333), (3, 14336), (4, 9)):
+        x, second = (torch.randn(M, K, device="cuda").to(dtype) for _ in range(2))
+        weight = torch.rand(K, device="cuda", dtype=dtype) + 0.5
+        given = {"before": before, "second": second}
+        everything = quantize_rows(x, spec, **split(range(K), x), **given)
+        assert everything.tail is not None
+        product, channels = everything.tail[:, :K] * weight, sorted({K // 2, *range(0, K, 97)})
+        poison(M * K)
+        assert_codes_of(quantize_rows(x, spec, weight=weight, **given), product, spec)
+        found = quantize_rows(x, spec, weight=weight, **split(channels, x), **given)
+        assert_split(found, product, channels, spec)
+
+
 def test_outliers_of_a_view_and_of_no_rows() -> None:
     wide = random(2, 9, 3 * 264, dtype=torch.bfloat16)
     for x in (wide[..., :264], wide[:, ::2, 264:528], wide.transpose(1, 2)[..., :8], wide[0, 0], wide[:, :0]):
@@ -304,6 +337,7 @@ def test_op_passes_opcheck(spec: Spec, M: int) -> None:
     weight = random(1, 96, dtype=torch.bfloat16)[0]
     library.opcheck(QUANTIZE_ROWS, (x, second, weight, None, "rms_norm", EPS, str(spec), 0, True))
     library.opcheck(QUANTIZE_ROWS, (x[..., :48], x[..., 48:], None, None, "silu", 0.0, str(spec), 0, False))
+    library.opcheck(QUANTIZE_ROWS, (x, None, weight, None, "nothing", 0.0, str(spec), 0, False))
     outliers = split((3, 90, 4), x).values()
     library.opcheck(QUANTIZE_ROWS, (x, second, weight, None, "rms_norm", EPS, str(spec), 0, True, None, *outliers))
 

@@ -46,6 +46,13 @@ def test_floats_of_few_bits_compile(fmt: str, capability: int) -> None:
     assert cubin(4096, capability, BFLOAT16, "rms_norm", integer=False, narrow=narrow)[:4] == b"\x7fELF"
 
 
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("before", [kind for kind in BEFORE if "norm" not in kind])
+def test_factors_of_channels_compile(before: str, split: bool) -> None:
+    made = cubin(4096, 90, BFLOAT16, before, integer=True, zeros=True, second=True, split=split, factor=True)
+    assert made[:4] == b"\x7fELF"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("K", [1, 100, 4096, 14336, MAX_K])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -107,6 +114,7 @@ from qcompile.spec import parse_spec
 
 torch.manual_seed(0)
 exact = {"rtol": 0, "atol": 0, "equal_nan": True}
+activations = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
 def extreme(dtype):
@@ -118,8 +126,6 @@ def extreme(dtype):
 """
 
 INTERPRETED = """
-activations = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
-
 
 def check(found, value, spec, offset=0):
     expected = find_qparams(value, spec)
@@ -263,3 +269,45 @@ print("equal")
 
 def test_the_interpreter_keeps_outliers_out_of_the_codes() -> None:
     run_interpreted(START + SPLIT, loops=False)
+
+
+FACTORS = """
+def check(found, value, spec):
+    expected = find_qparams(value, spec)
+    finite = expected.scale.isfinite().expand_as(value)
+    torch.testing.assert_close(found.scale, expected.scale, **exact)
+    assert torch.equal(found.codes.int()[finite], quantize(value, expected).int()[finite])
+
+
+for text in ("int8/token", "int8/token/asym", "int4/token"):
+    spec = parse_spec(text)
+    for dtype in (torch.float32, torch.float16):
+        x, general = extreme(dtype), (torch.rand(101) + 0.5).to(dtype)
+        power = (2.0 ** torch.randint(-3, 4, (101,))).to(dtype)
+        channels = (4, 99, 0)
+        keep = torch.ones(101, dtype=dtype).index_fill(0, torch.tensor(channels), 0)
+        split = {"keep": keep, "channels": torch.tensor(channels, dtype=torch.int32)}
+        for weight in (general, power):
+            # rounded to the dtype, as the product in the graph is
+            product = x * weight
+            check(quantize_rows(x, spec, weight=weight), product, spec)
+            found = quantize_rows(x, spec, weight=weight, **split)
+            check(found, product * keep, spec)
+            torch.testing.assert_close(found.tail[:, :3], product[:, list(channels)], **exact)
+            second = torch.randn(9, 101).to(dtype)
+            found = quantize_rows(x, spec, weight=weight, second=second, keep_total=True)
+            torch.testing.assert_close(found.total, x + second, **exact)
+            check(found, (x + second) * weight, spec)
+        # powers of two move no digit: codes and scales are those of the same kernel's own value times them
+        gate = torch.randn(5, 101).to(dtype)
+        everything = {"keep": keep * 0, "channels": torch.arange(101, dtype=torch.int32)}
+        for before in activations:
+            given = {"before": before, "second": gate}
+            value = quantize_rows(x[4:], spec, **given, **everything).tail[:, :101]
+            check(quantize_rows(x[4:], spec, weight=power, **given), value * power, spec)
+print("equal")
+"""
+
+
+def test_the_interpreter_multiplies_channels_before_it_finds_their_range() -> None:
+    run_interpreted(START + FACTORS, loops=False)
