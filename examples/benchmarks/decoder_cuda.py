@@ -1,6 +1,7 @@
 """A decoder on a GPU under each recipe, beside torch.compile of its bfloat16 original: decoding and prefill.
 
     python examples/benchmarks/decoder_cuda.py [--recipes NAME ...] [--steps NAME ...] [--layers N] [--result FILE]
+        [--shifted] [--profile]
 
 Layers of Llama-3.1-8B's shapes with random weights, without embeddings and logits. Decoding: one token for each of 1,
 16 and 64 sequences that have 1024 tokens in their caches; prefill: one sequence of 2048 tokens. Recipes run without
@@ -8,13 +9,21 @@ what they find on data: shifts, formats, clipped scales; but budgets are spent a
 recipe's results are compared with those of its own Q/DQ graph, and both with the float model's, on two layers, before
 anything is timed, in a process of each recipe's own. Times are those of replayed CUDA graphs, the candidates in turns;
 weights are larger than the card's second-level cache by far.
+--shifted: each recipe once more, with channels of every linear's input shifted by octaves, as calibration shifts them
+where they differ: folded into norms and linears, or multiplied with where a cache keeps values. --profile: also what
+runs on the GPU in one call of each, counted by torch.profiler.
 Writes examples/benchmarks/results/decoder_cuda.json.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
+import shlex
+import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,9 +36,18 @@ import torch
 from result_files import RESULTS, device, write_result
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.profiler import ProfilerActivity, profile
 
 import qcompile
+from qcompile.backends.fx.capture import capture
+from qcompile.channels import tied
+from qcompile.edges import find_edges
+from qcompile.folds import Fold
+from qcompile.numerics import exact_exp2
+from qcompile.plan import Plan, make_plan
 from qcompile.presets import parse_recipe
+from qcompile.recipe import Recipe
+from qcompile.sites import find_sites
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD = 4096, 14336, 32, 8, 128
 CONTEXT, PREFILL = 1024, 2048
@@ -41,6 +59,10 @@ RECIPES = ("int4-weight", "fp8", "int8", "w4a8", "fp4-a8", "fp4-token", "mixed/3
 # floats of 8 bits differ by a step of 6 %, results must be as near to those of the float model as the Q/DQ graph's
 ROUNDED, AS_NEAR = 3e-2, 1.05
 CHECKED_LAYERS = 2
+# behind a recipe's name: with channels shifted by up to so many octaves
+SHIFTED, OCTAVES = ", channels shifted", 3
+# what a trace calls that which runs on a GPU
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 # of one function that torch compiles at most, before it runs it as it is
 VARIANTS = 64
 
@@ -128,12 +150,14 @@ def shapes(layers: int, steps: Sequence[str]) -> list[Shape]:
     return [shape for shape in found if shape.name in steps]
 
 
-def _shape(name: str, batch: int, tokens: int, start: int, caches: Sequence[Cache]) -> Shape:
-    places = torch.arange(start, start + tokens, device="cuda")
+def _shape(
+    name: str, batch: int, tokens: int, start: int, caches: Sequence[Cache], place: torch.device | str = "cuda"
+) -> Shape:
+    places = torch.arange(start, start + tokens, device=place)
     cos, sin = rotations(places)
     return Shape(
         name=name,
-        x=torch.randn(batch, tokens, HIDDEN, device="cuda").bfloat16(),
+        x=torch.randn(batch, tokens, HIDDEN, device=place).bfloat16(),
         places=places,
         cos=cos,
         sin=sin,
@@ -151,11 +175,13 @@ def compiled(model: Decoder, name: str, **options: Any) -> Callable[..., Tensor]
     torch._dynamo.reset()
     if name == FLOAT:
         return torch.compile(model, dynamic=False)
-    recipe = parse_recipe(name)
+    recipe = parse_recipe(name.removesuffix(SHIFTED))
     # what is found on data takes long, and has no part in the time of a step but for an operand where channels shift
     rules = tuple(replace(rule, smooth=None, shift=None, format=None, solver="round") for rule in recipe.rules)
     bare = replace(recipe, rules=rules)
-    if bare.budgets:
+    if name.endswith(SHIFTED):
+        options |= {"plan": shifted(model, bare)}
+    elif bare.budgets:
         # the same data every time, so that the fast graph and its reference follow one plan
         with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
             torch.manual_seed(0)
@@ -164,6 +190,23 @@ def compiled(model: Decoder, name: str, **options: Any) -> Callable[..., Tensor]
     else:
         options |= {"recipe": bare}
     return torch.compile(model, dynamic=False, backend="qcompile", options=options)
+
+
+def shifted(model: Decoder, recipe: Recipe) -> Plan:
+    """The recipe's plan with other octaves for each channel, as calibration writes them, but not found on data."""
+    shape = _shape("prefill", 1, 16, 0, [], next(model.parameters()).device)
+    (captured,) = capture(model, lambda call: call(*shape.inputs))
+    graph = captured.open()
+    plan = make_plan([found.site for found in find_sites(graph)], recipe, whole=False)
+    decisions, folds = dict(plan.decisions), []
+    generator = torch.Generator().manual_seed(0)
+    for edge in find_edges(graph):
+        names = tuple(found.site.name for found in edge.consumers)
+        octaves = torch.randint(0, OCTAVES + 1, (edge.consumers[0].site.weight.shape[1],), generator=generator)
+        octaves = tied(octaves, edge.channels)
+        folds.append(Fold(sites=names, scale=exact_exp2(-octaves), into=edge.into, method="exponent shift"))
+        decisions |= {site: replace(decisions[site], shift=tuple(octaves.tolist())) for site in names}
+    return replace(plan, decisions=decisions, folds=tuple(folds)).bind(model)
 
 
 @torch.no_grad()
@@ -214,6 +257,22 @@ def recorded(call: Callable[..., Tensor], shape: Shape) -> tuple[torch.cuda.CUDA
     return graph, y
 
 
+def launches(call: Callable[..., Tensor], shape: Shape) -> Counter[str]:
+    """What one call has the GPU do, by name: kernels, copies and fills.  Raises SystemExit if the profiler saw none."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call(*shape.inputs)
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    found = Counter(event["name"] for event in events if event.get("cat") in ON_DEVICE)
+    if not found:
+        raise SystemExit(f"{shape.name}: torch.profiler saw nothing on the GPU; end what else profiles it")
+    return found
+
+
 def milliseconds(graphs: Sequence[torch.cuda.CUDAGraph], rounds: int) -> list[float]:
     """The median of each graph's replays, in turns."""
     times: list[list[float]] = [[] for _ in graphs]
@@ -235,11 +294,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    parser.add_argument("--shifted", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--result", type=Path, default=RESULTS / "decoder_cuda.json")
     given = parser.parse_args()
     torch._dynamo.config.recompile_limit = VARIANTS
     rows: dict[str, dict[str, Any]] = {FLOAT: {}}
-    rows |= checks(given.recipes, given.steps)
+    names = [name + more for name in given.recipes for more in (("", SHIFTED) if given.shifted else ("",))]
+    rows |= checks(names, given.steps)
     with torch.no_grad():
         calls: dict[str, Callable[..., Tensor]] = {}
         given_shapes = shapes(given.layers, given.steps)
@@ -248,7 +310,8 @@ def main() -> None:
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             model = decoder(given.layers)
-            calls[name] = compiled(model, name, **({} if name == FLOAT else {"free_weights": True}))
+            # with shifted channels, what makes the values of a cache has other codes in a step without one
+            calls[name] = compiled(model, name, **({} if name == FLOAT else {"free_weights": not given.shifted}))
             start = time.perf_counter()
             calls[name](*given_shapes[0].inputs)
             torch.cuda.synchronize()
@@ -260,14 +323,19 @@ def main() -> None:
                 torch.cuda.synchronize()
                 assert bool(torch.isfinite(y).all()), (name, shape.name)
                 graphs[shape.name].append(graph)
+                row[shape.name] = {}
+                if given.profile:
+                    ran = launches(calls[name], shape)
+                    row[shape.name] = {"kernels": ran.total()}
+                    print(shape.name, name, *(f"\n  {count} {kernel}" for kernel, count in ran.items()), flush=True)
             print(name, row, flush=True)
         for shape in given_shapes:
             times = milliseconds(graphs[shape.name], given.rounds)
             for (name, row), ms in zip(rows.items(), times, strict=True):
-                row[shape.name] = {"ms": round(ms, 4), "speedup": round(times[0] / ms, 3)}
+                row[shape.name] |= {"ms": round(ms, 4), "speedup": round(times[0] / ms, 3)}
                 print(shape.name, name, row[shape.name], flush=True)
     result = {
-        "command": "python examples/benchmarks/decoder_cuda.py",
+        "command": shlex.join(["python", "examples/benchmarks/decoder_cuda.py", *sys.argv[1:]]),
         "shapes": {"layers": given.layers, "hidden": HIDDEN, "inner": INNER, "context": CONTEXT},
         "machine": device("cuda"),
         "rows": rows,

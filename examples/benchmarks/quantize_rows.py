@@ -1,17 +1,18 @@
 """Microseconds of quantizing rows in one pass, beside what Inductor makes of the same plain torch.
 
-    python examples/benchmarks/quantize_rows.py [--cases NAME ...] [--specs SPEC ...] [--rows M ...]
+    python examples/benchmarks/quantize_rows.py [--cases NAME ...] [--specs SPEC ...] [--rows M ...] [--result FILE]
 
 Each case is a quantization and what comes before it in a decoder of Llama-3.1-8B's shapes; `float` is what comes before
 it alone, compiled, in bfloat16. Results are compared with eager torch before they are timed. Times are medians of CUDA
 graph replays in turns, of eight inputs one after the other. For the largest M, `matmul` is the 8-bit matmul that reads
 the codes, and `share` is what the quantization adds to float and matmul. Of a split, `plain` is the kernel without it.
-Writes results/quantize_rows.json.
+Writes results/quantize_rows.json, or FILE.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ CHECKED = 64
 class Case:
     """x [M, K]; second: of the same shape; joined: both are halves of one matrix. N: of the linear that follows.
 
-    split: one channel in a hundred stays out of the codes.
+    split: one channel in a hundred stays out of the codes.  factor: channels are multiplied with a vector, at the end.
     """
 
     before: str
@@ -52,6 +53,7 @@ class Case:
     joined: bool = False
     bias: bool = False
     split: bool = False
+    factor: bool = False
 
     def channels(self) -> Tensor:
         """Those that are split off."""
@@ -71,7 +73,9 @@ CASES = {
     "gelu, tanh, times gate": Case(before="gelu_tanh", K=14336, N=4096, second=True, joined=True),
 }
 SPLIT = ("nothing", "nothing, wide", "norm", "add, norm", "add, layer norm", "silu times gate")
+FACTOR = ("nothing", "silu times gate", "gelu", "gelu, tanh")
 CASES |= {f"{name}, split": replace(CASES[name], split=True) for name in SPLIT}
+CASES |= {f"{name}, factor": replace(CASES[name], factor=True) for name in FACTOR}
 
 
 def inputs(case: Case, M: int) -> list[tuple[Tensor, Tensor | None]]:
@@ -98,7 +102,8 @@ def floats(case: Case, x: Tensor, second: Tensor | None, weight: Tensor, bias: T
             x = F.silu(x)
         case "gelu" | "gelu_tanh":
             x = F.gelu(x, approximate="tanh" if case.before == "gelu_tanh" else "none")
-    return (x if second is None else x * second), None
+    x = x if second is None else x * second
+    return (x * weight if case.factor else x), None
 
 
 def masked(case: Case, value: Tensor) -> Tensor:
@@ -176,7 +181,7 @@ def measure(name: str, spec: str, M: int) -> dict[str, Any]:
     def fused(i: int, *split: Tensor | None) -> list[Tensor]:
         made: list[Tensor] = QUANTIZE_ROWS(
             *given[i],
-            weight if norm else None,
+            weight if norm or case.factor else None,
             bias if case.bias else None,
             case.before,
             EPS if norm else 0.0,
@@ -217,6 +222,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--specs", nargs="+", default=list(SPECS))
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--result", type=Path, default=RESULTS / "quantize_rows.json")
     given = parser.parse_args()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -226,7 +232,7 @@ def main() -> None:
         "machine": device("cuda") | {"triton": triton.__version__},
         "rows": rows,
     }
-    write_result(RESULTS / "quantize_rows.json", result)
+    write_result(given.result, result)
 
 
 if __name__ == "__main__":
