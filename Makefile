@@ -25,7 +25,8 @@ install: torch
 	@($(call has,safetensors rich typer) && $(INSTALLED)) 2>/dev/null || $(PIP) -c constraints.txt -e .
 
 install-test: install
-	@$(call has,pytest xdist hypothesis transformers tokenizers numpy matplotlib gguf onnx onnx_ir onnxscript onnxruntime) || $(PIP) -c constraints.txt -e '.[test]'
+	@$(call has,pytest xdist hypothesis transformers tokenizers numpy matplotlib gguf onnx onnx_ir onnxscript onnxruntime \
+		bitsandbytes compressed_tensors) || $(PIP) -c constraints.txt -e '.[test]'
 
 install-dev: install-test
 	@$(call has,mypy ruff build) || $(PIP) -c constraints.txt -e '.[dev]'

@@ -1,16 +1,24 @@
-"""Checkpoints of others are read to the bit, as their own code writes and dequantizes them."""
+"""Checkpoints of others are read to the bit.
+
+tests/golden holds layers that auto_gptq and AutoAWQ packed and made floats of, outside of this repository, since both
+want packages that are no longer kept; compressed-tensors writes and reads its own while the tests run.
+"""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qcompile.errors import UnsupportedError
 from qcompile.numerics import dequantize
 from qcompile.readers import awq, compressed, gptq
 from qcompile.solved import Solved
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def numbers(weight: Solved) -> Tensor:
@@ -75,6 +83,21 @@ def test_gptq_without_zero_points_is_symmetric() -> None:
     found = gptq.read(tensors, {"bits": 4})
     assert str(found.spec) == "int4/channel/fp16"
     assert torch.equal(numbers(found), expected(codes, scale, middle, torch.zeros(64, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_as_auto_gptq_packs_and_multiplies(bits: int) -> None:
+    """Golden: QuantLinear of qlinear_cuda_old, and its product with the identity, in float16."""
+    tensors = load_file(GOLDEN / f"auto_gptq-{bits}.safetensors")
+    found = gptq.read(tensors, {"bits": bits, "group_size": 32})
+    assert torch.equal(numbers(found).half(), tensors["weight"])
+
+
+def test_awq_as_autoawq_packs_and_dequantizes() -> None:
+    """Golden: WQLinear_GEMM.from_linear, and dequantize_gemm, in float16."""
+    tensors = load_file(GOLDEN / "autoawq-4.safetensors")
+    found = awq.read(tensors, {"bits": 4, "group_size": 32, "version": "gemm", "zero_point": True})
+    assert torch.equal(numbers(found).half(), tensors["weight"])
 
 
 def test_gptq_words_written_by_hand() -> None:

@@ -53,13 +53,8 @@ def test_a_lane_holds_what_tensor_cores_take_from_it(name: str) -> None:
 
 def runs_of(name: str) -> list[tuple[int, int]]:
     """Where words of a block begin that are loaded at once, and how many of them a lane has for a row of a part."""
-    match name:
-        case "int3":
-            return [(0, 2), (512, 1)]
-        case "int5" | "int6":
-            return [(0, 4), (1024, WIDTHS[name].bits - 4)]
-        case _:
-            return [(0, WIDTHS[name].bits)]
+    apart = {"int3": [(0, 2), (512, 1)], "int5": [(0, 4), (1024, 1)], "int6": [(0, 4), (1024, 2)]}
+    return apart.get(name, [(0, WIDTHS[name].bits)])
 
 
 def fragments(words: Tensor, name: str) -> list[Tensor]:
@@ -68,18 +63,22 @@ def fragments(words: Tensor, name: str) -> list[Tensor]:
     Each holds, for one (q, i, j) and c, what a piece reads; of int3 and int5, for both c.
     """
     words = words.flatten().to(torch.int64) & 0xFFFFFFFF
-    if name in ("int2", "int3"):
-        pairs = words[:128].view(8, 4, 2, 2).permute(2, 0, 1, 3)
-        if name == "int2":
-            return [pairs.flatten()] * 2
-        last = words[512 : 512 + 64].view(8, 4, 2).permute(2, 0, 1).flatten()
-        return [pairs[..., w].flatten() for w in (0, 0, 1, 1)] + [last] * 4
-    if name == "int5":
-        last = words[1024 : 1024 + 64].view(8, 4, 2).permute(2, 0, 1).flatten()
-        return [words[:256].view(-1, 4)[:, d] for d in range(4)] + [last] * 4
-    if name == "int6":
-        last = words[1024 : 1024 + 128].view(8, 4, 2, 2).permute(2, 0, 1, 3).flatten()
-        return [words[:256].view(-1, 2)[:, d] for d in range(2)] + [last] * 2
+
+    def of_lanes(start: int, each: int) -> Tensor:
+        return words[start : start + 64 * each].view(8, 4, 2, each).permute(2, 0, 1, 3).flatten(0, 2)
+
+    def side_by_side(count: int) -> list[Tensor]:
+        return list(words[:256].view(-1, count).unbind(1))
+
+    match name:
+        case "int2":
+            return [of_lanes(0, 2).flatten()] * 2
+        case "int3":
+            return [of_lanes(0, 2)[:, w] for w in (0, 0, 1, 1)] + [of_lanes(512, 1)[:, 0]] * 4
+        case "int5":
+            return side_by_side(4) + [of_lanes(1024, 1)[:, 0]] * 4
+        case "int6":
+            return side_by_side(2) + [of_lanes(1024, 2).flatten()] * 2
     runs = words[:512].view(2, 256) if WIDTHS[name].bits == 8 else words[:256].view(1, 256)
     return [run.view(-1, 2)[:, d] for run in runs for d in range(2)]
 
@@ -224,36 +223,18 @@ def with_integers(packed: Packed, codes: Tensor) -> Tensor:
     return (codes.float() - WIDTHS[packed.width].center) * scale
 
 
-SPECS = [
-    "int8/channel",
-    "int8/channel/asym",
-    "int8/g64/bf16",
-    "int8/g32/asym",
+SPECS = ["int8/channel", "int8/channel/asym", "int8/g64/bf16", "int8/g32/asym", "int6/g64/asym", "int5/channel"]
+SPECS += [
     "int4/channel",
     "int4/channel/asym",
     "int4/g32",
     "int4/g64/asym/bf16",
     "int4/g128/bf16",
     "int4/g256/asym/bf16",
-    "int3/channel",
-    "int3/g128/asym/bf16",
-    "int3/g64",
-    "int2/g256/asym/bf16",
-    "int2/g32",
-    "int5/channel",
-    "int6/g64/asym",
-    "fp8_e4m3/channel",
-    "fp8_e5m2/g64/bf16",
-    "fp8_e3m4/g32",
-    "fp8_e2m5/channel",
-    "fp8_e4m3fnuz/channel",
-    "fp6_e3m2/g128",
-    "fp6_e2m3/b32/e8m0",
-    "e3m3/g64",
-    "e5m1/channel",
-    "e2m2/g64",
-    "e1m3/channel",
 ]
+SPECS += ["int3/channel", "int3/g128/asym/bf16", "int3/g64", "int2/g256/asym/bf16", "int2/g32"]
+SPECS += ["fp8_e4m3/channel", "fp8_e5m2/g64/bf16", "fp8_e3m4/g32", "fp8_e2m5/channel", "fp8_e4m3fnuz/channel"]
+SPECS += ["fp6_e3m2/g128", "fp6_e2m3/b32/e8m0", "e3m3/g64", "e5m1/channel", "e2m2/g64", "e1m3/channel"]
 # those of ggml's blocks; integers under one float16 keep so
 SPECS += ["int4/b32/min/fp16", "int5/b32/full/fp16", "int5/b32/min/fp16", "int8/b32/fp16", "int3/g128/min/bf16"]
 INTEGERS = [
