@@ -1,4 +1,4 @@
-"""Code books of 256 numbers in Triton: in its interpreter, as binaries, and on a GPU against the oracle in float64."""
+"""Tables of up to 256 numbers in Triton: interpreted, as binaries, and on a GPU against the oracle in float64."""
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from tests.triton.compiled import CAPABILITIES, NAMES, compiled
 from tests.triton.needs import run_interpreted
 
 SPECS = ["dynamic8/g64", "quantile8/g128", "linear8/g32/i6x8", "dynamic8/channel", "lloyd8/g256", "dynamic8/g64/dq256"]
+SPECS += ["e6m0/channel", "e6m1/g64", "e7m0/channel", "e5m2/g128/bf16", "lloyd5/g64", "quantile7/channel"]
 
 INTERPRETED = """
 import torch
@@ -26,7 +27,8 @@ from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 
 torch.manual_seed(0)
-for text in ("dynamic8/g64", "quantile8/g128", "dynamic8/channel", "lloyd8/g32"):
+BOOKS = ("dynamic8/g64", "quantile8/g128", "dynamic8/channel", "lloyd8/g32", "lloyd6/g64")
+for text in (*BOOKS, "e6m0/channel", "e6m1/g64", "e7m0/channel", "e5m2/g32", "e5m0/g64"):
     for M, N, K in ((1, 50, 256), (17, 33, 384), (40, 12, 128)):
         floats, x = torch.randn(N, K), torch.randn(M, K, dtype=torch.float16)
         qparams = find_qparams(floats, parse_spec(text))
@@ -74,15 +76,19 @@ def problem(text: str, **more: object) -> Problem:
         ("dynamic8/g64", {"capability": (7, 5)}, "sm_75"),
         ("dynamic8/g64", {"dtype": torch.float32}, "float32"),
         ("dynamic8/g48", {}, "multiples of 32"),
-        ("nf4/g64", {}, "table of 256"),
-        ("int8/channel", {}, "table of 256"),
+        ("e6m1/g64", {"small": False}, "e6m1 up takes longer than a float matmul: free_weights=True"),
+        ("nf4/g64", {}, "table of 32 to 256"),
+        ("int8/channel", {}, "table of 32 to 256"),
+        ("e6m1/b64x64", {}, "by channel or group"),
     ],
 )
 def test_refusals_say_why(text: str, more: dict[str, object], reason: str) -> None:
     assert reason in str(book_triton.why_not(problem(text, **more)))
 
 
-@pytest.mark.parametrize("text", ["dynamic8/g64", "quantile8/channel", "lloyd8/g32"])
+@pytest.mark.parametrize(
+    "text", ["dynamic8/g64", "quantile8/channel", "lloyd8/g32", "lloyd5/g64", "e6m0/g32", "e7m0/g32"]
+)
 def test_small_weights_are_multiplied_as_they_are_read(text: str) -> None:
     assert choose(problem(text))[0].name == "book-triton"
     assert choose(problem(text, small=False))[0].name == "dense"

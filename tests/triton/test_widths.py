@@ -331,7 +331,7 @@ def test_tables_hold_their_numbers(name: str) -> None:
         ("int3/g16", {}, "group of 32, 64 or multiples of 128"),
         ("fp4_e2m1/channel", {"input": parse_spec("fp4_e2m1/token")}, "input is quantized"),
         ("e6m1/channel", {}, "of exponent and mantissa"),
-        ("e1m6/channel", {}, "of exponent and mantissa"),
+        ("e1m6/b32/i6x8", {}, "of exponent and mantissa"),
         ("quantile5/g64", {}, "table of 16"),
         ("e5m1/channel", {"dtype": torch.float16}, "no number"),
         ("int5/channel/min", {}, "minima by channel"),
@@ -348,6 +348,21 @@ def test_tables_hold_their_numbers(name: str) -> None:
 def test_refusals_say_why(weight: str, more: dict[str, object], reason: str) -> None:
     fields = {"N": 64, "K": 256, "input": None, "dtype": torch.bfloat16, "device": "cuda", "capability": (9, 0)}
     assert reason in str(weight_triton.why_not(Problem(weight=parse_spec(weight), **(fields | more))))
+
+
+@pytest.mark.parametrize("text", ["e1m6/channel", "e1m6/g64", "e1m6/b32/e8m0", "e1m6/g128/bf16"])
+def test_floats_that_are_equally_spaced_are_integers(text: str) -> None:
+    pytest.importorskip("triton")
+    N, K, spec = 70, 384, parse_spec(text)
+    p = Problem(N=N, K=K, weight=spec, input=None, dtype=torch.bfloat16, device="cuda", capability=(9, 0))
+    assert choose(p)[0] is weight_triton.KERNEL
+    qparams = find_qparams(torch.randn(N, K), spec)
+    codes = torch.randint(0, 256, (N, K), dtype=torch.uint8)
+    width, minimum, integers = weight_triton.KERNEL.arguments(p, (None,), {"words": 0, "scales": 0}, None)[-3:]
+    tensors = weight_triton.KERNEL.pack(codes, qparams, torch.bfloat16)
+    packed = Packed(width=width, minimum=minimum, integers=integers, **tensors)
+    assert width == "int8"
+    assert torch.equal(restored(packed, N, K, torch.bfloat16), dequantize(codes, qparams))
 
 
 @pytest.mark.parametrize("text", ["fp4_e2m1/b32/e8m0", "fp4_e2m1/b16/fp8_e4m3"])
