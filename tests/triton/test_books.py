@@ -1,5 +1,7 @@
 """Tables of up to 256 numbers in Triton: interpreted, as binaries, and on a GPU against the oracle in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, library
@@ -8,9 +10,11 @@ pytest.importorskip("triton")
 
 from triton.compiler import ASTSource
 
-from qcompile.backends.fx.kernels import book_triton, choose
+from qcompile.backends.fx.kernels import book_triton, choose, weight_triton
 from qcompile.backends.fx.kernels.problem import Problem
 from qcompile.backends.triton import book_matmul
+from qcompile.backends.triton.width_packs import pack_weight
+from qcompile.formats import parse_format
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 from tests.triton.compiled import CAPABILITIES, NAMES, compiled
@@ -92,6 +96,25 @@ def test_refusals_say_why(text: str, more: dict[str, object], reason: str) -> No
 def test_small_weights_are_multiplied_as_they_are_read(text: str) -> None:
     assert choose(problem(text))[0].name == "book-triton"
     assert choose(problem(text, small=False))[0].name == "dense"
+
+
+@pytest.mark.parametrize("text", ["e1m6/channel", "e1m6/g64", "e1m6/b32/e8m0", "e1m6/g128/bf16"])
+def test_a_table_of_equal_steps_is_packed_as_integers(text: str) -> None:
+    p = problem(text, small=False)
+    assert choose(p)[0] is weight_triton.KERNEL
+    given = weight_triton.KERNEL.arguments(p, (None,), {"words": 0, "scales": 0}, None)
+    assert given[-3:] == ("int8", False, 0)
+    qparams = find_qparams(torch.randn(70, 384), p.weight)
+    codes = torch.arange(70 * 384).to(torch.uint8).reshape(70, 384)
+    # 64 is 1 in the format
+    numbers = torch.where(codes < 128, codes.int(), 128 - codes.int()).to(torch.int8)
+    spec = replace(p.weight, format=parse_format("int8"))
+    integers = replace(qparams, spec=spec, scale=qparams.scale / 64)
+    assert torch.equal(dequantize(numbers, integers), dequantize(codes, qparams))
+    expected = pack_weight(numbers, integers, p.dtype)
+    found = weight_triton.KERNEL.pack(codes, qparams, p.dtype)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def packed(text: str, N: int, K: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -350,21 +350,6 @@ def test_refusals_say_why(weight: str, more: dict[str, object], reason: str) -> 
     assert reason in str(weight_triton.why_not(Problem(weight=parse_spec(weight), **(fields | more))))
 
 
-@pytest.mark.parametrize("text", ["e1m6/channel", "e1m6/g64", "e1m6/b32/e8m0", "e1m6/g128/bf16"])
-def test_floats_that_are_equally_spaced_are_integers(text: str) -> None:
-    pytest.importorskip("triton")
-    N, K, spec = 70, 384, parse_spec(text)
-    p = Problem(N=N, K=K, weight=spec, input=None, dtype=torch.bfloat16, device="cuda", capability=(9, 0))
-    assert choose(p)[0] is weight_triton.KERNEL
-    qparams = find_qparams(torch.randn(N, K), spec)
-    codes = torch.randint(0, 256, (N, K), dtype=torch.uint8)
-    width, minimum, integers = weight_triton.KERNEL.arguments(p, (None,), {"words": 0, "scales": 0}, None)[-3:]
-    tensors = weight_triton.KERNEL.pack(codes, qparams, torch.bfloat16)
-    packed = Packed(width=width, minimum=minimum, integers=integers, **tensors)
-    assert width == "int8"
-    assert torch.equal(restored(packed, N, K, torch.bfloat16), dequantize(codes, qparams))
-
-
 @pytest.mark.parametrize("text", ["fp4_e2m1/b32/e8m0", "fp4_e2m1/b16/fp8_e4m3"])
 def test_inputs_in_blocks_are_multiplied_as_numbers(text: str) -> None:
     pytest.importorskip("triton")
