@@ -4,6 +4,9 @@
     the weight's numbers over a power of two                      s8
     com.microsoft::MatMulIntegerToFloat of both                   y
 
+Numbers of an input beyond 8 bits are two or three digits to the base of 255, each of which the kernel multiplies: E4M3
+has 18 bits. Digits go from -127 to 127, so that none is much larger than the number, and their sum as precise.
+
 A weight whose columns were lowered by octaves is held by E4M3, of which int8 takes the columns that are multiples of
 one power of two; the few others are zeros there, and a thin float matmul beside it.
 """
@@ -25,6 +28,8 @@ from qcompile.spec import ALL
 
 _D = ir.DataType
 _MOST, _MIDDLE = 127, 128
+# an odd base leaves no number midway between two multiples of it
+_BASE, _MOST_DIGITS = 255, 3
 # beside more columns than these a float matmul of all is as fast
 _MOST_BESIDE = 0.5
 
@@ -42,16 +47,27 @@ class Lifted:
 
 
 def emit_linear(w: Writer, node: ir.Node) -> Planned:
-    """A linear whose input and weight are floats of few bits; any other as `emit_cpu_linear` writes it."""
+    """A linear whose input is floats and weight of few bits; any other as `emit_cpu_linear` writes it."""
     weight, given = weight_of(required(node, 1)), input_of(required(node, 0))
-    if weight is None or given is None or not _is_lifted(given) or weight.spec.granularity.columns != ALL:
+    if weight is None or given is None or not _digits(given) or weight.spec.granularity.columns != ALL:
         return emit_cpu_linear(w, node)
     matrix, scale, beside = _operands(w, weight)
     if matrix is None:
         return emit_cpu_linear(w, node)
-    codes, numbers, step, *found = _input(w, given)
-    inner = w.op(INTEGER, codes, matrix, step, scale, w.number(_MIDDLE, _D.UINT8), domain=CONTRIB, makes=_D.FLOAT)
-    product = inner
+    numbers, codes, steps, found = _input(w, given)
+    zero, (step, *_) = w.number(_MIDDLE, _D.UINT8), steps
+    product, *more = (
+        w.op(INTEGER, code, matrix, unit, scale, zero, domain=CONTRIB, makes=_D.FLOAT)
+        for code, unit in zip(codes, steps, strict=True)
+    )
+    inner = product
+    for digit in more:
+        product = w.op("Add", product, digit, makes=_D.FLOAT)
+    if more:
+        w.note(
+            f"inputs in {given.spec} are {len(codes)} digits, each multiplied alone: equal to torch, and slower than "
+            "float for many rows and few channels"
+        )
     if beside.size:
         places = w.once(("beside", weight.value), lambda: w.constant(f"{weight.name}_beside", ir.Tensor(beside)))
         columns = w.once(
@@ -83,11 +99,13 @@ def lifted(weight: Weight) -> Lifted | None:
     return Lifted(matrix=matrix, step=fmt.step * 2.0**power, beside=np.flatnonzero(~fits[power]))
 
 
-def _is_lifted(given: Input) -> bool:
-    """Whether the input has one scale a token or tensor, and whole numbers of 8 bits."""
+def _digits(given: Input) -> int:
+    """Of the whole numbers of an input with one scale a token or tensor; 0 if it has none, or they are too long."""
     fmt, one = given.spec.format, given.scale is None or given.scale.size == 1
-    narrow = isinstance(fmt, Float) and fmt.dtype is None and fmt.max / fmt.step <= _MOST
-    return narrow and one and given.spec.granularity.columns == ALL
+    if not isinstance(fmt, Float) or not one or given.spec.granularity.columns != ALL:
+        return 0
+    most = (_MOST * (_BASE**n - 1) // (_BASE - 1) for n in range(1, _MOST_DIGITS + 1))
+    return next((digits for digits, number in enumerate(most, start=1) if fmt.max / fmt.step <= number), 0)
 
 
 def _operands(w: Writer, weight: Weight) -> tuple[ir.Value | None, ir.Value | None, Array]:
@@ -116,9 +134,9 @@ def _columns(weight: Weight, beside: Array) -> ir.Tensor:
     return ir.Tensor(np.ascontiguousarray(values.T.astype(np.float32)))
 
 
-def _input(w: Writer, given: Input) -> Sequence[ir.Value]:
-    """u8 codes and the same numbers as float, what one of them is worth, and a dynamic input's scales."""
-    fmt = given.spec.format
+def _input(w: Writer, given: Input) -> tuple[ir.Value, Sequence[ir.Value], Sequence[ir.Value], Sequence[ir.Value]]:
+    """The numbers as float, u8 codes of their digits, what one of each is worth, and a dynamic input's scales."""
+    fmt, digits = given.spec.format, _digits(given)
     assert isinstance(fmt, Float)
 
     def make() -> Sequence[ir.Value]:
@@ -130,8 +148,20 @@ def _input(w: Writer, given: Input) -> Sequence[ir.Value]:
             scale = w.number(float(given.scale.reshape(())))
             found, step = [], float(given.scale.reshape(())) * fmt.step
         numbers = round_to_whole(w, w.op("Div", x, scale), fmt)
-        codes = w.cast(w.op("Add", numbers, w.number(float(_MIDDLE))), _D.UINT8)
-        return [codes, numbers, w.number(step), *found]
+        steps = [w.number(step * float(_BASE) ** i) for i in range(digits)]
+        return [numbers, *_codes(w, numbers, digits), *steps, *found]
 
     scale = b"" if given.scale is None else given.scale.tobytes()
-    return w.many(("whole", given.x, str(given.spec), scale), make)
+    numbers, *rest = w.many(("whole", given.x, str(given.spec), scale), make)
+    return numbers, rest[:digits], rest[digits : 2 * digits], rest[2 * digits :]
+
+
+def _codes(w: Writer, numbers: ir.Value, digits: int) -> Sequence[ir.Value]:
+    """Digits of whole numbers, the lowest first, u8 around 128."""
+    parts, base = [], w.number(float(_BASE))
+    for _ in range(digits - 1):
+        above = w.op("Round", w.op("Mul", numbers, w.number(1 / _BASE)))
+        parts.append(w.op("Sub", numbers, w.op("Mul", above, base)))
+        numbers = above
+    # takes less time than a sum and a Cast
+    return [w.op("QuantizeLinear", part, w.number(1.0), w.number(_MIDDLE, _D.UINT8)) for part in (*parts, numbers)]

@@ -18,6 +18,8 @@ from qcompile.formats import CodeBook, Float, Format, Integer
 from qcompile.spec import ALL, Granularity, Spec
 
 _D = ir.DataType
+# significant ones
+_FLOAT32_BITS = 24
 
 # smallest and largest positive number of what a scale is kept in (IEEE 754; OCP 8-bit floats v1.0)
 _SCALE_LIMITS = {"fp16": (2.0**-24, 65504.0), "bf16": (2.0**-133, 2.0**128 - 2.0**120), "fp8_e4m3": (2.0**-9, 448.0)}
@@ -164,16 +166,17 @@ def encode(w: Writer, scaled: ir.Value, spec: Spec, zero: ir.Value | None, level
 
 
 def round_to_whole(w: Writer, scaled: ir.Value, fmt: Float) -> ir.Value:
-    """The number of the format nearest to x / scale, as `encode` rounds it, over the smallest: whole, float32."""
-    most = fmt.max / fmt.step
+    """The number of the format nearest to x / scale, as `encode` rounds it, over the smallest: whole, float32.
+
+    Numbers are 1 apart up to 2**(mantissa + 1), and above have mantissa + 1 significant bits: those that are left when
+    a multiple of x in which the others have no place comes and goes. Rounding to nearest, ties to even, both times.
+    Source: Veltkamp (1968), in Boldo, "Pitfalls of a full floating-point proof" (2006); ties: the tests.
+    """
+    most, bits = fmt.max / fmt.step, fmt.mantissa + 1
     x = w.op("Clip", w.op("Mul", scaled, w.number(1 / fmt.step)), w.number(-most), w.number(most))
-    size, rounded = w.op("Abs", x), w.op("Round", x)
-    for octave in range(1, 2**fmt.exponent - 1):
-        coarse = w.op("Round", w.op("Mul", x, w.number(2.0**-octave)))
-        coarse = w.op("Mul", coarse, w.number(2.0**octave))
-        # from here on, numbers are twice as far apart
-        rounded = w.op("Where", w.op("Less", size, w.number(2.0 ** (fmt.mantissa + octave))), rounded, coarse)
-    return rounded
+    multiple = w.op("Mul", x, w.number(2.0 ** (_FLOAT32_BITS - bits) + 1))
+    coarse = w.op("Sub", multiple, w.op("Sub", multiple, x))
+    return w.op("Where", w.op("Less", w.op("Abs", x), w.number(2.0**bits)), w.op("Round", x), coarse)
 
 
 def decode(w: Writer, codes: ir.Value, fmt: Format, levels: Array | None, has_type: bool) -> ir.Value:

@@ -13,6 +13,7 @@ from qcompile.errors import PlanError
 from qcompile.manifest import Manifest, read_floats, read_manifest, sha256
 from qcompile.plan import Decision, Plan
 from qcompile.readers import is_checkpoint, read_checkpoint
+from qcompile.shifts import lowers_columns
 from qcompile.sizes import stored_bytes
 
 COLUMNS = ("site", "shape", "weight", "input", "bits per weight", "bytes", "stored as")
@@ -44,10 +45,17 @@ def inspect_folder(
 def _row(decision: Decision) -> Sequence[str]:
     count, size = prod(decision.shape), _bytes(decision)
     bits = "" if size is None else f"{8 * size / count:.3f}"
-    stored = decision.reason if decision.weight is None else "codes" if decision.solved else decision.solver
+    stored = decision.reason if decision.weight is None else _stored(decision)
     shape = " x ".join(map(str, decision.shape))
     specs = (str(spec or "float") for spec in (decision.weight, decision.input))
     return (decision.name, shape, *specs, bits, "" if size is None else str(size), stored)
+
+
+def _stored(decision: Decision) -> str:
+    """What stands for the weight; octaves by which its columns are lowered are beside its codes, one for each of K."""
+    stored = "codes" if decision.solved else decision.solver
+    beside = any(decision.shift) and lowers_columns(decision.weight)
+    return f"{stored} + shift" if beside else stored
 
 
 def _bytes(decision: Decision) -> int | None:

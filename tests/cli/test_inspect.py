@@ -1,5 +1,6 @@
 """`qcompile inspect` says what a folder holds, and what loads it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,17 @@ def test_what_is_broken_ends_in_one_line(saved: Path, tmp_path: Path) -> None:
     assert "it changed since" in error(saved, "--verify")
     path.write_bytes(content[:-8])
     assert "it was not copied whole" in error(saved)
+
+
+@pytest.mark.parametrize(("weight", "stored"), [
+    ("fp4_e2m1/channel", "round + shift"), ("fp4_e2m1/b32/e8m0", "round"),
+])  # fmt: skip
+def test_octaves_that_are_kept_beside_a_weight_are_named(weight: str, stored: str, ids: Tensor, tmp_path: Path) -> None:
+    rule = qcompile.Rule(weight=qcompile.parse_spec(weight))
+    plan = qcompile.calibrate(Net(), [ids], qcompile.Recipe(name="mine", rules=(rule,)), progress=False)
+    decisions = {name: replace(d, shift=(0, 3) * 32 if name == "up" else ()) for name, d in plan.decisions.items()}
+    qcompile.save(replace(plan, decisions=decisions), tmp_path / "p")
+    rows = [line.strip("| ").split(" | ") for line in inspect(tmp_path / "p", "--markdown").splitlines()]
+    found = {row[0]: row[-1] for row in rows if len(row) > 1}
+    # octaves of a block of numbers are in their scale
+    assert (found["up"], found["fc"]) == (stored, "round")

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 import qcompile
 from qcompile import quantized
-from qcompile.numerics import snr_db
+from qcompile.numerics import dequantize, fake_quantize, find_qparams, quantize, snr_db
+from qcompile.packing import packed_length
+from qcompile.recipe import Recipe, Rule
+from qcompile.spec import parse_spec
 from tests.families import build, tokens
 from tests.variants import variants
 
@@ -94,3 +97,46 @@ def test_loading_again_brings_the_model_back() -> None:
     model.load_state_dict(build("llama").state_dict(), assign=True)
     torch.testing.assert_close(fast(ids).logits, first)
     assert model.model.layers[0].mlp.up_proj.weight.isnan().all()
+
+
+FLOATS = [f"e{e}m{m}" for e in range(1, 8) for m in range(7) if 2 <= e + m <= 7]
+
+
+@pytest.mark.parametrize("given", [None, "int8/token"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_float_of_3_to_8_bits_is_stored_in_its_bits_and_multiplied(given: str | None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    N, K = 24, 40
+    model = nn.ModuleDict({name: nn.Linear(K, N) for name in FLOATS}).to(dtype).eval()
+    weights = {name: linear.weight.detach().clone() for name, linear in model.items()}
+    x = torch.randn(5, K).to(dtype)
+    spec = None if given is None else parse_spec(given)
+    rules = tuple(Rule(match=f"*{name}", weight=parse_spec(f"{name}/channel"), input=spec) for name in FLOATS)
+
+    class All(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linears = model
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [linear(x) for linear in self.linears.values()]
+
+    fast = freed(All(), recipe=Recipe(name="all", rules=rules))
+    results = fast(x)
+    seen = (x if spec is None else fake_quantize(x, spec)).double()
+    sites = {site.name.split(".")[-1]: site for site in qcompile.report(fast).sites}
+    for y, name in zip(results, FLOATS, strict=True):
+        qparams = find_qparams(weights[name].float(), parse_spec(f"{name}/channel"))
+        weight = dequantize(quantize(weights[name].float(), qparams), qparams).double()
+        # the sum and, on the way, the weight are each rounded to the dtype
+        size = seen.abs() @ weight.abs().T + model[name].bias.double().abs()
+        assert (
+            (y.double() - seen @ weight.T - model[name].bias.double()).abs() <= 4 * size * torch.finfo(dtype).eps
+        ).all()
+        assert model[name].weight.isnan().all()
+        one_byte = sites[name].kernel == "lifted"
+        assert one_byte or sites[name].kernel == "packed"
+        assert not (one_byte and given is None)
+        bits = 8 if one_byte else qparams.spec.format.bits
+        sums = 4 * N if one_byte else 0
+        assert sites[name].bytes_after == N * packed_length(K, bits) + 4 * N + sums

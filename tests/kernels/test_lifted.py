@@ -24,6 +24,9 @@ FLOATS = (
     "e4m0",
 )
 WEIGHTS = ("fp4_e2m1", "fp4_e1m2", "fp4_e3m0", "fp6_e2m3", "e2m2", "int4", "int8")
+# digits of their numbers
+LONG = {name: 2 for name in ("fp6_e3m2", "fp8_e3m4", "fp8_e2m5", "e3m1", "e3m3", "e4m0")}
+LONG |= {name: 3 for name in ("fp8_e4m3", "e4m1", "e4m3")}
 INPUTS = ("int8/token", "int8/token/asym", "int8/tensor/asym", *(f"{name}/token" for name in FLOATS), "fp4_e2m1/tensor")
 
 
@@ -85,6 +88,26 @@ def test_products_are_exact(weight: str, given: str, M: int, N: int, K: int) -> 
     assert ((y.double() - expected).abs() <= limit).all()
 
 
+@pytest.mark.parametrize("given", ["int8/token", "int8/tensor/asym", "fp4_e2m1/token", "fp6_e2m3/tensor"])
+@pytest.mark.parametrize("weight", LONG)
+@pytest.mark.parametrize("who", ["channel", "tensor"])
+def test_weights_of_several_digits_are_exact(
+    weight: str, who: str, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    M, N, K = 5, 33, 130
+    p = problem(f"{weight}/{who}", given, N, K)
+    w, x, bias = torch.randn(N, K), torch.randn(M, K) * torch.exp2(torch.randn(M, 1) * 4), torch.randn(N)
+    qparams = find_qparams(w, p.weight)
+    codes = quantize(w, qparams)
+    y, quantized = run(p, codes, qparams, x, bias)
+    expected, limit = exact(quantized, dequantize(codes, qparams), bias)
+    assert ((y.double() - expected).abs() <= limit).all()
+    assert len(lifted.pack(codes, qparams, torch.float32)["weight"]) == LONG[weight] * N
+    for units in (True, False):
+        monkeypatch.setattr(lifted.int8, "has_integer_units", lambda units=units: units)
+        assert (choose(p)[0] is lifted.KERNEL) == (units and LONG[weight] == 2)
+
+
 @pytest.mark.parametrize("given", ["fp4_e2m1/tensor", "fp4_e3m0/token", "fp8_e4m3/token", "int8/token/asym"])
 @pytest.mark.parametrize("weight", ["fp4_e2m1", "fp4_e1m2", "fp4_e3m0"])
 @pytest.mark.parametrize("most", [0, 3, 9])
@@ -117,8 +140,12 @@ def test_rows_that_are_not_finite_are_alone() -> None:
 @pytest.mark.parametrize(
     ("weight", "given", "more", "reason"),
     [
-        ("fp8_e4m3/channel", "fp8_e4m3/token", {}, "fp8_e4m3"),
-        ("fp6_e3m2/channel", "int8/token", {}, "fp6_e3m2"),
+        ("fp8_e4m3/channel", "fp8_e4m3/token", {}, "fp8_e4m3 are 3 digits of 8 bits, those of fp8_e4m3 3: 9 matmuls"),
+        ("fp6_e3m2/channel", "fp6_e3m2/token", {}, "fp6_e3m2 are 2 digits of 8 bits, those of fp6_e3m2 2: 4 matmuls"),
+        ("fp6_e3m2/channel", "int8/token", {"small": True}, "free_weights"),
+        ("fp6_e3m2/channel", "int8/token", {"dtype": torch.bfloat16}, "one in bfloat16"),
+        ("fp8_e4m3/channel", "int8/token", {}, "3 matmuls of integers take longer"),
+        ("e5m0/channel", "int8/token", {}, "e5m0 are no multiples"),
         ("nf4/channel", "int8/token", {}, "nf4"),
         ("fp4_e2m1/b32/e8m0", "fp4_e2m1/b32/e8m0", {}, "one scale a channel"),
         ("fp4_e2m1/channel", "fp8_e5m2/token", {}, "fp8_e5m2"),
@@ -132,6 +159,7 @@ def test_rows_that_are_not_finite_are_alone() -> None:
         ),
     ],
 )
-def test_what_it_refuses(weight: str, given: str, more: dict, reason: str) -> None:
+def test_what_it_refuses(weight: str, given: str, more: dict, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifted.int8, "has_integer_units", lambda: True)
     p = replace(problem(weight, given, 16, 48), **more)
     assert reason in str(lifted.why_not(p))

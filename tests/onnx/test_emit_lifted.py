@@ -10,6 +10,7 @@ from qcompile import pipeline
 from qcompile.backends.onnx.emit import emit
 from qcompile.backends.onnx.fusion import check_fusion
 from qcompile.folds import Fold
+from qcompile.formats import code_values, parse_format
 from qcompile.graph import Graph
 from qcompile.numerics import QParams, dequantize, fake_quantize, find_qparams, quantize
 from qcompile.plan import Plan, make_plan
@@ -20,6 +21,9 @@ from tests.hosts import FX, ONNX, result
 from tests.onnx.canonical import linear_model, run_onnxruntime, run_reference
 
 FLOATS = ("fp4_e2m1", "fp4_e1m2", "fp4_e3m0")
+# of inputs, digits of their numbers
+LONG = {"fp8_e4m3/token": 3, "fp8_e4m3/tensor": 3, "fp6_e3m2/token": 2, "fp8_e3m4/token": 2, "fp8_e2m5/tensor": 2}
+LONG |= {"e4m0/token": 2, "e4m1/token": 3, "fp8_e4m3fnuz/token": 3}
 INPUTS = [f"{name}/{who}" for name in FLOATS for who in ("tensor", "token")]
 
 
@@ -56,10 +60,51 @@ def test_both_sides_fuse_and_are_exact(weight: str, given: str) -> None:
         assert_exact(y, seen, w, b)
 
 
-def test_rows_that_are_not_finite_are_alone() -> None:
+@pytest.mark.parametrize("given", [*LONG, "static"])
+@pytest.mark.parametrize("weight", ["fp4_e2m1/channel", "fp6_e2m3/tensor", "int4/channel", "int8/channel"])
+@pytest.mark.parametrize("shape", [("M", 96), (2, "M", 96)], ids=str)
+def test_inputs_of_several_digits_are_multiplied_exactly(weight: str, given: str, shape: tuple[int | str, ...]) -> None:
+    torch.manual_seed(4)
+    x = torch.randn(*(n if isinstance(n, int) else 7 for n in shape))
+    x = x * torch.exp2(torch.randn(*x.shape[:-1], 1) * 3)
+    spec = parse_spec("fp8_e4m3/tensor" if given == "static" else given)
+    qparams: QParams | str = find_qparams(x * 0.7, spec) if given == "static" else given
+    model, numbers = linear_model(weight=weight, given=qparams, shape=shape, linears=2)
+    emitted = emit(model, "ort-cpu")
+    kernels, digits = check_fusion(emitted).counts, LONG.get(given, 3)
+    assert kernels["MatMulIntegerToFloat"] == 2 * digits
+    assert not {"MatMul", "MatMulNBits", "FusedMatMul", "DequantizeLinear"} & kernels.keys()
+    # inputs are rounded and taken apart once for both
+    assert kernels["QuantizeLinear"] == digits
+    assert len(emitted.notes) == 2
+    assert all(f"are {digits} digits" in note and "slower than float" in note for note in emitted.notes)
+    seen = fake_quantize(x, spec)
+    if isinstance(qparams, QParams):
+        seen = dequantize(quantize(x, qparams), qparams)
+    for y, (w, b) in zip(run_onnxruntime(emitted.model, x), numbers, strict=True):
+        assert b is not None
+        assert_exact(y, seen, w, b)
+
+
+@pytest.mark.parametrize("name", [*FLOATS, "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "fp8_e3m4", "fp8_e2m5", "e4m0", "e1m6"])
+def test_numbers_between_two_of_a_format_go_where_torch_takes_them(name: str) -> None:
+    fmt = parse_format(name)
+    numbers = code_values(fmt)
+    ordered = numbers[numbers.isfinite()].unique()
+    middle = (ordered[1:] + ordered[:-1]) / 2
+    near = [middle, *(middle.nextafter(torch.full_like(middle, to)) for to in (-torch.inf, torch.inf))]
+    x = torch.cat([*near, ordered, ordered * 1.01])[:, None]
+    given = replace(find_qparams(x, parse_spec(f"{name}/tensor")), scale=torch.tensor(0.5))
+    model, ((weight, _),) = linear_model(weight="int8/channel", given=given, shape=("M", 1), bias=False)
+    (y,) = run_onnxruntime(emit(model, "ort-cpu").model, x * 0.5)
+    assert_exact(y, dequantize(quantize(x * 0.5, given), given), weight, torch.zeros(len(weight)))
+
+
+@pytest.mark.parametrize("given", ["fp4_e2m1/token", "fp8_e4m3/token"])
+def test_rows_that_are_not_finite_are_alone(given: str) -> None:
     x = torch.randn(4, 96)
     x[1, 3], x[2, 5] = torch.nan, torch.inf
-    model, _ = linear_model(weight="fp4_e2m1/channel", given="fp4_e2m1/token", shape=("M", 96))
+    model, _ = linear_model(weight="fp4_e2m1/channel", given=given, shape=("M", 96))
     (y,) = run_onnxruntime(emit(model, "ort-cpu").model, x)
     assert y[[0, 3]].isfinite().all()
     assert not y[[1, 2]].isfinite().any()
@@ -86,7 +131,7 @@ def shifted(graph: Graph, fmt: str, given: str, shift: tuple[int, ...]) -> Plan:
     return replace(plan, decisions=decisions, folds=(fold,))
 
 
-@pytest.mark.parametrize("given", ["fp4_e2m1/token", "fp4_e3m0/token"])
+@pytest.mark.parametrize("given", ["fp4_e2m1/token", "fp4_e3m0/token", "fp8_e4m3/token"])
 @pytest.mark.parametrize("fmt", FLOATS)
 @pytest.mark.parametrize(("few", "most"), [(0, 2), (3, 9), (30, 9)])
 def test_shifted_models_compute_what_torch_computes(fmt: str, given: str, few: int, most: int) -> None:
@@ -104,7 +149,7 @@ def test_shifted_models_compute_what_torch_computes(fmt: str, given: str, few: i
     torch.testing.assert_close(portable, y, **limit)
     emitted = emit(graph.model, "ort-cpu")
     kernels = check_fusion(emitted).counts
-    assert kernels["MatMulIntegerToFloat"] == 1
+    assert kernels["MatMulIntegerToFloat"] == LONG.get(given, 1)
     # onnxruntime makes one op of the thin matmul and the sum
     assert kernels.get("Gemm", 0) == (few > 0)
     (fast,) = run_onnxruntime(emitted.model, x)

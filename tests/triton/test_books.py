@@ -1,4 +1,6 @@
-"""Code books of 256 numbers in Triton: in its interpreter, as binaries, and on a GPU against the oracle in float64."""
+"""Tables of up to 256 numbers in Triton: interpreted, as binaries, and on a GPU against the oracle in float64."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,15 +10,18 @@ pytest.importorskip("triton")
 
 from triton.compiler import ASTSource
 
-from qcompile.backends.fx.kernels import book_triton, choose
+from qcompile.backends.fx.kernels import book_triton, choose, weight_triton
 from qcompile.backends.fx.kernels.problem import Problem
 from qcompile.backends.triton import book_matmul
+from qcompile.backends.triton.width_packs import pack_weight
+from qcompile.formats import parse_format
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 from tests.triton.compiled import CAPABILITIES, NAMES, compiled
 from tests.triton.needs import run_interpreted
 
 SPECS = ["dynamic8/g64", "quantile8/g128", "linear8/g32/i6x8", "dynamic8/channel", "lloyd8/g256", "dynamic8/g64/dq256"]
+SPECS += ["e6m0/channel", "e6m1/g64", "e7m0/channel", "e5m2/g128/bf16", "lloyd5/g64", "quantile7/channel"]
 
 INTERPRETED = """
 import torch
@@ -26,7 +31,8 @@ from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
 
 torch.manual_seed(0)
-for text in ("dynamic8/g64", "quantile8/g128", "dynamic8/channel", "lloyd8/g32"):
+BOOKS = ("dynamic8/g64", "quantile8/g128", "dynamic8/channel", "lloyd8/g32", "lloyd6/g64")
+for text in (*BOOKS, "e6m0/channel", "e6m1/g64", "e7m0/channel", "e5m2/g32", "e5m0/g64"):
     for M, N, K in ((1, 50, 256), (17, 33, 384), (40, 12, 128)):
         floats, x = torch.randn(N, K), torch.randn(M, K, dtype=torch.float16)
         qparams = find_qparams(floats, parse_spec(text))
@@ -74,18 +80,41 @@ def problem(text: str, **more: object) -> Problem:
         ("dynamic8/g64", {"capability": (7, 5)}, "sm_75"),
         ("dynamic8/g64", {"dtype": torch.float32}, "float32"),
         ("dynamic8/g48", {}, "multiples of 32"),
-        ("nf4/g64", {}, "table of 256"),
-        ("int8/channel", {}, "table of 256"),
+        ("e6m1/g64", {"small": False}, "e6m1 up takes longer than a float matmul: free_weights=True"),
+        ("nf4/g64", {}, "table of 32 to 256"),
+        ("int8/channel", {}, "table of 32 to 256"),
+        ("e6m1/b64x64", {}, "by channel or group"),
     ],
 )
 def test_refusals_say_why(text: str, more: dict[str, object], reason: str) -> None:
     assert reason in str(book_triton.why_not(problem(text, **more)))
 
 
-@pytest.mark.parametrize("text", ["dynamic8/g64", "quantile8/channel", "lloyd8/g32"])
+@pytest.mark.parametrize(
+    "text", ["dynamic8/g64", "quantile8/channel", "lloyd8/g32", "lloyd5/g64", "e6m0/g32", "e7m0/g32"]
+)
 def test_small_weights_are_multiplied_as_they_are_read(text: str) -> None:
     assert choose(problem(text))[0].name == "book-triton"
     assert choose(problem(text, small=False))[0].name == "dense"
+
+
+@pytest.mark.parametrize("text", ["e1m6/channel", "e1m6/g64", "e1m6/b32/e8m0", "e1m6/g128/bf16"])
+def test_a_table_of_equal_steps_is_packed_as_integers(text: str) -> None:
+    p = problem(text, small=False)
+    assert choose(p)[0] is weight_triton.KERNEL
+    given = weight_triton.KERNEL.arguments(p, (None,), {"words": 0, "scales": 0}, None)
+    assert given[-3:] == ("int8", False, 0)
+    qparams = find_qparams(torch.randn(70, 384), p.weight)
+    codes = torch.arange(70 * 384).to(torch.uint8).reshape(70, 384)
+    # 64 is 1 in the format
+    numbers = torch.where(codes < 128, codes.int(), 128 - codes.int()).to(torch.int8)
+    spec = replace(p.weight, format=parse_format("int8"))
+    integers = replace(qparams, spec=spec, scale=qparams.scale / 64)
+    assert torch.equal(dequantize(numbers, integers), dequantize(codes, qparams))
+    expected = pack_weight(numbers, integers, p.dtype)
+    found = weight_triton.KERNEL.pack(codes, qparams, p.dtype)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def packed(text: str, N: int, K: int) -> tuple[dict[str, Tensor], Tensor]:

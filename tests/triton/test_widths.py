@@ -331,7 +331,7 @@ def test_tables_hold_their_numbers(name: str) -> None:
         ("int3/g16", {}, "group of 32, 64 or multiples of 128"),
         ("fp4_e2m1/channel", {"input": parse_spec("fp4_e2m1/token")}, "input is quantized"),
         ("e6m1/channel", {}, "of exponent and mantissa"),
-        ("e1m6/channel", {}, "of exponent and mantissa"),
+        ("e1m6/b32/i6x8", {}, "of exponent and mantissa"),
         ("quantile5/g64", {}, "table of 16"),
         ("e5m1/channel", {"dtype": torch.float16}, "no number"),
         ("int5/channel/min", {}, "minima by channel"),

@@ -1,4 +1,7 @@
-"""Code books of 256 numbers under 16-bit inputs, on NVIDIA GPUs, where memory matters more than speed.
+"""Tables of 32 to 256 numbers under 16-bit inputs, on NVIDIA GPUs, where memory matters more than speed.
+
+Code books, and floats whose bits no faster kernel makes a 16-bit float of: those of 6 and 7 bits of exponent, and of 5
+where float16 lacks the largest. A table ends in zeros that no code stands for.
 
 x: [..., K] bfloat16 or float16; codes, levels and scales as `qcompile.backends.triton.book_matmul` reads them. One
 opaque op: a few rows of x are multiplied as the weight is read, more by the library once it is floats.
@@ -9,15 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qcompile.backends.fx.kernels.problem import Kernel, Problem
 from qcompile.backends.fx.registry import REGISTRY
 from qcompile.backends.triton.ready import missing
-from qcompile.formats import CodeBook, code_values
+from qcompile.formats import Integer, code_values
 from qcompile.numerics import QParams
 from qcompile.spec import ALL
 
 LEVELS = 256
+# codes are bytes: those of up to 4 bits are smaller as `packed` holds them
+FEWEST_BITS = 5
 FIRST_CAPABILITY = (8, 0)
 # what the kernel's steps divide
 GROUP = 32
@@ -54,8 +60,8 @@ def why_not(p: Problem) -> str | None:
     if p.input is not None:
         return "the input is quantized"
     fmt, granularity = p.weight.format, p.weight.granularity
-    if not isinstance(fmt, CodeBook) or 2**fmt.bits != LEVELS or granularity.rows != 1:
-        return f"weight {p.weight} is not a table of {LEVELS} numbers, by channel or group"
+    if isinstance(fmt, Integer) or fmt.bits < FEWEST_BITS or granularity.rows != 1:
+        return f"weight {p.weight} is not a table of {2**FEWEST_BITS} to {LEVELS} numbers, by channel or group"
     if granularity.columns != ALL and granularity.columns % GROUP:
         return f"groups are multiples of {GROUP} columns, got {granularity.columns}"
     if p.dtype not in (torch.bfloat16, torch.float16):
@@ -63,14 +69,18 @@ def why_not(p: Problem) -> str | None:
     if p.capability is None or p.capability < FIRST_CAPABILITY:
         return f"the kernel begins with sm_80, this is sm_{''.join(map(str, p.capability or ()))}"
     if not p.small:
-        return "looking numbers up takes longer than a float matmul, and free_weights does not ask for small weights"
+        return (
+            f"looking numbers of {fmt.name} up takes longer than a float matmul: free_weights=True asks for small "
+            "weights instead, and is not set"
+        )
     return missing("book_matmul")
 
 
 def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
     """Codes as they are, the numbers of the table, and one scale a group."""
     levels = code_values(qparams.spec.format).to(codes.device) if qparams.levels is None else qparams.levels
-    return {"codes": codes.contiguous(), "levels": levels.float(), "scale": qparams.scale.contiguous()}
+    levels = pad(levels.float(), (0, LEVELS - len(levels)))
+    return {"codes": codes.contiguous(), "levels": levels, "scale": qparams.scale.contiguous()}
 
 
 def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: Any) -> tuple[Any, ...]:

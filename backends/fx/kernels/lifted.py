@@ -4,8 +4,9 @@
 
 x_whole are the input's numbers over its format's smallest, w_whole int8 [N, K] those of the weight. A weight whose
 columns were lowered by octaves takes those that lie within what int8 has to spare; the few columns beyond it are zeros
-there, and `columns`, float32 [n, N], beside it. Inputs beyond int8 are two or three digits to the base of 256, which
-are rows of one matmul: E4M3 has 18 bits. Sums are exact in int32, digit by digit.
+there, and `columns`, float32 [n, N], beside it. Numbers beyond int8 are two or three digits to the base of 256, which
+are rows of one matmul, those of a weight under scales that are as many times larger: E4M3 has 18 bits. Sums are exact
+in int32, digit by digit.
 Only the matmul is opaque, as in `int8`: what makes whole numbers of codes is fused with what makes the codes.
 """
 
@@ -25,12 +26,16 @@ from qcompile.shifts import raised
 from qcompile.spec import ALL
 
 INT8_MAX, BASE, MOST_DIGITS = 127, 256, 3
+# of digits of weights beyond int8 with those of inputs: quantization included, 2 take 0.6 to 0.8 of a float32 matmul of
+# 256 x 1024 x 1024 and 4 take 1.05; for one row 2 take as long as it, 3 take 1.5. Beside a bfloat16 matmul 2 take 1.7.
+# Measured with AMX
+MOST_PRODUCTS = 2
 # columns beside the integer matmul take as long as it does where they are a quarter of all: measured with AVX512-VNNI
 MOST_BESIDE = 0.5
 
 REGISTRY.define(
     "linear_lifted(Tensor codes, Tensor scale, Tensor? zero, Tensor weight, Tensor weight_scale, Tensor weight_sum,"
-    " Tensor? channels, Tensor? columns, Tensor? bias, str input, ScalarType dtype) -> Tensor"
+    " Tensor? channels, Tensor? columns, Tensor? bias, str input, int digits, ScalarType dtype) -> Tensor"
 )
 
 
@@ -45,8 +50,10 @@ def _linear_lifted(
     columns: Tensor | None,
     bias: Tensor | None,
     input: str,
+    digits: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    """digits: of the weight's numbers, whose rows stand one below the other, the lowest first."""
     fmt = parse_format(input)
     scale = kept(scale) if scale.dim() > 0 else scale
     if isinstance(fmt, Integer):
@@ -56,7 +63,8 @@ def _linear_lifted(
     else:
         assert isinstance(fmt, Float)
         numbers, step = whole(codes, fmt), scale * fmt.step
-        y = _product(numbers, weight, _digits(fmt)) * (step * weight_scale.squeeze(-1))
+        y = _product(numbers, weight, _digits(fmt) or 1) * (step * weight_scale.squeeze(-1))
+    y = y.unflatten(-1, (digits, -1)).sum(-2) if digits > 1 else y
     if channels is not None and columns is not None:
         y = y + tail.OP(numbers[..., channels].float() * step, columns)
     return (y if bias is None else y + bias).to(dtype)
@@ -65,15 +73,19 @@ def _linear_lifted(
 def _product(numbers: Tensor, weight: Tensor, digits: int) -> Tensor:
     """numbers @ weight.T, float32.  numbers: int32 [..., K] of as many digits."""
     rows = numbers.reshape(-1, numbers.shape[-1])
-    parts = []
-    for _ in range(digits - 1):
-        parts.append(((rows + BASE // 2) & (BASE - 1)) - BASE // 2)
-        rows = (rows - parts[-1]) >> 8
-    parts.append(rows)
-    stacked = torch.cat([part.to(torch.int8) for part in parts]) if digits > 1 else rows.to(torch.int8)
+    stacked = torch.cat(_split(rows, digits)) if digits > 1 else rows.to(torch.int8)
     product = torch.ops.qcompile.int_mm(stacked, weight).float().unflatten(0, (digits, -1))
     total = sum((product[i] * float(BASE**i) for i in range(1, digits)), product[0])
     return total.reshape(*numbers.shape[:-1], weight.shape[0])
+
+
+def _split(numbers: Tensor, digits: int) -> list[Tensor]:
+    """Digits of whole numbers, int8, the lowest first.  numbers: int32, of as many digits."""
+    parts = []
+    for _ in range(digits - 1):
+        parts.append(((numbers + BASE // 2) & (BASE - 1)) - BASE // 2)
+        numbers = (numbers - parts[-1]) >> 8
+    return [part.to(torch.int8) for part in (*parts, numbers)]
 
 
 def whole(codes: Tensor, fmt: Float) -> Tensor:
@@ -109,11 +121,24 @@ def whole_weight(codes: Tensor, qparams: QParams) -> tuple[Tensor, Tensor]:
     return numbers, (qparams.scale * fmt.step).expand(codes.shape[0], 1).contiguous()
 
 
-def _digits(fmt: Float) -> int:
-    """Digits of the whole numbers, each from -128 to 127; more than `MOST_DIGITS` count as one too many."""
-    largest = int(fmt.max / fmt.step)
+def _stacked(codes: Tensor, qparams: QParams) -> tuple[Tensor, Tensor]:
+    """As `whole_weight` for numbers of any digits: int8 [digits * N, K], and the scale of each row."""
+    fmt, digits = qparams.spec.format, _digits(qparams.spec.format)
+    if digits is None or digits == 1:
+        return whole_weight(codes, qparams)
+    assert isinstance(fmt, Float)
+    numbers = (decode(codes, fmt) / fmt.step).to(torch.int32)
+    scale = (qparams.scale * fmt.step).expand(codes.shape[0], 1)
+    return torch.cat(_split(numbers, digits)), torch.cat([scale * float(BASE**i) for i in range(digits)])
+
+
+def _digits(fmt: Format) -> int | None:
+    """Digits of the whole numbers, each from -128 to 127; None for numbers that are not whole, or of more digits."""
+    top = largest(fmt)
+    if top is None:
+        return None
     most = (INT8_MAX * (BASE**n - 1) // (BASE - 1) for n in range(1, MOST_DIGITS + 1))
-    return 1 + sum(largest > number for number in most)
+    return next((digits for digits, number in enumerate(most, start=1) if top <= number), None)
 
 
 def window(shift: tuple[int, ...], fmt: Format) -> range:
@@ -132,15 +157,10 @@ def why_not(p: Problem) -> str | None:
     weight, shift = (p.weight, ()) if p.lowered is None else (p.lowered.narrow.spec, p.lowered.shift)
     if (weight.granularity.columns, p.input.granularity.columns) != (ALL, ALL) or not weight.symmetric:
         return f"weight {weight} and input {p.input} are not symmetric with one scale a channel, and one a token"
-    top = largest(weight.format)
-    if top is None or top > INT8_MAX:
-        return f"numbers of {weight.format.name} are no multiples of the smallest by up to {INT8_MAX}"
-    if isinstance(p.input.format, CodeBook) or (
-        isinstance(p.input.format, Float) and _digits(p.input.format) > MOST_DIGITS
-    ):
-        return f"numbers of {p.input.format.name} are no multiples of the smallest by up to 24 bits"
     if p.K > int8.MAX_K:
         return f"K={p.K} can overflow int32 (largest K: {int8.MAX_K})"
+    if (reason := _too_long(p, weight.format, p.input.format)) is not None:
+        return reason
     octaves = window(shift, weight.format) if shift else range(1)
     beside = sum(s not in octaves for s in shift)
     if beside > MOST_BESIDE * p.K:
@@ -150,11 +170,36 @@ def why_not(p: Problem) -> str | None:
     return None
 
 
+def _too_long(p: Problem, weight: Format, given: Format) -> str | None:
+    """Why integer units are not given the digits of weight and input, None if they are."""
+    digits, others = _digits(weight), _digits(given)
+    if digits is None or others is None:
+        return f"numbers of {(given if digits else weight).name} are no multiples of the smallest by up to 24 bits"
+    if digits == 1:
+        return None
+    taken = f"numbers of {weight.name} are {digits} digits of 8 bits"
+    if p.lowered is not None:
+        return f"{taken}, and columns that were lowered need more"
+    if p.small:
+        return f"{taken}, and free_weights asks for small weights"
+    if p.dtype is not torch.float32:
+        name = str(p.dtype).removeprefix("torch.")
+        return f"{taken}: so many matmuls of integers take 1.7 times as long as one in bfloat16, and y is {name}"
+    if not int8.has_integer_units():
+        return f"{taken}, and this CPU has no integer units: `qcompile doctor` says what it has"
+    if digits * others > MOST_PRODUCTS:
+        return (
+            f"{taken}, those of {given.name} {others}: {digits * others} matmuls of integers take longer than one of "
+            f"floats, as measured for one row or for 256; {MOST_PRODUCTS} do not"
+        )
+    return None
+
+
 def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
     """Whole numbers [N, K] under one scale a channel, their sums, and the columns beside them with their places."""
     packed, lowered = {}, qparams.lowered
     if lowered is None:
-        weight, scale = whole_weight(codes, qparams)
+        weight, scale = _stacked(codes, qparams)
     else:
         held, narrow = qparams.spec.format, lowered.narrow.spec.format
         assert isinstance(held, Float)
@@ -174,7 +219,9 @@ def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tenso
 def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: Any) -> tuple[Any, ...]:
     assert p.input is not None
     beside = (packed.get("channels"), packed.get("columns"))
-    return (*x, packed["weight"], packed["scale"], packed["sum"], *beside, bias, p.input.format.name, p.dtype)
+    digits = 1 if p.lowered is not None else _digits(p.weight.format)
+    operands = (*x, packed["weight"], packed["scale"], packed["sum"], *beside, bias)
+    return (*operands, p.input.format.name, digits, p.dtype)
 
 
 KERNEL = Kernel(

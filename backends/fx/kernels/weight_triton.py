@@ -6,6 +6,7 @@ its kernel by the number of rows at each call, so that no number of rows compile
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from qcompile.backends.fx.registry import REGISTRY
 from qcompile.backends.triton.ready import missing
 from qcompile.backends.triton.width_packs import kind_of, no_groups, pack_weight
 from qcompile.backends.triton.widths import LEVELS, ROWS, Packed
-from qcompile.formats import CodeBook, Float
-from qcompile.spec import ALL
+from qcompile.formats import CodeBook, Float, Integer
+from qcompile.numerics import QParams, decode
+from qcompile.spec import ALL, SCALES, Spec
 
 FIRST_CAPABILITY = (8, 0)
 # elsewhere a float matmul of the dequantized weight may be faster, and takes more memory
@@ -75,7 +77,7 @@ def why_not(p: Problem) -> str | None:
     """None if the kernels can run `p`, else the reason."""
     if p.input is not None and p.input.granularity.columns == ALL:
         return "the input is quantized, with one scale a token or tensor"
-    width, minimum, integers = kind_of(p.weight)
+    width, minimum, integers = kind_of(read_as(p.weight))
     if width is None:
         return (
             f"weight {p.weight} is not integers, floats of up to 5 bits of exponent and mantissa, or a table of "
@@ -95,6 +97,27 @@ def why_not(p: Problem) -> str | None:
         sm = "".join(map(str, p.capability))
         return f"these kernels were measured on sm_90, this is sm_{sm}: `qcompile tune` measures them here"
     return missing("width_linear")
+
+
+def read_as(spec: Spec) -> Spec:
+    """The spec of what packs hold: a float of one bit of exponent, whose numbers are all as far apart, is an integer.
+
+    Only where its mantissa has more bits than a kernel's bytes, and the factor between the two can go into scales.
+    """
+    equal = isinstance(spec.format, Float) and spec.format.exponent == 1
+    if not equal or kind_of(spec)[0] is not None or SCALES[spec.scale].shared:
+        return spec
+    return replace(spec, format=Integer(bits=spec.format.bits))
+
+
+def pack(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
+    """As `pack_weight`, of what `read_as` says."""
+    spec, fmt = read_as(qparams.spec), qparams.spec.format
+    if spec == qparams.spec:
+        return pack_weight(codes, qparams, dtype)
+    assert isinstance(fmt, Float)
+    numbers = (decode(codes, fmt) / fmt.step).to(torch.int8)
+    return pack_weight(numbers, replace(qparams, spec=spec, scale=qparams.scale * fmt.step), dtype)
 
 
 def unfit(p: Problem, integers: int = 0) -> str | None:
@@ -127,7 +150,7 @@ def _is_worth(width: str, p: Problem) -> bool:
 
 
 def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: Any) -> tuple[Any, ...]:
-    return (*x, packed["words"], packed["scales"], packed.get("levels"), bias, p.N, *kind_of(p.weight))
+    return (*x, packed["words"], packed["scales"], packed.get("levels"), bias, p.N, *kind_of(read_as(p.weight)))
 
 
 def _joins(problems: Sequence[Problem]) -> bool:
@@ -139,7 +162,7 @@ def _joins(problems: Sequence[Problem]) -> bool:
 KERNEL = Kernel(
     name="weight-triton",
     why_not=why_not,
-    pack=pack_weight,
+    pack=pack,
     op=torch.ops.qcompile.linear_weight.default,
     arguments=_arguments,
     device="cuda",
