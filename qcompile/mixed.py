@@ -105,7 +105,7 @@ def _limit(budget: Budget, slots: Sequence[Sequence[Option]], count: int) -> str
 
 
 def _specs(rule: Rule, site: Site) -> Iterator[Spec]:
-    """The rule's own kind of scale with every width, in groups that divide K; blocks under minima stay as they are."""
+    """The rule's own kind of scale with every width, in groups that divide K and by channel; blocks stay as they are."""
     assert rule.weight is not None
     K = site.weight.shape[1]
     if rule.weight.zero is Zero.MINIMUM:
@@ -114,7 +114,7 @@ def _specs(rule: Rule, site: Site) -> Iterator[Spec]:
     on_gpu = takes_books(rule, site.weight.device.type)
     books = BOOKS if on_gpu else ()
     groups = [parse_granularity(f"g{size}") for size in GROUPS if K % size == 0]
-    for spec in [replace(rule.weight, granularity=group) for group in groups] or [by_channel(rule.weight)]:
+    for spec in (*(replace(rule.weight, granularity=group) for group in groups), by_channel(rule.weight)):
         yield from (with_format(spec, parse_format(name)) for name in (*(f"int{width}" for width in WIDTHS), *books))
     if on_gpu:
         yield from (spec for spec, columns in BLOCKS.items() if K % columns == 0)

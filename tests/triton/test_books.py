@@ -138,9 +138,9 @@ def test_products_are_those_of_the_oracle(M: int, N: int, K: int, text: str, mon
     product = x.double() @ weight.T
     expected = product + bias.double()
     magnitude = x.double().abs() @ weight.abs().T + bias.double().abs()
-    # the library rounds twice where columns are no multiple of 8: the product, and its sum with the bias
-    rounded = 2.0**-9 * (product.abs() + expected.abs())
-    assert ((y.double() - expected).abs() <= rounded + 2.0**-18 * magnitude).all()
+    # where columns are no multiple of 8 the library, which multiplies many rows, rounds the product and then the sum
+    rounded = expected.abs() + (product.abs() if M > book_triton.MOST_ROWS else 0)
+    assert ((y.double() - expected).abs() <= 2.0**-8 * rounded + 2.0**-18 * magnitude).all()
 
 
 @pytest.mark.gpu
