@@ -105,7 +105,7 @@ def _limit(budget: Budget, slots: Sequence[Sequence[Option]], count: int) -> str
 
 
 def _specs(rule: Rule, site: Site) -> Iterator[Spec]:
-    """The rule's own kind of scale with every width, in groups that divide K and by channel; blocks stay as they are."""
+    """The rule's own kind of scale with every width, in groups that divide K and by channel; blocks stay blocks."""
     assert rule.weight is not None
     K = site.weight.shape[1]
     if rule.weight.zero is Zero.MINIMUM:
