@@ -93,7 +93,7 @@ def cpu_features() -> frozenset[str]:
     capabilities = getattr(torch.cpu, "get_capabilities", None)
     if capabilities is not None:
         return frozenset(name for name, value in capabilities().items() if value is True)
-    # before torch 2.12 only these can be asked
+    # before torch 2.12 only these can be asked; a CPU with AVX-VNNI alone counts as one with AVX2 there
     asked = {"avx2": "avx2", "avx512_f": "avx512", "avx512_vnni": "vnni", "avx512_bf16": "avx512_bf16"}
     asked |= {"amx_int8": "amx_tile", "amx_bf16": "amx_tile"}
     found = {name for name, word in asked.items() if getattr(torch.cpu, f"_is_{word}_supported", bool)()}

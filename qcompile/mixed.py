@@ -32,6 +32,8 @@ GROUPS = (32, 64, 128)
 BOOKS = ("nf4",)
 # and with scales of their own, for as many columns as share one: IQ4_XS of GGML
 BLOCKS = {parse_spec("iq4_nl/b32/i6x8"): 256}
+# a solver that fits scales, and so none that are integers under one of many groups
+FITS_SCALES = "hqq"
 # what stands in for a solver that takes the running model
 STAND_IN = "mse"
 
@@ -116,7 +118,7 @@ def _specs(rule: Rule, site: Site) -> Iterator[Spec]:
     groups = [parse_granularity(f"g{size}") for size in GROUPS if K % size == 0]
     for spec in (*(replace(rule.weight, granularity=group) for group in groups), by_channel(rule.weight)):
         yield from (with_format(spec, parse_format(name)) for name in (*(f"int{width}" for width in WIDTHS), *books))
-    if on_gpu:
+    if on_gpu and rule.solver != FITS_SCALES:
         yield from (spec for spec, columns in BLOCKS.items() if K % columns == 0)
 
 

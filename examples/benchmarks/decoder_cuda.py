@@ -19,8 +19,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import shlex
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -33,7 +31,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from result_files import RESULTS, device, write_result
+from result_files import RESULTS, command, device, write_result
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from torch.profiler import ProfilerActivity, profile
@@ -335,7 +333,7 @@ def main() -> None:
                 row[shape.name] |= {"ms": round(ms, 4), "speedup": round(times[0] / ms, 3)}
                 print(shape.name, name, row[shape.name], flush=True)
     result = {
-        "command": shlex.join(["python", "examples/benchmarks/decoder_cuda.py", *sys.argv[1:]]),
+        "command": command(),
         "shapes": {"layers": given.layers, "hidden": HIDDEN, "inner": INNER, "context": CONTEXT},
         "machine": device("cuda"),
         "rows": rows,

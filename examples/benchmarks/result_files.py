@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,16 @@ def device(name: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def command() -> str:
+    """What was called, but for where its result goes."""
+    given = list(sys.argv[1:])
+    for option in ("--result", "--out"):
+        if option in given:
+            place = given.index(option)
+            del given[place : place + 2]
+    return shlex.join(["python", f"examples/benchmarks/{Path(sys.argv[0]).name}", *given])
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

@@ -221,7 +221,7 @@ def triton_table() -> str:
         f"Linears on CUDA, {N} x {K}, by rows of x, from bfloat16 to bfloat16, quantization of the input included: "
         f"{found['device']}, torch {found['torch']}, Triton {found['triton']}; microseconds in a CUDA graph, weights "
         "beyond the second-level cache, the speed-up over cuBLAS in bfloat16 in the same run, and the share of the "
-        f"floor, which is bytes at the {found['read_tb_s']:.2f} TB/s at which the library read a weight in the run, or "
+        f"floor, which is bytes at the {found['read_tb_s']:.2f} TB/s at which the library read a weight at best, or "
         f"operations at 1979 T/s for 8 bits and the {found['bf16_tflop_s']:.0f} T/s of bfloat16 in the run "
         "(`examples/benchmarks/triton_kernels.py --no-peers`; other shapes stand in the result)."
         f"{remark(found)}"

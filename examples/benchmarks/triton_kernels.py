@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import triton
 from linears import DTYPE, FORMATS, Linear, Weight, floats, ours, peers, random_weight
-from result_files import RESULTS, device, write_result
+from result_files import RESULTS, command, device, write_result
 from torch import Tensor
 
 from qcompile.backends.triton.graphs import captured, in_turns
@@ -154,17 +154,6 @@ def versions() -> dict[str, str]:
         return found
 
 
-def asked(given: argparse.Namespace) -> str:
-    """The arguments that say what was measured."""
-    parts = [] if given.formats == list(FORMATS) else ["--formats", *map(repr, given.formats)]
-    for name, values, every in (
-        ("--shapes", given.shapes, [f"{N}x{K}" for N, K in SHAPES]),
-        ("--rows", given.rows, list(ROWS)),
-    ):
-        parts += [] if values == every else [name, *map(str, values)]
-    return " ".join([*parts, *([] if given.peers else ["--no-peers"])])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
@@ -186,7 +175,7 @@ def main() -> None:
         return
     limits = ceilings()
     result: dict[str, Any] = {
-        "command": f"python examples/benchmarks/triton_kernels.py {asked(given)}".strip(),
+        "command": command(),
         **device("cuda"),
         **versions(),
         "read_tb_s": round(limits.bytes / 1e6, 3),

@@ -96,14 +96,14 @@ def test_blocks_stay_blocks_and_keep_more_of_heavy_tails_in_as_many_bits() -> No
     assert errors[0] > errors[1]
 
 
-@pytest.mark.parametrize("given", [None, "int8/token"])
-def test_weights_on_a_gpu_may_have_code_books(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("given", "solver"), [(None, "mse"), (None, "hqq"), ("int8/token", "mse")])
+def test_weights_on_a_gpu_may_have_code_books(given: str | None, solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if they were on one: normal weights lose least under tables made for them."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 512)).eval()
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, std=0.05 if "weight" in name else 0.0)
-    table = {"weight": SPEC, "solver": "mse", "budget": "4.5 bits", **({} if given is None else {"input": given})}
+    table = {"weight": SPEC, "solver": solver, "budget": "4.5 bits", **({} if given is None else {"input": given})}
     data, takes_books = [torch.randn(64, 256) for _ in range(4)], mixed.takes_books
 
     def formats() -> set[str]:

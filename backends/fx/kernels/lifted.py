@@ -26,9 +26,8 @@ from qcompile.shifts import raised
 from qcompile.spec import ALL
 
 INT8_MAX, BASE, MOST_DIGITS = 127, 256, 3
-# of digits of weights beyond int8 with those of inputs: quantization included, 2 take 0.6 to 0.8 of a float32 matmul of
-# 256 x 1024 x 1024 and 4 take 1.05; for one row 2 take as long as it, 3 take 1.5. Beside a bfloat16 matmul 2 take 1.7.
-# Measured with AMX
+# of digits of weights beyond int8 with those of inputs: with the quantization, more take longer than a float32 matmul,
+# and two take longer than one of bfloat16 (found with AMX, by hand)
 MOST_PRODUCTS = 2
 # columns beside the integer matmul take as long as it does where they are a quarter of all: measured with AVX512-VNNI
 MOST_BESIDE = 0.5
@@ -184,13 +183,13 @@ def _too_long(p: Problem, weight: Format, given: Format) -> str | None:
         return f"{taken}, and free_weights asks for small weights"
     if p.dtype is not torch.float32:
         name = str(p.dtype).removeprefix("torch.")
-        return f"{taken}: so many matmuls of integers take 1.7 times as long as one in bfloat16, and y is {name}"
+        return f"{taken}: so many matmuls of integers take longer than one in bfloat16, and y is {name}"
     if not int8.has_integer_units():
         return f"{taken}, and this CPU has no integer units: `qcompile doctor` says what it has"
     if digits * others > MOST_PRODUCTS:
         return (
             f"{taken}, those of {given.name} {others}: {digits * others} matmuls of integers take longer than one of "
-            f"floats, as measured for one row or for 256; {MOST_PRODUCTS} do not"
+            f"floats; {MOST_PRODUCTS} do not"
         )
     return None
 
