@@ -83,6 +83,21 @@ LEVELS: dict[str, tuple[str, str, str | None, str, dict[str, Any]]] = {
         {"observer": "minmax"},
     ),
     "8/8/8: any float": ("fp8_e4m3/channel", "fp8_e4m3/channel", "fp8_e4m3/tensor", "imatrix", _FREE),
+    "6/6/6: int6, smallest to largest": (
+        "int6/channel",
+        "int6/channel",
+        "int6/tensor",
+        "round",
+        {"observer": "minmax"},
+    ),
+    "6/6/6: e3m2, smallest to largest": (
+        "fp6_e3m2/channel",
+        "fp6_e3m2/channel",
+        "fp6_e3m2/tensor",
+        "round",
+        {"observer": "minmax"},
+    ),
+    "6/6/6: any float": ("fp6_e3m2/channel", "fp6_e3m2/channel", "fp6_e3m2/tensor", "imatrix", _FREE),
     "4/4/16: int4": ("int4/channel", "int4/channel", None, "round", {}),
     "4/4/16: e2m1": (E2M1, E2M1, None, "round", {}),
     "4/4/16: any float, shifted": (E2M1, E2M1, None, "imatrix", _FREE | _SHIFT),
@@ -117,15 +132,21 @@ def recipe(name: str) -> Recipe:
 def level(name: str) -> Recipe:
     """The recipe of one level, of which nothing is left out."""
     table, weight, given, solver, more = LEVELS[name]
-    rows = Rule(ops=(Op.EMBEDDING,), weight=parse_spec(table), solver="round" if solver == "round" else "mse")
+    rows = Rule(
+        ops=(Op.EMBEDDING,),
+        weight=parse_spec(table),
+        solver="round" if solver == "round" else "mse",
+        format=more.get("format"),
+    )
     given_spec = None if given is None else parse_spec(given)
     return Recipe(name=name, rules=(rows, Rule(weight=parse_spec(weight), input=given_spec, solver=solver, **more)))
 
 
 def about_plan(name: str, plan: qcompile.Plan) -> dict[str, Any]:
-    """Which formats linears got, how many have shifted columns, and where a multiplication remains."""
-    linears = [d for d in plan.decisions.values() if d.op is Op.LINEAR]
+    """Which formats tables and linears got, how many have shifted columns, and where a multiplication remains."""
+    tables, linears = ([d for d in plan.decisions.values() if d.op is op] for op in (Op.EMBEDDING, Op.LINEAR))
     return {
+        "embeddings": Counter(d.weight.format.name for d in tables if d.weight is not None),
         "weights": Counter(d.weight.format.name for d in linears if d.weight is not None),
         "inputs": Counter(d.input.format.name for d in linears if d.input is not None),
         "shifted_sites": sum(bool(d.shift) for d in linears),
