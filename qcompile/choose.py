@@ -5,6 +5,7 @@ All are tried on the rows that calibration kept; what gives the outputs the leas
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from math import inf, isnan, log10
 from typing import TypeGuard
 
@@ -19,7 +20,7 @@ from qcompile.numerics import QParams, exact_exp2, qparams_of_range
 from qcompile.observers import Stats, importance_of
 from qcompile.ranges import parse_observer
 from qcompile.recipe import FLOAT, WEIGHT, Rule
-from qcompile.shifts import COARSE, FINE, lowers_columns, raised_columns, shift_of, within
+from qcompile.shifts import COARSE, FINE, floor_shift, lowers_columns, raised_columns, shift_of, within
 from qcompile.smooth import AWQ, awq_scale, smooth_scale
 from qcompile.solvers import IN_TURN
 from qcompile.spec import ALL, Spec
@@ -148,16 +149,17 @@ def _shifted(case: Case, spec: Spec, most: int) -> Choice:
     if not after and case.channels is None:
         return plain
 
-    def measured(left_out: float) -> Choice:
-        shift = shift_of(case.stats.amax, case.channels, most, left_out)
+    def measured(shift: Tensor) -> Choice:
         if not bool(shift.any()):
             return plain
         return _measured(case, replace(plain, shift=shift) if after else replace(plain, scale=exact_exp2(-shift)))
 
-    coarse = {left_out: measured(left_out) for left_out in COARSE}
+    shifts = partial(shift_of, case.stats.amax, case.channels, most)
+    coarse = {left_out: measured(shifts(left_out)) for left_out in COARSE}
     best = max(coarse, key=lambda left_out: coarse[left_out].snr_db)
-    fine = [measured(best + step) for step in FINE]
-    return max((plain, *coarse.values(), *fine), key=lambda choice: choice.snr_db)
+    fine = [measured(shifts(best + step)) for step in FINE]
+    whole = measured(floor_shift(case.stats.amax, case.channels, most))
+    return max((plain, *coarse.values(), *fine, whole), key=lambda choice: choice.snr_db)
 
 
 def _measured(case: Case, choice: Choice) -> Choice:

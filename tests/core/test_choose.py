@@ -21,6 +21,7 @@ from qcompile.choose import (
 from qcompile.numerics import QParams, dequantize, qparams_of_range, quantize
 from qcompile.observers import observe
 from qcompile.recipe import FLOAT, Rule
+from qcompile.shifts import floor_shift
 from qcompile.smooth import AWQ, Smooth, parse_smooth
 from qcompile.solvers import SOLVERS
 from qcompile.spec import Spec, parse_spec
@@ -305,6 +306,21 @@ def test_columns_are_lowered_as_the_input_is_raised_and_as_the_weight_fits() -> 
     _, bounded = choose_weight(weight, observe(x), replace(rule, shift=3), choice.shift.clamp(max=3))
     assert bounded is not None
     assert int(bounded.max()) <= 3
+
+
+def test_octaves_that_clip_nothing_are_tried() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # on the grid of 7 magnitudes: whole, at half its step, and of its lower half and one more
+    x = torch.cat([torch.randint(-most, most + 1, (400, 8), generator=generator) for most in (7, 7, 4)], 1).float()
+    x[0] = torch.tensor([7.0, 7.0, 4.0]).repeat_interleave(8)
+    x[:, 8:16] /= 2
+    e1m2 = parse_spec("fp4_e1m2/tensor")
+    rule = Rule(weight=parse_spec("fp4_e1m2/channel"), input=e1m2, observer="minmax", shift=14)
+    choice = choose(case(x, rule, torch.randn(48, 24, generator=generator)))
+    assert choice.shift is not None
+    assert torch.equal(choice.shift, floor_shift(x.abs().amax(0), None, 14))
+    # the nearest octaves clip the last channels, and half an octave less rounds those before
+    assert choice.snr_db == inf
 
 
 def test_columns_stay_where_nothing_is_gained() -> None:
