@@ -75,7 +75,7 @@ def raised_columns(weight: Tensor, spec: Spec, importance: Tensor | None = None)
     """Octaves by which each column of a weight is raised for the least error of its numbers; int64 [K], 0 for most.
 
     weight: float32 [N, K].  spec: see `lowers_columns`.  importance: float32 [K], what errors in each column cost.
-    Found under the best scales for the columns as they are; more turns of scales and columns hardly change them.
+    Found under the best scales for the columns as they are.
     """
     rows = weight[:: -(-len(weight) // ROWS)]
     qparams = solve_mse(rows, spec, importance)

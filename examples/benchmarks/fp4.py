@@ -14,10 +14,12 @@ the same data and machine, so that some may be measured at a time: --rows takes 
 import copy
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from language_data import arguments, language
@@ -65,6 +67,11 @@ RECIPES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "mxfp4-shift": (MXFP4, MXFP4, "imatrix", _SHIFT),
     "nvfp4": (NVFP4, NVFP4, "round", {}),
     "nvfp4-shift": (NVFP4, NVFP4, "imatrix", _SHIFT),
+}
+# rows that are measured with a wider or narrower search: of which row, and what is set to what
+SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp4, three rounds": ("fp4: any float, static, shifted", {"qcompile.rounds.ROUNDS": 3}),
+    "fp4, ranges by the inputs' own error": ("fp4: any float, static, shifted", {"qcompile.choose.CLIPS": ()}),
 }
 # bits of embeddings, weights and inputs: embedding, weight, input, solver, and what else the rule of linears says
 LEVELS: dict[str, tuple[str, str, str | None, str, dict[str, Any]]] = {
@@ -115,15 +122,15 @@ LEVELS: dict[str, tuple[str, str, str | None, str, dict[str, Any]]] = {
 
 FLOAT_ROW = "float"
 PARTS: dict[str, tuple[str, ...]] = {
-    "plain": (FLOAT_ROW, *RECIPES),
-    "injected": (FLOAT_ROW, *RECIPES),
+    "plain": (FLOAT_ROW, *RECIPES, *SEARCHES),
+    "injected": (FLOAT_ROW, *RECIPES, *SEARCHES),
     "levels": (FLOAT_ROW, *LEVELS),
 }
 
 
 def recipe(name: str) -> Recipe:
     """The recipe of one row; logits keep 8 bits, as in the presets."""
-    weight, given, solver, more = RECIPES[name]
+    weight, given, solver, more = RECIPES[SEARCHES[name][0] if name in SEARCHES else name]
     head, *_ = PRESETS["fp4"].rules
     rule = Rule(weight=parse_spec(weight), input=parse_spec(given), solver=solver, **more)
     return Recipe(name=name, rules=(head, rule))
@@ -140,6 +147,26 @@ def level(name: str) -> Recipe:
     )
     given_spec = None if given is None else parse_spec(given)
     return Recipe(name=name, rules=(rows, Rule(weight=parse_spec(weight), input=given_spec, solver=solver, **more)))
+
+
+def by_settings(names: Iterable[str]) -> list[tuple[dict[str, Any], list[str]]]:
+    """Rows that are measured under the same settings."""
+    found: list[tuple[dict[str, Any], list[str]]] = []
+    for name in names:
+        settings = SEARCHES[name][1] if name in SEARCHES else {}
+        if not found or found[-1][0] != settings:
+            found.append((settings, []))
+        found[-1][1].append(name)
+    return found
+
+
+@contextmanager
+def set_to(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Constants of the search, by their full names, set while rows are measured."""
+    with ExitStack() as stack:
+        for name, value in settings.items():
+            stack.enter_context(patch(name, value))
+        yield
 
 
 def about_plan(name: str, plan: qcompile.Plan) -> dict[str, Any]:
@@ -182,12 +209,12 @@ def main() -> None:
         for part, names in PARTS.items()
     }
     if not any(wanted.values()):
-        raise SystemExit(f"no row is called {given.rows!r}; there are {', '.join([*RECIPES, *LEVELS])}")
+        raise SystemExit(f"no row is called {given.rows!r}; there are {', '.join([*RECIPES, *SEARCHES, *LEVELS])}")
     for part, names in wanted.items():
         model = injected if part == "injected" else data.model
-        recipes = {name: level(name) if part == "levels" else recipe(name) for name in names if name != FLOAT_ROW}
-        if recipes:
-            with torch.no_grad():
+        for settings, together in by_settings(name for name in names if name != FLOAT_ROW):
+            recipes = {name: level(name) if part == "levels" else recipe(name) for name in together}
+            with torch.no_grad(), set_to(settings):
                 found = rows(model, data.calibration, data.batches, recipes, about_plan)
             write_result(path, merged(path, about, {part: found}))
 
