@@ -1,7 +1,8 @@
-"""The best format for each site: what `format = "auto"` of a rule does.
+"""The best format for each site: what `format = "auto"` of a rule does, and "float" where no shift goes with it.
 
 Formats of equally many bits that memory or tensor cores are made for compete. With data, the output of the site
 decides, both sides quantized, on rows that calibration kept; without, the error of the weight alone.
+For "float", floats of equally many bits do; those of linears are found with folds and shifts (`qcompile.choose`).
 """
 
 from collections.abc import Iterator
@@ -9,16 +10,16 @@ from dataclasses import replace
 
 import torch
 
+from qcompile.choose import rivals
 from qcompile.errors import WeightError
 from qcompile.formats import CodeBook, parse_format
 from qcompile.graph import Op
-from qcompile.noise import FEATURES, Treatment, probe, shares_rows
+from qcompile.noise import FEATURES, Treatment, own_db, probe, shares_rows
 from qcompile.numerics import dequantize, quantize, snr_db
 from qcompile.observers import Stats
 from qcompile.ranges import parse_observer
-from qcompile.recipe import AUTO, Rule
+from qcompile.recipe import FLOAT, Rule
 from qcompile.sites import Site
-from qcompile.solvers import SOLVERS
 from qcompile.spec import Spec, with_format
 
 # by bits. Floats that only a study knows (e2m5, e3m4) are left out: nothing multiplies them
@@ -35,13 +36,16 @@ def best_rule(rule: Rule, site: Site, stats: Stats | None) -> Rule:
     stats: of the site's input, None if there are none. Of equals, what the rule says.
     Raises WeightError if the weight has no values to look at.
     """
-    if rule.format != AUTO or rule.weight is None:
+    found_with_shift = rule.format == FLOAT and site.op is Op.LINEAR
+    if rule.format is None or rule.weight is None or found_with_shift:
         return rule
     if site.weight.is_meta:
         raise WeightError(
             f"the best format for {site.name!r} is found from its values, and its weight is on the meta device: "
             "calibrate the model that has them, or write the format"
         )
+    if rule.format == FLOAT:
+        return _of_floats(rule, rule.weight, site, stats)
     stats = stats if site.op is Op.LINEAR else None
     if rule.weighs_columns and stats is None:
         # the plan refuses it and names the remedy
@@ -60,14 +64,23 @@ def _candidates(rule: Rule, weight: Spec) -> Iterator[Rule]:
         )
 
 
+def _of_floats(rule: Rule, weight: Spec, site: Site, stats: Stats | None) -> Rule:
+    """The rule with the floats that lose least of the weight and of the input, each by its own error.
+
+    An embedding gives rows of its weight: the weight's error is that of the output.
+    """
+    best = max(rivals(weight), key=lambda spec: _weight_db(site, spec, rule.solver))
+    if rule.input is None or stats is None or site.op is not Op.CONV:
+        return replace(rule, weight=best)
+    given = max(rivals(rule.input), key=lambda spec: _input_db(rule, spec, stats))
+    return replace(rule, weight=best, input=given)
+
+
 def _snr_db(rule: Rule, site: Site, stats: Stats | None) -> float:
     """Signal to noise of the site's output, or of its weight."""
     assert rule.weight is not None
-    whole = shares_rows(rule.weight)
     if stats is None:
-        weight = site.weight.detach()[:: 1 if whole else -(-len(site.weight) // FEATURES)].float()
-        qparams = SOLVERS[rule.solver](weight, rule.weight)
-        return snr_db(weight, dequantize(quantize(weight, qparams), qparams))
+        return _weight_db(site, rule.weight, rule.solver)
     given = rule.input
     treatment = Treatment(
         weight=rule.weight,
@@ -76,4 +89,17 @@ def _snr_db(rule: Rule, site: Site, stats: Stats | None) -> float:
         importance=stats.importance.to(site.weight.device) if rule.weighs_columns else None,
     )
     with torch.no_grad():
-        return probe(site.weight, stats, whole=whole).after(treatment)
+        return probe(site.weight, stats, whole=shares_rows(rule.weight)).after(treatment)
+
+
+def _weight_db(site: Site, spec: Spec, solver: str) -> float:
+    """Signal to noise of a part of the weight."""
+    step = 1 if shares_rows(spec) else -(-len(site.weight) // FEATURES)
+    return own_db(site.weight.detach()[::step].float(), Treatment(weight=spec, solver=solver))
+
+
+def _input_db(rule: Rule, spec: Spec, stats: Stats) -> float:
+    """Signal to noise of the sampled rows of a static input."""
+    rows = stats.sample.rows.float()
+    qparams = parse_observer(rule.observer)(stats, spec)
+    return snr_db(rows, dequantize(quantize(rows, qparams), qparams))

@@ -1,7 +1,7 @@
 """Cases to choose for: sites that read one activation, the rows to try choices on, and what can be chosen."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qcompile.channels import tied
 from qcompile.noise import Probe
+from qcompile.numerics import QParams
 from qcompile.observers import Stats
 from qcompile.recipe import Rule
 from qcompile.smooth import AWQ
@@ -26,6 +27,7 @@ class Case:
     columns: float32 [K], largest magnitude of each column of the weights.
     channels: int64 [K], what must share a scale (see `qcompile.edges`); None if no scale may move.
     strength: of smoothing, where the rule names none by number.
+    ranges: of static inputs, found so far: they do not depend on the weights.
     """
 
     probe: Probe
@@ -34,6 +36,7 @@ class Case:
     rule: Rule
     channels: Tensor | None = None
     strength: float | None = None
+    ranges: dict[tuple[Hashable, ...], QParams] = field(default_factory=dict)
 
     @cached_property
     def energy(self) -> Tensor:
@@ -73,6 +76,7 @@ class Choice:
     input: spec; scale: float32 [K] that the activation is divided by, or None; strength: that it came from, None for
     powers of two from a shift.  outliers: channels that stay in 16 bit, ascending.  shift: int64 [K], octaves by which
     channels are raised, and exponents of the weight lowered after its numbers were chosen, or None.
+    clip: octaves by which a static range is wider than the observer finds it.
     snr_db: of the outputs, over all sites.
     """
 
@@ -81,6 +85,7 @@ class Choice:
     strength: float | None = None
     outliers: tuple[int, ...] = ()
     shift: Tensor | None = None
+    clip: float = 0.0
     snr_db: float = 0.0
 
 
@@ -107,10 +112,22 @@ def joined(probes: Sequence[Probe]) -> Probe:
     """
     known = [probe.features for probe in probes if probe.features is not None]
     if len(known) == len(probes):
-        return replace(probes[0], weight=torch.cat([probe.weight for probe in probes]), features=torch.cat(known))
-    parts = [probe.weight / (probe.signal / probe.counts.sum().item()) ** 0.5 for probe in probes if probe.signal > 0]
-    weight = torch.cat(parts) if parts else probes[0].weight
-    return Probe(weight=weight, rows=probes[0].rows, counts=probes[0].counts)
+        return replace(_stacked(probes, [1.0] * len(probes)), features=torch.cat(known))
+    loud = [probe for probe in probes if probe.signal > 0]
+    if not loud:
+        return replace(probes[0], features=None)
+    return _stacked(loud, [(probe.signal / probe.counts.sum().item()) ** 0.5 for probe in loud])
+
+
+def _stacked(probes: Sequence[Probe], divisors: Sequence[float]) -> Probe:
+    """One probe with the weights one below the other, each divided."""
+    numbers = [p.numbers / divisor for p, divisor in zip(probes, divisors, strict=True) if p.numbers is not None]
+    return Probe(
+        weight=torch.cat([p.weight / divisor for p, divisor in zip(probes, divisors, strict=True)]),
+        rows=probes[0].rows,
+        counts=probes[0].counts,
+        numbers=torch.cat(numbers) if len(numbers) == len(probes) else None,
+    )
 
 
 def fold_method(choice: Choice, rule: Rule) -> str:

@@ -5,21 +5,22 @@ All are tried on the rows that calibration kept; what gives the outputs the leas
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from math import inf, isnan, log10
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from qcompile.cases import Case, Choice, probe_part
+from qcompile.cases import Case, Choice
 from qcompile.channels import tied
 from qcompile.formats import FORMATS, Float, Integer
-from qcompile.noise import Probe, Treatment, own_db, shares_rows
-from qcompile.numerics import QParams, exact_exp2, qparams_of_range
+from qcompile.noise import Probe, Treatment
+from qcompile.numerics import QParams, exact_exp2, qparams_of_range, widened
 from qcompile.observers import Stats, importance_of
 from qcompile.ranges import parse_observer
-from qcompile.recipe import FLOAT, WEIGHT, Rule
-from qcompile.shifts import COARSE, FINE, lowers_columns, raised_columns, shift_of, within
+from qcompile.recipe import FLOAT
+from qcompile.shifts import COARSE, FINE, floor_shift, lowers_columns, shift_of
 from qcompile.smooth import AWQ, awq_scale, smooth_scale
 from qcompile.solvers import IN_TURN
 from qcompile.spec import ALL, Spec
@@ -36,6 +37,9 @@ RESCUE_DB, RESCUE_GAIN = 34.0, 3.0
 LEAST_RID = 6e-5
 # dB that a split and that smoothing must gain: less is within what other rows would show
 LEAST_GAIN, LEAST_SMOOTHING = 0.3, 0.5
+# octaves by which a static range may be wider than the observer finds it, if that gains as much as a split must; no
+# more, as rows that reach far are rare among those that are sampled
+CLIPS = tuple(i / 4 for i in range(-4, 5) if i)
 
 
 def choose(case: Case) -> Choice:
@@ -47,38 +51,6 @@ def choose(case: Case) -> Choice:
         return best
     rescued = _best(case, case.rule.rescue)
     return rescued if rescued.snr_db > best.snr_db + RESCUE_GAIN else best
-
-
-def choose_weight(
-    weight: Tensor, stats: Stats, rule: Rule, shift: Tensor | None, features: Tensor | None = None
-) -> tuple[Spec, Tensor | None]:
-    """What is best by the rule's objective: the rule's spec or that of another float, and how columns are lowered.
-
-    weight: float32 [N, K].  stats: of what it multiplies, before the shift: int64 [K], octaves by which channels are
-        raised, None if they are not.  The other floats are tried for `format = "float"`.  features: float32 [N], what
-        errors of output features cost, None for all alike.
-    Returns with the spec int64 [K], by how many octaves exponents of columns are lowered after the weight's numbers
-    were chosen: by the shift, or for a rule with one, to where the weight fits its grid better; None if by none.
-    """
-    assert rule.weight is not None
-    probe = probe_part(weight, stats, whole=shares_rows(rule.weight), features=features)
-    own = rule.objective == WEIGHT
-    importance = stats.importance.to(weight.device) if rule.weighs_columns and not own else None
-    raised = torch.zeros(weight.shape[1], dtype=torch.int64) if shift is None else shift.cpu()
-    best, most = (rule.weight, shift), -inf
-    for spec in rivals(rule.weight) if rule.format == FLOAT else [rule.weight]:
-        treatment = Treatment(weight=spec, solver=rule.solver, importance=importance)
-        tried = {0.0: raised}
-        if rule.shift is not None and lowers_columns(spec):
-            octaves = raised_columns(probe.weight, spec, importance).cpu()
-            tried[LEAST_GAIN] = within(raised + octaves, rule.shift)
-        for handicap, lowered in tried.items():
-            factor = exact_exp2(lowered - raised).to(weight.device)
-            case = replace(treatment, raised=factor)
-            snr_db = (own_db(probe.weight, case) if own else probe.after(case)) - handicap
-            if snr_db > most:
-                best, most = (spec, lowered if bool(lowered.any()) else None), snr_db
-    return best
 
 
 def rivals(spec: Spec) -> Iterator[Spec]:
@@ -99,8 +71,8 @@ def prepared_stats(stats: Stats, choice: Choice) -> Stats:
 
 def _best(case: Case, spec: Spec | None) -> Choice:
     """The choice under one input spec."""
-    if case.rule.shift is not None and spec is not None:
-        return _shifted(case, spec, case.rule.shift)
+    if spec is not None and (case.rule.shift is not None or case.rule.format == FLOAT):
+        return _clipped_best(case, _shifted(case, spec, case.rule.shift))
     plain = _split(case, Choice(input=spec))
     if case.rule.smooth is None or case.channels is None:
         return plain
@@ -141,38 +113,64 @@ def _of_power(case: Case, spec: Spec | None, power: float) -> Choice:
     return Choice(input=spec, scale=scale, strength=power)
 
 
-def _shifted(case: Case, spec: Spec, most: int) -> Choice:
+def _shifted(case: Case, spec: Spec, most: int | None) -> Choice:
     """The shift of least noise, or none."""
     plain = _measured(case, Choice(input=spec))
     after = lowers_columns(case.rule.weight)
-    if not after and case.channels is None:
+    if most is None or (not after and case.channels is None):
         return plain
 
-    def measured(left_out: float) -> Choice:
-        shift = shift_of(case.stats.amax, case.channels, most, left_out)
+    def measured(shift: Tensor) -> Choice:
         if not bool(shift.any()):
             return plain
         return _measured(case, replace(plain, shift=shift) if after else replace(plain, scale=exact_exp2(-shift)))
 
-    coarse = {left_out: measured(left_out) for left_out in COARSE}
+    shifts = partial(shift_of, case.stats.amax, case.channels, most)
+    coarse = {left_out: measured(shifts(left_out)) for left_out in COARSE}
     best = max(coarse, key=lambda left_out: coarse[left_out].snr_db)
-    fine = [measured(best + step) for step in FINE]
-    return max((plain, *coarse.values(), *fine), key=lambda choice: choice.snr_db)
+    fine = [measured(shifts(best + step)) for step in FINE]
+    whole = measured(floor_shift(case.stats.amax, case.channels, most))
+    return max((plain, *coarse.values(), *fine, whole), key=lambda choice: choice.snr_db)
+
+
+def _clipped_best(case: Case, choice: Choice) -> Choice:
+    """The choice, its static range clipped or widened where the outputs gain by that.
+
+    The observer's range is that of least error of the input's own numbers.
+    """
+    if not _is_static(choice.input) or choice.input.scale != "fp32":
+        return choice
+    tried = (_measured(case, replace(choice, clip=clip)) for clip in CLIPS)
+    best = max(tried, key=lambda clipped: clipped.snr_db, default=choice)
+    return best if best.snr_db > choice.snr_db + LEAST_GAIN else choice
 
 
 def _measured(case: Case, choice: Choice) -> Choice:
     """The choice with the signal-to-noise ratio of the outputs; a static range is found as it will be in the end."""
-    stats, spec, probe = prepared_stats(case.stats, choice), choice.input, case.probe
+    probe, rule = case.probe, case.rule
+    # what is lowered after its numbers were chosen has the same noise under every shift
+    alone = lowers_columns(rule.weight)
+    weighs = rule.weighs_columns and not alone
     treatment = Treatment(
-        # what is lowered after its numbers were chosen has the same noise under every shift
-        weight=None if lowers_columns(case.rule.weight) else case.rule.weight,
-        input=parse_observer(case.rule.observer)(stats, spec) if _is_static(spec) else spec,
-        solver=case.rule.solver,
-        importance=stats.importance.to(probe.weight.device) if case.rule.weighs_columns else None,
-        factor=None if choice.shift is None else exact_exp2(choice.shift).to(probe.rows.device),
+        weight=None if alone else rule.weight,
+        solver=rule.solver,
+        importance=prepared_stats(case.stats, choice).importance.to(probe.weight.device) if weighs else None,
+        **input_of(case, choice),
     )
     probe = probe if choice.scale is None else probe.scaled(choice.scale.to(probe.weight.device))
     return replace(choice, snr_db=probe.after(treatment))
+
+
+def input_of(case: Case, choice: Choice) -> dict[str, Any]:
+    """What a treatment says of the input of a choice; a static range is found once."""
+    spec = choice.input
+    factor = None if choice.shift is None else exact_exp2(choice.shift).to(case.probe.rows.device)
+    if not _is_static(spec):
+        return {"input": spec, "factor": factor}
+    key = (spec, *(None if part is None else tuple(part.tolist()) for part in (choice.scale, choice.shift)))
+    if key not in case.ranges:
+        case.ranges[key] = parse_observer(case.rule.observer)(prepared_stats(case.stats, choice), spec)
+    return {"input": widened(case.ranges[key], choice.clip), "factor": factor}
 
 
 def _rough(case: Case, spec: Spec | None, strength: float) -> Choice:

@@ -67,12 +67,14 @@ class Probe:
     """Rows and a weight to measure on.  weight: float32 [N, K].  rows: float32 [R, K].  counts: float64 [R].
 
     features: float32 [N], what squared errors of each output feature cost; None for all alike.
+    numbers: float32 [N, K], the weight as it was quantized already, for treatments that leave it; None if it was not.
     """
 
     weight: Tensor
     rows: Tensor
     counts: Tensor
     features: Tensor | None = None
+    numbers: Tensor | None = None
 
     @cached_property
     def output(self) -> Tensor:
@@ -107,7 +109,8 @@ class Probe:
 
     def scaled(self, scale: Tensor) -> "Probe":
         """The same outputs from rows / scale and columns of the weight * scale.  scale: float32 [K]."""
-        made = replace(self, weight=self.weight * scale, rows=self.rows / scale)
+        numbers = None if self.numbers is None else self.numbers * scale
+        made = replace(self, weight=self.weight * scale, rows=self.rows / scale, numbers=numbers)
         # not computed again for each scale that is tried
         made.__dict__.update(output=self.output, signal=self.signal)
         return made
@@ -115,8 +118,9 @@ class Probe:
     def after(self, treatment: Treatment) -> float:
         """Signal-to-noise ratio in dB of the output, both sides quantized as the treatment says."""
         kept = list(treatment.channels)
-        rows, weight = _without(self.rows, kept), _without(self.weight, kept)
-        output = _input(rows, treatment) @ _weight(weight, treatment).T
+        known = self.numbers if treatment.weight is None and self.numbers is not None else self.weight
+        rows, weight = _without(self.rows, kept), _without(known, kept)
+        output = _input(rows, treatment) @ treated(weight, treatment).T
         if kept:
             output += self.rows[:, kept] @ self.weight[:, kept].T
         return self.snr_db(self.energy(output - self.output))
@@ -138,7 +142,7 @@ def probe(weight: Tensor, stats: Stats, *, whole: bool = False) -> Probe:
 
 def own_db(weight: Tensor, treatment: Treatment) -> float:
     """Signal-to-noise ratio in dB of a weight [N, K] itself, quantized as the treatment says."""
-    return snr_db(weight, _weight(weight, treatment))
+    return snr_db(weight, treated(weight, treatment))
 
 
 def shares_rows(spec: Spec | None) -> bool:
@@ -153,7 +157,7 @@ def measure_noise(probe: Probe, treatment: Treatment) -> Noise:
     snr_db = probe.after(treatment)
     weight_db = None
     if treatment.weight is not None:
-        weight_db = probe.snr_db(probe.energy(rows @ (_weight(weight, treatment) - weight).T))
+        weight_db = probe.snr_db(probe.energy(rows @ (treated(weight, treatment) - weight).T))
     if treatment.input is None:
         return Noise(snr_db=snr_db, weight_db=weight_db)
     qparams = _qparams(rows, treatment.input)
@@ -185,7 +189,8 @@ def _without(x: Tensor, channels: list[int]) -> Tensor:
     return x
 
 
-def _weight(weight: Tensor, treatment: Treatment) -> Tensor:
+def treated(weight: Tensor, treatment: Treatment) -> Tensor:
+    """A weight [N, K] as the treatment leaves it, float32."""
     if treatment.weight is None:
         return weight
     factor, importance = treatment.raised, treatment.importance

@@ -282,6 +282,15 @@ def snr_db(reference: Tensor, approximation: Tensor) -> float:
     return float("inf") if noise == 0 else float(10 * torch.log10(signal / noise))
 
 
+def widened(qparams: QParams, octaves: float) -> QParams:
+    """Qparams whose range is wider by so many octaves, below 0 narrower.  qparams: with float32 scales, symmetric."""
+    if octaves == 0:
+        return qparams
+    scale = qparams.scale * 2.0**octaves
+    # what is stored of a float32 scale is the scale
+    return replace(qparams, scale=scale, stored={"scale": scale})
+
+
 def on_device(qparams: QParams, device: torch.device) -> QParams:
     """The same qparams there; codes stay where they are, and `quantize` brings them."""
     if qparams.scale.device == device:

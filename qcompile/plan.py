@@ -17,7 +17,7 @@ from qcompile.fitting import check_tiles, check_weight
 from qcompile.folds import Fold
 from qcompile.graph import Op
 from qcompile.methods import check_methods
-from qcompile.numerics import QParams, on_device
+from qcompile.numerics import QParams, on_device, widened
 from qcompile.observers import Stats
 from qcompile.outliers import Outliers
 from qcompile.ranges import parse_observer
@@ -129,12 +129,14 @@ class Preparation:
     """What data decided before specs are given to sites.
 
     folds: in the order in which they were found. outliers: by site, channels that stay in the model's dtype.
-    inputs, weights: by site, a spec where data speaks against the rule's. shifts: octaves of channels. notes: to tell.
+    inputs, weights: by site, a spec where data speaks against the rule's. clips: octaves by which a static range is
+    wider than the observer finds it. shifts: octaves of channels. notes: to tell.
     """
 
     folds: tuple[Fold, ...] = ()
     outliers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     inputs: Mapping[str, Spec] = field(default_factory=dict)
+    clips: Mapping[str, float] = field(default_factory=dict)
     weights: Mapping[str, Spec] = field(default_factory=dict)
     shifts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -286,7 +288,9 @@ def _decide(site: Site, number: int | None, recipe: Recipe, seen: _Seen, prepare
         left_alone,
         weight=rule.weight,
         input=input_spec and rule.input,
-        input_qparams=_static_qparams(site, rule, seen) if input_spec is not None and rule.static_input else None,
+        input_qparams=widened(_static_qparams(site, rule, seen), prepared.clips.get(site.name, 0.0))
+        if input_spec is not None and rule.static_input
+        else None,
         output=_output_qparams(site, rule, seen),
         solver=rule.solver,
         importance=_stats_for(site, rule, seen).importance if site.op is Op.LINEAR and rule.weighs_columns else None,

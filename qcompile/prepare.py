@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qcompile.artifact import save_failure
 from qcompile.backends.fx.capture import capture
 from qcompile.cases import Case, Choice, fold_method, joined, probe_part
-from qcompile.choose import choose, choose_weight, prepared_stats
+from qcompile.choose import prepared_stats
 from qcompile.edges import Edge, find_edges, is_residual
 from qcompile.fisher import features_of
 from qcompile.folds import Fold
@@ -28,7 +28,8 @@ from qcompile.passes.detect_outliers import outlier_groups
 from qcompile.passes.fold_smooth import fold_smooth
 from qcompile.passes.split_outliers import split_outliers
 from qcompile.plan import Decision, Plan, Preparation
-from qcompile.recipe import FISHER, FLOAT, Recipe, Rule
+from qcompile.recipe import FISHER, Recipe, Rule
+from qcompile.rounds import settle
 from qcompile.sites import Found, Site
 from qcompile.smooth import MODEL, strength_of
 from qcompile.spec import ALL, Spec
@@ -113,6 +114,7 @@ def prepare_graphs(
         folds=tuple(fold for one in found for fold in one.folds),
         outliers={name: channels for one in found for name, channels in one.split.items()},
         inputs={name: spec for one in found for name, spec in one.inputs.items()},
+        clips={name: octaves for one in found for name, octaves in one.clips.items()},
         weights={name: spec for one in found for name, spec in one.weights.items()},
         shifts={name: shift for one in found for name, shift in one.shifts.items()},
         notes=(*_hidden(hidden), *(note for one in found for note in one.notes)),
@@ -135,6 +137,7 @@ class _Preparing(Generic[V]):
         self.folds: list[Fold] = []
         self.split: dict[str, tuple[int, ...]] = {}
         self.inputs: dict[str, Spec] = {}
+        self.clips: dict[str, float] = {}
         self.weights: dict[str, Spec] = {}
         self.shifts: dict[str, tuple[int, ...]] = {}
         self.stats: dict[str, Stats] = {}
@@ -195,22 +198,22 @@ class _Preparing(Generic[V]):
             probe_part(weight, stats, whole=shares_rows(rule.weight), features=self._features(member, rule))
             for member, weight in zip(members, weights, strict=True)
         ]
-        choice = choose(
-            Case(
-                probe=joined(probes),
-                stats=stats,
-                columns=torch.stack([weight.abs().amax(0) for weight in weights]).amax(0),
-                rule=rule,
-                channels=edge.channels if may_scale else None,
-                strength=self._strength(rule),
-            )
+        case = Case(
+            probe=joined(probes),
+            stats=stats,
+            columns=torch.stack([weight.abs().amax(0) for weight in weights]).amax(0),
+            rule=rule,
+            channels=edge.channels if may_scale else None,
+            strength=self._strength(rule),
         )
+        choice, weighed = settle(case, probes)
         names = tuple(member.site.name for member in members)
         if choice.shift is not None:
             self._raise(edge, names, choice.shift, may_scale=may_scale)
-        if rule.format == FLOAT or rule.shift is not None:
-            for member, weight in zip(members, weights, strict=True):
-                self._choose_weight(member, weight, stats, rule, choice)
+        self.weights |= {name: w.spec for name, w in zip(names, weighed, strict=False) if w.spec != rule.weight}
+        self.shifts |= {
+            name: tuple(w.lowered.tolist()) for name, w in zip(names, weighed, strict=False) if w.lowered is not None
+        }
         if choice.scale is not None:
             readers = tuple(found.site.name for found in edge.consumers)
             self._fold(edge, Fold(sites=readers, scale=choice.scale, into=edge.into, method=fold_method(choice, rule)))
@@ -245,15 +248,6 @@ class _Preparing(Generic[V]):
                 rows *= torch.ones_like(rows).scatter(0, channels.cpu(), fold.scale.double().cpu())
         return rows
 
-    def _choose_weight(self, member: Found[V], weight: Tensor, stats: Stats, rule: Rule, choice: Choice) -> None:
-        if choice.scale is not None:
-            weight, stats = weight * choice.scale.to(weight.device), stats.divided(choice.scale)
-        spec, lowered = choose_weight(weight, stats, rule, choice.shift, self._features(member, rule))
-        if spec != rule.weight:
-            self.weights[member.site.name] = spec
-        if lowered is not None:
-            self.shifts[member.site.name] = tuple(lowered.tolist())
-
     def _weight(self, member: Found[V]) -> Tensor:
         """A site's weight as the folds chosen so far leave it, float32 [N, K]."""
         weight = member.site.weight.detach().float()
@@ -272,6 +266,8 @@ class _Preparing(Generic[V]):
             self.split |= dict.fromkeys(names, choice.outliers)
         if choice.input is not None and choice.input != rule.input:
             self.inputs |= dict.fromkeys(names, choice.input)
+        if choice.clip:
+            self.clips |= dict.fromkeys(names, choice.clip)
 
     def _strength(self, rule: Rule) -> float | None:
         known = rule.smooth is not None and rule.smooth.strength == MODEL
@@ -332,6 +328,7 @@ class _Preparing(Generic[V]):
             self.split.pop(name, None)
             self.shifts.pop(name, None)
             self.inputs.pop(name, None)
+            self.clips.pop(name, None)
             if name in self._seen.stats:
                 scales = (fold.scale for fold in self.folds if name in fold.sites)
                 self.stats[name] = reduce(Stats.divided, scales, self._seen.stats[name])

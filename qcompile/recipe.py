@@ -53,10 +53,10 @@ class Rule:
     # the input spec of sites where the static one loses too much
     rescue: Spec | None = None
     # "auto": each site gets the best format with as many bits as those of the specs; "float": its weight and its input
-    # get, each for itself, the best float, found with the shift
+    # get, each for itself, the best float, found with the shift; of embeddings and convolutions by their own errors
     format: str | None = None
-    # by which error `format = "float"` and its shift are chosen: one of OBJECTIVES; inputs go by the output's where
-    # weights go by their own
+    # by which error `format = "float"` and its shift are chosen for linears: one of OBJECTIVES; inputs go by the
+    # output's where weights go by their own
     objective: str = OUTPUT
     # what the weights of the sites may cost or err together: each gets integers of a width of its own for it, or NF4
     budget: Budget | None = None
@@ -75,7 +75,8 @@ class Rule:
     @property
     def prepares(self) -> bool:
         """Whether something is done to the graph before its sites are quantized."""
-        return self.smooth is not None or self.split is not None or self.shift is not None or self.format == FLOAT
+        floats = self.format == FLOAT and Op.LINEAR in self.ops
+        return self.smooth is not None or self.split is not None or self.shift is not None or floats
 
     @property
     def weighs_columns(self) -> bool:
@@ -124,7 +125,7 @@ class Recipe:
     @property
     def chooses(self) -> bool:
         """Whether formats are chosen by the values of weights."""
-        return any(rule.format == AUTO for rule in self.rules)
+        return any(rule.format == AUTO or (rule.format == FLOAT and rule.ops != (Op.LINEAR,)) for rule in self.rules)
 
     @property
     def prepares(self) -> bool:

@@ -42,9 +42,22 @@ def shift_of(amax: Tensor, channels: Tensor | None, most: int, left_out: float) 
     amax: float32 [K], largest magnitude of each channel.  channels: int64 [K], what must share a shift; None if nothing
     must.  Shifts are from 0 to `most`; a channel in which nothing was seen has none, as other data may be large there.
     """
-    reach = amax if channels is None else tied(amax, channels)
-    below = (reach.amax() / reach).double().log2()
-    return below.nan_to_num(nan=0.0, posinf=0.0).sub(left_out).clamp(0, most).round().long()
+    return _below(amax, channels).log2().sub(left_out).clamp(0, most).round().long()
+
+
+def floor_shift(amax: Tensor, channels: Tensor | None, most: int) -> Tensor:
+    """As `shift_of`, by as many octaves as leave every channel within the largest: none is clipped by its shift.
+
+    Rounded to the nearest, a channel may reach beyond by half an octave.
+    """
+    # m * 2**e with m from 0.5 to 1 has e - 1 whole octaves: exact, unlike a logarithm
+    return torch.frexp(_below(amax, channels)).exponent.sub(1).clamp(0, most).long()
+
+
+def _below(amax: Tensor, channels: Tensor | None) -> Tensor:
+    """The largest channel over each, float64 [K]; 1 where nothing was seen."""
+    reach = amax.double() if channels is None else tied(amax.double(), channels)
+    return (reach.amax() / reach).nan_to_num(nan=1.0, posinf=1.0)
 
 
 def within(octaves: Tensor, most: int) -> Tensor:
@@ -62,7 +75,7 @@ def raised_columns(weight: Tensor, spec: Spec, importance: Tensor | None = None)
     """Octaves by which each column of a weight is raised for the least error of its numbers; int64 [K], 0 for most.
 
     weight: float32 [N, K].  spec: see `lowers_columns`.  importance: float32 [K], what errors in each column cost.
-    Found under the best scales for the columns as they are; more turns of scales and columns hardly change them.
+    Found under the best scales for the columns as they are.
     """
     rows = weight[:: -(-len(weight) // ROWS)]
     qparams = solve_mse(rows, spec, importance)

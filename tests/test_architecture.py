@@ -52,6 +52,7 @@ CORE = (
     "noise",
     "cases",
     "choose",
+    "rounds",
     "advice",
     "auto",
     "mixed",

@@ -14,10 +14,12 @@ the same data and machine, so that some may be measured at a time: --rows takes 
 import copy
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from language_data import arguments, language
@@ -66,6 +68,11 @@ RECIPES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "nvfp4": (NVFP4, NVFP4, "round", {}),
     "nvfp4-shift": (NVFP4, NVFP4, "imatrix", _SHIFT),
 }
+# rows that are measured with a wider or narrower search: of which row, and what is set to what
+SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp4, three rounds": ("fp4: any float, static, shifted", {"qcompile.rounds.ROUNDS": 3}),
+    "fp4, ranges by the inputs' own error": ("fp4: any float, static, shifted", {"qcompile.choose.CLIPS": ()}),
+}
 # bits of embeddings, weights and inputs: embedding, weight, input, solver, and what else the rule of linears says
 LEVELS: dict[str, tuple[str, str, str | None, str, dict[str, Any]]] = {
     "8/8/8: int8, smallest to largest": (
@@ -83,6 +90,21 @@ LEVELS: dict[str, tuple[str, str, str | None, str, dict[str, Any]]] = {
         {"observer": "minmax"},
     ),
     "8/8/8: any float": ("fp8_e4m3/channel", "fp8_e4m3/channel", "fp8_e4m3/tensor", "imatrix", _FREE),
+    "6/6/6: int6, smallest to largest": (
+        "int6/channel",
+        "int6/channel",
+        "int6/tensor",
+        "round",
+        {"observer": "minmax"},
+    ),
+    "6/6/6: e3m2, smallest to largest": (
+        "fp6_e3m2/channel",
+        "fp6_e3m2/channel",
+        "fp6_e3m2/tensor",
+        "round",
+        {"observer": "minmax"},
+    ),
+    "6/6/6: any float": ("fp6_e3m2/channel", "fp6_e3m2/channel", "fp6_e3m2/tensor", "imatrix", _FREE),
     "4/4/16: int4": ("int4/channel", "int4/channel", None, "round", {}),
     "4/4/16: e2m1": (E2M1, E2M1, None, "round", {}),
     "4/4/16: any float, shifted": (E2M1, E2M1, None, "imatrix", _FREE | _SHIFT),
@@ -100,15 +122,15 @@ LEVELS: dict[str, tuple[str, str, str | None, str, dict[str, Any]]] = {
 
 FLOAT_ROW = "float"
 PARTS: dict[str, tuple[str, ...]] = {
-    "plain": (FLOAT_ROW, *RECIPES),
-    "injected": (FLOAT_ROW, *RECIPES),
+    "plain": (FLOAT_ROW, *RECIPES, *SEARCHES),
+    "injected": (FLOAT_ROW, *RECIPES, *SEARCHES),
     "levels": (FLOAT_ROW, *LEVELS),
 }
 
 
 def recipe(name: str) -> Recipe:
     """The recipe of one row; logits keep 8 bits, as in the presets."""
-    weight, given, solver, more = RECIPES[name]
+    weight, given, solver, more = RECIPES[SEARCHES[name][0] if name in SEARCHES else name]
     head, *_ = PRESETS["fp4"].rules
     rule = Rule(weight=parse_spec(weight), input=parse_spec(given), solver=solver, **more)
     return Recipe(name=name, rules=(head, rule))
@@ -117,15 +139,41 @@ def recipe(name: str) -> Recipe:
 def level(name: str) -> Recipe:
     """The recipe of one level, of which nothing is left out."""
     table, weight, given, solver, more = LEVELS[name]
-    rows = Rule(ops=(Op.EMBEDDING,), weight=parse_spec(table), solver="round" if solver == "round" else "mse")
+    rows = Rule(
+        ops=(Op.EMBEDDING,),
+        weight=parse_spec(table),
+        solver="round" if solver == "round" else "mse",
+        format=more.get("format"),
+    )
     given_spec = None if given is None else parse_spec(given)
     return Recipe(name=name, rules=(rows, Rule(weight=parse_spec(weight), input=given_spec, solver=solver, **more)))
 
 
+def by_settings(names: Iterable[str]) -> list[tuple[dict[str, Any], list[str]]]:
+    """Rows that are measured under the same settings."""
+    found: list[tuple[dict[str, Any], list[str]]] = []
+    for name in names:
+        settings = SEARCHES[name][1] if name in SEARCHES else {}
+        if not found or found[-1][0] != settings:
+            found.append((settings, []))
+        found[-1][1].append(name)
+    return found
+
+
+@contextmanager
+def set_to(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Constants of the search, by their full names, set while rows are measured."""
+    with ExitStack() as stack:
+        for name, value in settings.items():
+            stack.enter_context(patch(name, value))
+        yield
+
+
 def about_plan(name: str, plan: qcompile.Plan) -> dict[str, Any]:
-    """Which formats linears got, how many have shifted columns, and where a multiplication remains."""
-    linears = [d for d in plan.decisions.values() if d.op is Op.LINEAR]
+    """Which formats tables and linears got, how many have shifted columns, and where a multiplication remains."""
+    tables, linears = ([d for d in plan.decisions.values() if d.op is op] for op in (Op.EMBEDDING, Op.LINEAR))
     return {
+        "embeddings": Counter(d.weight.format.name for d in tables if d.weight is not None),
         "weights": Counter(d.weight.format.name for d in linears if d.weight is not None),
         "inputs": Counter(d.input.format.name for d in linears if d.input is not None),
         "shifted_sites": sum(bool(d.shift) for d in linears),
@@ -161,12 +209,12 @@ def main() -> None:
         for part, names in PARTS.items()
     }
     if not any(wanted.values()):
-        raise SystemExit(f"no row is called {given.rows!r}; there are {', '.join([*RECIPES, *LEVELS])}")
+        raise SystemExit(f"no row is called {given.rows!r}; there are {', '.join([*RECIPES, *SEARCHES, *LEVELS])}")
     for part, names in wanted.items():
         model = injected if part == "injected" else data.model
-        recipes = {name: level(name) if part == "levels" else recipe(name) for name in names if name != FLOAT_ROW}
-        if recipes:
-            with torch.no_grad():
+        for settings, together in by_settings(name for name in names if name != FLOAT_ROW):
+            recipes = {name: level(name) if part == "levels" else recipe(name) for name in together}
+            with torch.no_grad(), set_to(settings):
                 found = rows(model, data.calibration, data.batches, recipes, about_plan)
             write_result(path, merged(path, about, {part: found}))
 

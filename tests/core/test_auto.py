@@ -1,4 +1,7 @@
-"""`format = "auto"`: each site gets the format of least error, of its weight or, with data, of its outputs."""
+"""`format = "auto"`: each site gets the format of least error, of its weight or, with data, of its outputs.
+
+And `format = "float"` of what is no linear: the float of least error, by its own.
+"""
 
 from dataclasses import replace
 
@@ -7,14 +10,15 @@ import torch
 from torch import Tensor
 
 from qcompile.auto import RIVALS
+from qcompile.choose import rivals
 from qcompile.errors import CalibrationError, RecipeError, WeightError
 from qcompile.formats import FORMATS
 from qcompile.graph import Op
 from qcompile.methods import check_methods
 from qcompile.numerics import dequantize, find_qparams, quantize, snr_db
 from qcompile.observers import Part, Stats, observe
-from qcompile.plan import Decision, make_plan
-from qcompile.recipe import Recipe, Rule, recipe_from_table, recipe_to_table
+from qcompile.plan import Decision, Preparation, make_plan
+from qcompile.recipe import AUTO, FLOAT, Recipe, Rule, recipe_from_table, recipe_to_table
 from qcompile.sites import Site
 from qcompile.smooth import Smooth
 from qcompile.solvers import SOLVERS
@@ -27,7 +31,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def rule(weight: str, given: str | None = None, **more: object) -> Rule:
     spec = None if given is None else parse_spec(given)
-    return Rule(weight=parse_spec(weight), input=spec, format="auto", **more)  # type: ignore[arg-type]
+    return Rule(weight=parse_spec(weight), input=spec, **{"format": AUTO, **more})  # type: ignore[arg-type]
 
 
 def decided(weight: Tensor, chosen: Rule, stats: Stats | None = None, op: Op = Op.LINEAR) -> Decision:
@@ -136,6 +140,46 @@ def test_an_embedding_is_chosen_by_its_weight() -> None:
     assert (str(decision.weight), decision.input) == ("int4/g32", None)
 
 
+@pytest.mark.parametrize("solver", ["round", "mse"])
+@pytest.mark.parametrize(
+    ("first", "flat", "heavy"),
+    [
+        ("fp4_e2m1/channel", "fp4_e1m2/channel", "fp4_e3m0/channel"),
+        ("fp6_e2m3/tensor", "fp6_e2m3/tensor", "fp6_e3m2/tensor"),
+        ("fp6_e3m2/channel", "fp6_e2m3/channel", "fp6_e3m2/channel"),
+        ("fp8_e4m3/channel", "fp8_e2m5/channel", "fp8_e3m4/channel"),
+    ],
+)
+def test_tables_take_the_float_that_fits_their_rows(first: str, flat: str, heavy: str, solver: str) -> None:
+    tables = {flat: WEIGHTS["flat"], heavy: normal(64, 256) * normal(64, 256, seed=1).mul(2).exp()}
+    for best, table in tables.items():
+        decision = decided(table, rule(first, solver=solver, format=FLOAT), op=Op.EMBEDDING)
+        assert (str(decision.weight), decision.input, decision.solver) == (best, None, solver)
+        errors = {spec: weight_db(table, spec, solver) for spec in rivals(parse_spec(first))}
+        assert errors[parse_spec(best)] == max(errors.values())
+
+
+def test_a_convolution_takes_floats_for_weight_and_input_each_for_itself() -> None:
+    loud = normal(300, 24) * normal(300, 24, seed=1).mul(2).exp()
+    for x, given in ((torch.rand(300, 24, generator=torch.Generator().manual_seed(0)) - 0.5, "e1m2"), (loud, "e3m0")):
+        chosen = rule("fp4_e2m1/channel", "fp4_e2m1/tensor", format=FLOAT)
+        decision = decided(WEIGHTS["flat"][:, :24], chosen, observe(x, parts=Part.TENSOR), op=Op.CONV)
+        assert (str(decision.weight), str(decision.input)) == ("fp4_e1m2/channel", f"fp4_{given}/tensor")
+        assert decision.input_qparams is not None
+        assert decision.input_qparams.spec == decision.input
+
+
+def test_one_rule_may_leave_the_floats_of_tables_and_linears_open() -> None:
+    ops = (Op.EMBEDDING, Op.LINEAR)
+    recipe = Recipe(name="mine", rules=(replace(rule("fp4_e2m1/channel", format=FLOAT), ops=ops),))
+    assert recipe.prepares
+    assert recipe.chooses
+    sites = [Site(name=op.value, op=op, weight=WEIGHTS["flat"]) for op in ops]
+    decisions = make_plan(sites, recipe, prepared=Preparation()).decisions
+    # a linear's is found with its shift, before the plan
+    assert [str(decisions[op.value].weight) for op in ops] == ["fp4_e1m2/channel", "fp4_e2m1/channel"]
+
+
 def test_of_equals_the_rule_has_its_way() -> None:
     zeros = torch.zeros(8, 64)
     for text in ("fp8_e4m3/channel", "int8/channel", "nf4/g32"):
@@ -157,8 +201,9 @@ def test_columns_are_weighed_where_the_solver_weighs_them() -> None:
 
 
 def test_a_weight_without_values_is_refused() -> None:
-    with pytest.raises(WeightError, match="'fc' is found from its values"):
-        decided(torch.empty(8, 64, device="meta"), rule("int8/channel"))
+    for text, more in (("int8/channel", {}), ("fp4_e2m1/channel", {"format": FLOAT})):
+        with pytest.raises(WeightError, match="'fc' is found from its values"):
+            decided(torch.empty(8, 64, device="meta"), rule(text, None, **more), op=Op.EMBEDDING)
 
 
 def test_the_table_of_a_recipe_keeps_it() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompile.cases import Case, joined, probe_part
+from qcompile.cases import Case, Choice, joined, probe_part
 from qcompile.choose import (
     LEAST_RID,
     LEAST_SMOOTHING,
@@ -15,12 +15,13 @@ from qcompile.choose import (
     RESCUE_DB,
     RESCUE_GAIN,
     choose,
-    choose_weight,
     prepared_stats,
 )
 from qcompile.numerics import QParams, dequantize, qparams_of_range, quantize
 from qcompile.observers import observe
 from qcompile.recipe import FLOAT, Rule
+from qcompile.rounds import choose_weight
+from qcompile.shifts import floor_shift
 from qcompile.smooth import AWQ, Smooth, parse_smooth
 from qcompile.solvers import SOLVERS
 from qcompile.spec import Spec, parse_spec
@@ -48,6 +49,14 @@ def case(x: Tensor, rule: Rule, *weights: Tensor, channels: Tensor | None = None
         rule=rule,
         channels=torch.arange(x.shape[1]) if channels is None and free else channels,
     )
+
+
+def weighed(weight: Tensor, x: Tensor, rule: Rule, shift: Tensor | None) -> tuple[Spec, Tensor | None]:
+    """What the weight gets under a shift of its input, which is in float."""
+    found = choose_weight(
+        case(x, rule, weight), probe_part(weight, observe(x), whole=False), Choice(input=rule.input, shift=shift)
+    )
+    return found.spec, found.lowered
 
 
 def test_a_rule_that_asks_for_nothing_gets_nothing() -> None:
@@ -295,27 +304,42 @@ def test_columns_are_lowered_as_the_input_is_raised_and_as_the_weight_fits() -> 
     choice = choose(case(x, rule, weight))
     assert choice.shift is not None
     assert int(choice.shift[LOUD]) < int(choice.shift.sum() / K) - 3
-    spec, lowered = choose_weight(weight, observe(x), rule, choice.shift)
+    spec, lowered = weighed(weight, x, rule, choice.shift)
     assert spec == E2M1
     assert lowered is not None
     # the activations of one are as large as its weights are small; those of the other are raised alone
     assert abs(float(lowered[LOUD] - lowered.float().mean())) <= 1.5
     assert abs(float(lowered[QUIET] - lowered.float().mean()) - 4) <= 1.5
     assert 0 <= int(lowered.min()) <= int(lowered.max()) <= 14
-    _, bounded = choose_weight(weight, observe(x), replace(rule, shift=3), choice.shift.clamp(max=3))
+    _, bounded = weighed(weight, x, replace(rule, shift=3), choice.shift.clamp(max=3))
     assert bounded is not None
     assert int(bounded.max()) <= 3
+
+
+def test_octaves_that_clip_nothing_are_tried() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # on the grid of 7 magnitudes: whole, at half its step, and of its lower half and one more
+    x = torch.cat([torch.randint(-most, most + 1, (400, 8), generator=generator) for most in (7, 7, 4)], 1).float()
+    x[0] = torch.tensor([7.0, 7.0, 4.0]).repeat_interleave(8)
+    x[:, 8:16] /= 2
+    e1m2 = parse_spec("fp4_e1m2/tensor")
+    rule = Rule(weight=parse_spec("fp4_e1m2/channel"), input=e1m2, observer="minmax", shift=14)
+    choice = choose(case(x, rule, torch.randn(48, 24, generator=generator)))
+    assert choice.shift is not None
+    assert torch.equal(choice.shift, floor_shift(x.abs().amax(0), None, 14))
+    # the nearest octaves clip the last channels, and half an octave less rounds those before
+    assert choice.snr_db == inf
 
 
 def test_columns_stay_where_nothing_is_gained() -> None:
     weight = torch.randn(48, K, generator=torch.Generator().manual_seed(1))
     rule = Rule(weight=E2M1, solver="imatrix", shift=14)
-    assert choose_weight(weight, observe(rows(1.0)), rule, None) == (E2M1, None)
-    spec, lowered = choose_weight(weight, observe(rows(1.0)), replace(rule, weight=NVFP4), None)
+    assert weighed(weight, rows(1.0), rule, None) == (E2M1, None)
+    spec, lowered = weighed(weight, rows(1.0), replace(rule, weight=NVFP4), None)
     assert (spec, lowered) == (NVFP4, None)
 
 
 def test_weights_take_the_float_that_fits_them() -> None:
     powers = torch.randint(-3, 4, (48, K), generator=torch.Generator().manual_seed(1)).float().exp2()
     rule = Rule(weight=E2M1, input=parse_spec("fp4_e2m1/token"), format=FLOAT)
-    assert choose_weight(powers, observe(rows(1.0)), rule, None)[0] == parse_spec("fp4_e3m0/channel")
+    assert weighed(powers, rows(1.0), rule, None)[0] == parse_spec("fp4_e3m0/channel")

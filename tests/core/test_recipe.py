@@ -7,7 +7,7 @@ import torch
 
 from qcompile.errors import RecipeError
 from qcompile.graph import Op
-from qcompile.recipe import Recipe, Rule, read_recipe, recipe_from_table, recipe_to_table
+from qcompile.recipe import FLOAT, Recipe, Rule, read_recipe, recipe_from_table, recipe_to_table
 from qcompile.sites import Site
 from qcompile.smooth import Smooth
 from qcompile.spec import parse_spec
@@ -89,6 +89,8 @@ def test_what_prepares_inputs_is_read_and_written_back(tmp_path: Path) -> None:
         (Rule(split=0.01), True),
         (Rule(threshold=6.0), False),
         (Rule(rescue=parse_spec("int8/token")), False),
+        (Rule(weight=parse_spec("fp4_e2m1/channel"), format=FLOAT), True),
+        (Rule(ops=(Op.EMBEDDING,), weight=parse_spec("fp4_e2m1/channel"), format=FLOAT), False),
     ],
 )
 def test_what_changes_the_graph_needs_data(rule: Rule, prepares: bool) -> None:

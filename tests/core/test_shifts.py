@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
+from qcompile.channels import tied
 from qcompile.formats import Float, parse_format
-from qcompile.numerics import dequantize, exact_exp2, quantize
+from qcompile.numerics import dequantize, exact_exp2, qparams_of_range, quantize
 from qcompile.shifts import (
+    floor_shift,
     folds_octaves,
     lowered_importance,
     lowers_columns,
@@ -47,6 +51,43 @@ def test_channels_of_one_row_share_the_least() -> None:
 
 def test_without_signal_nothing_is_raised() -> None:
     assert shift_of(torch.zeros(4), None, 14, 0.0).tolist() == [0, 0, 0, 0]
+
+
+MAGNITUDE = st.just(0.0) | st.floats(min_value=2.0**-60, max_value=2.0**60, width=32)
+
+
+@given(
+    st.lists(MAGNITUDE, min_size=1, max_size=20),
+    st.integers(1, 14),
+    st.booleans(),
+    st.sampled_from(["fp4_e2m1", "fp4_e1m2", "fp4_e3m0"]),
+)
+def test_whole_octaves_never_clip(magnitudes: list[float], most: int, share: bool, name: str) -> None:
+    amax = torch.tensor(magnitudes)
+    channels = torch.arange(len(amax)) // 2 if share else torch.arange(len(amax))
+    shift = floor_shift(amax, channels if share else None, most)
+    raised_amax = amax * exact_exp2(shift)
+    assert bool((raised_amax <= amax.amax()).all())
+    assert 0 <= int(shift.min()) <= int(shift.max()) <= most
+    # nothing is left that could be raised by one more
+    reach = tied(amax, channels)
+    assert bool((reach * exact_exp2(shift + 1) > amax.amax())[(reach > 0) & (shift < most)].all())
+    assert not shift[reach == 0].any()
+    # the numbers of one grid over the unraised range lie as near as its widest step, also at the top
+    grid = qparams_of_range(-amax.amax(), amax.amax(), parse_spec(f"{name}/tensor"))
+    widest = (grid.scale * torch.tensor(grid.spec.format.magnitudes).diff().amax()).double()  # type: ignore[union-attr]
+    errors = (dequantize(quantize(raised_amax, grid), grid) - raised_amax).double().abs()
+    assert bool((errors <= widest / 2 * (1 + 1e-6)).all())
+
+
+def test_the_nearest_octave_may_clip() -> None:
+    amax = torch.tensor([1.0, 0.7, 0.5, 0.36])
+    nearest, whole = shift_of(amax, None, 14, 0.0), floor_shift(amax, None, 14)
+    assert (nearest.tolist(), whole.tolist()) == ([0, 1, 1, 1], [0, 0, 1, 1])
+    # within the rounding of float32, from both sides
+    just = torch.tensor([1.0]).nextafter(torch.tensor([0.0])) / 2
+    assert floor_shift(torch.cat([torch.ones(1), 2 * just]), None, 14).tolist() == [0, 0]
+    assert floor_shift(torch.cat([torch.ones(1), just]), None, 14).tolist() == [0, 1]
 
 
 def weighted_error(weight: Tensor, text: str, importance: Tensor, octaves: Tensor) -> float:
