@@ -291,7 +291,7 @@ def fp4_table() -> str:
         f"4 bits on both sides: all linears of {found['model']} but the logits', {count} windows of {length} tokens, "
         f"calibrated on {found['calibration_windows']}, torch {machine['torch']}; KL to float in nats a token (change "
         "of perplexity), and KL with six channels of every norm made 20 to 60 times larger, the function kept "
-        "(`examples/benchmarks/fp4.py`)."
+        f"(`examples/benchmarks/fp4.py`).{remark(found)}"
     )
     rows = (
         (name, f"{row['kl']:.3f} ({row['change']:+.0%})", f"{found['injected'][name]['kl']:.3f}")
