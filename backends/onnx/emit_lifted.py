@@ -65,8 +65,8 @@ def emit_linear(w: Writer, node: ir.Node) -> Planned:
         product = w.op("Add", product, digit, makes=_D.FLOAT)
     if more:
         w.note(
-            f"inputs in {given.spec} are {len(codes)} digits, each multiplied alone: exact but for sums in float32, and "
-            "slower than float for many rows and few channels"
+            f"inputs in {given.spec} are {len(codes)} digits, each multiplied alone: exact but for sums in float32, "
+            "and slower than float for many rows and few channels"
         )
     if beside.size:
         places = w.once(("beside", weight.value), lambda: w.constant(f"{weight.name}_beside", ir.Tensor(beside)))
