@@ -84,7 +84,7 @@ def outputs(model: nn.Module, plan: Plan, x: Any, **options: object) -> Tensor:
 
 
 @pytest.mark.usefixtures("graphs_only")
-@pytest.mark.parametrize("family", variants(FAMILIES, quick=("llama", "qwen2-moe")))
+@pytest.mark.parametrize("family", variants(FAMILIES, quick=("llama",)))
 def test_awq_equals_its_reference_in_every_family(family: str) -> None:
     model, ids = build(family), tokens(2, 8)
     plan = calibrated(model, "awq4", tokens(4, 16, seed=3), tokens(2, 16, seed=4))

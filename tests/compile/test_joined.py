@@ -12,6 +12,7 @@ from torch.nn.functional import silu
 from qcompile.backends.fx import kernels
 from qcompile.backends.fx.kernels import int8
 from qcompile.quantized import PACKS
+from tests.variants import variants
 
 K = 64
 
@@ -59,7 +60,7 @@ def run(model: nn.Module, x: Tensor, **options: Any) -> Tensor:
         return fast(x)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, K), (2, 17, K)], ids=str)
+@pytest.mark.parametrize("shape", variants([((1, 1, K),), ((2, 17, K),)], quick=[((2, 17, K),)]))
 def test_one_matmul_has_the_results_of_several(
     shape: tuple[int, ...], matmuls: list[int], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

@@ -30,6 +30,7 @@ from qcompile.spec import Spec, parse_spec
 from tests.compile.test_importance import HIDDEN, WIDTH, Net, calibrated, codes, data, run, trained
 from tests.families import FAMILIES, build, tokens
 from tests.hosts import FX, ONNX
+from tests.variants import variants
 
 SPEC = "int4/g32/asym/bf16"
 
@@ -135,7 +136,7 @@ def test_the_codes_that_run_are_those_that_were_chosen(net: Net) -> None:
 
 
 @pytest.mark.usefixtures("graphs_only")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", variants(FAMILIES, quick=("llama", "gpt2")))
 def test_the_preset_equals_its_reference(family: str) -> None:
     model, ids = build(family), tokens(2, 8)
     plan = calibrated(model, "gptq4", tokens(4, 16, seed=3), tokens(2, 16, seed=4))
@@ -147,7 +148,8 @@ def test_the_preset_equals_its_reference(family: str) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_not_counted(side: str) -> None:
-    model, ids, pad = build("llama"), tokens(24, 16, seed=3), 4
+    # in float32 sums of other lengths differ, and codes that lie between two move those behind them
+    model, ids, pad = build("llama").double(), tokens(24, 16, seed=3), 4
     width = (pad, 0) if side == "left" else (0, pad)
     mask = F.pad(torch.ones_like(ids), width)
     padded = {
@@ -162,8 +164,8 @@ def test_padding_is_not_counted(side: str) -> None:
         for batch in ({"input_ids": ids}, padded)
     )
     for name, tensor in bare.items():
-        # a code that lies between two moves those behind it; padding that counts moves a fifth of all codes and more
-        assert (found[name] == tensor).float().mean() > 0.9
+        # padding that counts moves a fifth of all codes and more
+        assert (found[name] == tensor).float().mean() > 0.999
 
 
 @pytest.mark.usefixtures("graphs_only")
