@@ -42,7 +42,7 @@ RECIPES = (
 )
 
 # the others go the same ways as these
-QUICK = ("int8", "fp8", "int4-weight", "gptq4", "q4_k", "int8-smooth-split")
+QUICK = ("int8", "fp8", "int4-weight", "gptq4", "q4_k")
 
 
 def empty(family: str) -> nn.Module:

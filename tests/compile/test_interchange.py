@@ -156,7 +156,7 @@ def test_compressed_tensors_are_read_back(name: str, tmp_path: Path) -> None:
     assert specs[0] == specs[1]
 
 
-@pytest.mark.parametrize("name", variants(RECIPES, quick=("int4", "fp8")))
+@pytest.mark.parametrize("name", variants(RECIPES, quick=("int4",)))
 def test_the_library_loads_the_same_weights(name: str, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     written([{"match": "lm_head"}, RECIPES[name]], tmp_path / "c")

@@ -15,6 +15,7 @@ from qcompile.numerics import snr_db
 from qcompile.plan import Plan
 from qcompile.recipe import Recipe, recipe_from_table, recipe_to_table
 from qcompile.sizes import stored_bytes
+from tests.variants import variants
 
 SPEC = "int4/g32/asym/bf16"
 
@@ -46,7 +47,7 @@ def batches() -> list[Tensor]:
     return [torch.randn(64, 128) for _ in range(4)]
 
 
-@pytest.mark.parametrize("bits", [2.8, 3.6, 4.75, 6.0])
+@pytest.mark.parametrize("bits", variants([2.8, 3.6, 4.75, 6.0], quick=[2.8, 4.75]))
 def test_the_budget_is_kept_and_better_spent_than_evenly(bits: float) -> None:
     torch.manual_seed(0)
     model, x = Net().eval(), torch.randn(200, 128)
