@@ -339,7 +339,17 @@ def stack_text() -> str:
         f"`{found['recipe']}` on {shapes['layers']} layers of {shapes['hidden']} and {shapes['inner']} channels, "
         f"{found['model_gigabytes']:.2f} GB of bfloat16, with {count} x {length} tokens in host memory: "
         f"{found['seconds']:.0f} s, and {found['more_gigabytes']:.2f} GB of the GPU beyond the model, "
-        f"{machine['device']}, torch {machine['torch']} (`examples/benchmarks/gptq_stack.py`)."
+        f"{machine['device']}, torch {machine['torch']} (`examples/benchmarks/gptq_stack.py`). {on_the_cpu()}"
+    )
+
+
+def on_the_cpu() -> str:
+    """How long GPTQ of the whole small model takes."""
+    found = result("weights_cpu")
+    times = ", ".join(f"{row['seconds']:.0f} s by {name.split(', ', 1)[1]}" for name, row in quantized(found["rows"]))
+    return (
+        f"All linears of {found['model']} but the logits' on a CPU, {found['calibration_windows']} windows of "
+        f"{found['windows'][1]} tokens, {found['machine']['device']}, torch {found['machine']['torch']}: {times}."
     )
 
 
