@@ -18,8 +18,8 @@ from qcompile.recipe import FLOAT, WEIGHT
 from qcompile.shifts import lowers_columns, raised_columns, within
 from qcompile.spec import Spec
 
-# in a single one, the input is chosen for the weights in float, and these for the input in float; more gain a language
-# model nothing (`examples/benchmarks/fp4.py`, row "fp4, three rounds")
+# in a single one, the input is chosen for the weights in float, and these for the input in float; row "fp4, three
+# rounds" of `examples/benchmarks/fp4.py` says what more would gain
 ROUNDS = 1
 
 

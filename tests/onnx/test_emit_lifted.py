@@ -1,5 +1,6 @@
 """Floats of 4 bits on both sides, shifted and not, in files that compute what torch computes from its graph."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -34,6 +35,13 @@ def assert_exact(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
     assert ((y.double() - expected).abs() <= size * 8 * torch.finfo(torch.float32).eps).all()
 
 
+def assert_all_exact(found: Sequence[Tensor], x: Tensor, numbers: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    """`assert_exact` of each linear that reads x."""
+    for y, (weight, bias) in zip(found, numbers, strict=True):
+        assert bias is not None
+        assert_exact(y, x, weight, bias)
+
+
 @pytest.mark.parametrize("given", [*INPUTS, "fp6_e2m3/token", "static"])
 @pytest.mark.parametrize("weight", [*(f"{name}/channel" for name in FLOATS), "fp6_e2m3/tensor", "int4/channel"])
 def test_both_sides_fuse_and_are_exact(weight: str, given: str) -> None:
@@ -49,15 +57,9 @@ def test_both_sides_fuse_and_are_exact(weight: str, given: str) -> None:
     assert kernels["MatMulIntegerToFloat"] == 2
     assert not {"MatMul", "MatMulNBits", "FusedMatMul", "DequantizeLinear"} & kernels.keys()
     assert emitted.notes == ()
-    seen = fake_quantize(x, spec)
-    if isinstance(qparams, QParams):
-        seen = dequantize(quantize(x, qparams), qparams)
-    for y, (w, b) in zip(run_onnxruntime(emitted.model, x), numbers, strict=True):
-        assert b is not None
-        assert_exact(y, seen, w, b)
-    for y, (w, b) in zip(run_reference(emit(model, "portable").model, x), numbers, strict=True):
-        assert b is not None
-        assert_exact(y, seen, w, b)
+    seen = fake_quantize(x, spec) if isinstance(qparams, str) else dequantize(quantize(x, qparams), qparams)
+    assert_all_exact(run_onnxruntime(emitted.model, x), seen, numbers)
+    assert_all_exact(run_reference(emit(model, "portable").model, x), seen, numbers)
 
 
 @pytest.mark.parametrize("given", [*LONG, "static"])
@@ -78,12 +80,8 @@ def test_inputs_of_several_digits_are_multiplied_exactly(weight: str, given: str
     assert kernels["QuantizeLinear"] == digits
     assert len(emitted.notes) == 2
     assert all(f"are {digits} digits" in note and "slower than float" in note for note in emitted.notes)
-    seen = fake_quantize(x, spec)
-    if isinstance(qparams, QParams):
-        seen = dequantize(quantize(x, qparams), qparams)
-    for y, (w, b) in zip(run_onnxruntime(emitted.model, x), numbers, strict=True):
-        assert b is not None
-        assert_exact(y, seen, w, b)
+    seen = fake_quantize(x, spec) if isinstance(qparams, str) else dequantize(quantize(x, qparams), qparams)
+    assert_all_exact(run_onnxruntime(emitted.model, x), seen, numbers)
 
 
 @pytest.mark.parametrize("name", [*FLOATS, "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "fp8_e3m4", "fp8_e2m5", "e4m0", "e1m6"])
