@@ -89,7 +89,15 @@ LEVELS: dict[str, tuple[str, str, str | None, str, dict[str, Any]]] = {
         "round",
         {"observer": "minmax"},
     ),
+    "8/8/8: int8, smoothed": (
+        "int8/channel",
+        "int8/channel",
+        "int8/tensor",
+        "round",
+        {"smooth": parse_smooth("search")},
+    ),
     "8/8/8: any float": ("fp8_e4m3/channel", "fp8_e4m3/channel", "fp8_e4m3/tensor", "imatrix", _FREE),
+    "8/8/8: any float, shifted": ("fp8_e4m3/channel", "fp8_e4m3/channel", "fp8_e4m3/tensor", "imatrix", _FREE | _SHIFT),
     "6/6/6: int6, smallest to largest": (
         "int6/channel",
         "int6/channel",
@@ -105,8 +113,11 @@ LEVELS: dict[str, tuple[str, str, str | None, str, dict[str, Any]]] = {
         {"observer": "minmax"},
     ),
     "6/6/6: any float": ("fp6_e3m2/channel", "fp6_e3m2/channel", "fp6_e3m2/tensor", "imatrix", _FREE),
+    "6/6/6: any float, shifted": ("fp6_e3m2/channel", "fp6_e3m2/channel", "fp6_e3m2/tensor", "imatrix", _FREE | _SHIFT),
     "4/4/16: int4": ("int4/channel", "int4/channel", None, "round", {}),
+    "4/4/16: int4, gptq": ("int4/channel", "int4/channel", None, "gptq", {}),
     "4/4/16: e2m1": (E2M1, E2M1, None, "round", {}),
+    "4/4/16: any float": (E2M1, E2M1, None, "imatrix", _FREE),
     "4/4/16: any float, shifted": (E2M1, E2M1, None, "imatrix", _FREE | _SHIFT),
     "4/4/8: int4 and int8, smallest to largest": (
         "int4/channel",
@@ -116,7 +127,9 @@ LEVELS: dict[str, tuple[str, str, str | None, str, dict[str, Any]]] = {
         {"observer": "minmax"},
     ),
     "4/4/8: e2m1 and e4m3, smallest to largest": (E2M1, E2M1, "fp8_e4m3/tensor", "round", {"observer": "minmax"}),
+    "4/4/8: any float": (E2M1, E2M1, "fp8_e4m3/tensor", "imatrix", _FREE),
     "4/4/8: any float, shifted": (E2M1, E2M1, "fp8_e4m3/tensor", "imatrix", _FREE | _SHIFT),
+    "4/4/4: any float": (E2M1, E2M1, "fp4_e2m1/tensor", "imatrix", _FREE),
     "4/4/4: any float, shifted": (E2M1, E2M1, "fp4_e2m1/tensor", "imatrix", _FREE | _SHIFT),
 }
 
