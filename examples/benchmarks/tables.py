@@ -21,6 +21,11 @@ def result(name: str) -> dict[str, Any]:
     return loaded
 
 
+def drawing(name: str, text: str) -> str:
+    """A link to the picture of a result."""
+    return f"[{text}](examples/benchmarks/results/{name}.png)"
+
+
 def under(text: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """What was measured and where, and the table."""
     return f"{text}\n\n{markdown_table(columns, list(rows))}"
@@ -223,7 +228,7 @@ def triton_table() -> str:
         "beyond the second-level cache, the speed-up over cuBLAS in bfloat16 in the same run, and the share of the "
         f"floor, which is bytes at the {found['read_tb_s']:.2f} TB/s at which the library read a weight at best, or "
         f"operations at 1979 T/s for 8 bits and the {found['bf16_tflop_s']:.0f} T/s of bfloat16 in the run "
-        "(`examples/benchmarks/triton_kernels.py --no-peers`; other shapes stand in the result)."
+        f"(`examples/benchmarks/triton_kernels.py --no-peers`). {drawing('triton_kernels_h200', 'All shapes, drawn')}."
         f"{remark(found)}"
     )
     cells = {
@@ -232,7 +237,7 @@ def triton_table() -> str:
         if (row["N"], row["K"]) == (N, K)
     }
     counts = list(dict.fromkeys(M for _, M in cells))
-    rows = ((name, *(cells[name, M] for M in counts)) for name in dict.fromkeys(name for name, _ in cells))
+    rows = ((name, *(cells.get((name, M), "") for M in counts)) for name in dict.fromkeys(name for name, _ in cells))
     return under(text, ("format", *map(str, counts)), rows)
 
 
@@ -243,7 +248,7 @@ def triton_peers_table() -> str:
     text = (
         f"The same beside others in one run on an {found['device']}, {N} x {K}, microseconds: the library's products "
         f"with everything around them by Inductor, tinygemm of torch, gemlite {found['gemlite']} "
-        "(`examples/benchmarks/triton_kernels.py`)."
+        f"(`examples/benchmarks/triton_kernels.py`). {drawing('triton_kernels', 'All shapes, drawn')}."
     )
     rows = (
         (
