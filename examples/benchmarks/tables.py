@@ -15,6 +15,9 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "README.md"
 BEGIN, END = "<!-- measured: python examples/benchmarks/tables.py -->\n", "<!-- /measured -->"
 
+# a perplexity, of which only the power of ten is of interest
+SENSELESS = 1000
+
 
 def result(name: str) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
@@ -289,33 +292,39 @@ def decoder_table() -> str:
 
 
 def fp4_table() -> str:
-    """Divergence of a language model with 4 bits on both sides."""
+    """Divergence and perplexity of a language model with 4 bits on both sides, without and with outliers."""
     found = result("fp4_cpu")
     machine, (count, length) = found["machine"], found["windows"]
+    plain, injected = found["plain"], found["injected"]
     text = (
         f"4 bits on both sides: all linears of {found['model']} but the logits', {count} windows of {length} tokens, "
-        f"calibrated on {found['calibration_windows']}, torch {machine['torch']}; KL to float in nats a token (change "
-        "of perplexity), and KL with six channels of every norm made 20 to 60 times larger, the function kept "
-        f"(`examples/benchmarks/fp4.py`).{remark(found)}"
+        f"calibrated on {found['calibration_windows']}, torch {machine['torch']}; KL to float in nats a token and "
+        f"perplexity (change from the float model's {plain['float']['perplexity']:.2f}), and both with six channels of "
+        f"every norm made 20 to 60 times larger, the function kept (`examples/benchmarks/fp4.py`).{remark(found)}"
     )
     rows = (
-        (name, f"{row['kl']:.3f} ({row['change']:+.0%})", f"{found['injected'][name]['kl']:.3f}")
-        for name, row in quantized(found["plain"])
+        (name, f"{row['kl']:.3f}", perplexity(row), f"{injected[name]['kl']:.3f}", perplexity(injected[name]))
+        for name, row in quantized(plain)
     )
-    return under(text, ("weights and inputs", "KL", "with outliers"), rows)
+    columns = ("weights and inputs", "KL", "perplexity", "KL with outliers", "perplexity with outliers")
+    return under(text, columns, rows)
+
+
+def perplexity(row: Mapping[str, Any]) -> str:
+    """With its change from the float model's, where the model still predicts anything."""
+    found = row["perplexity"]
+    return f"{found:.2f} ({row['change']:+.1%})" if found < SENSELESS else f"{found:.1e}"
 
 
 def levels_table() -> str:
-    """Divergence of a language model with embeddings, weights and inputs of so many bits."""
+    """Divergence and perplexity of a language model with embeddings, weights and inputs of so many bits."""
     found = result("fp4_cpu")
     text = (
         "The levels of LLM-FP4's tables, on the same windows: embeddings, weights and inputs of so many bits each, "
         "logits included, every weight with one scale a row, every input with one calibrated scale; KL to float in "
-        "nats a token, and the change of perplexity (`examples/benchmarks/fp4.py`)."
+        "nats a token, and perplexity (its change) (`examples/benchmarks/fp4.py`)."
     )
-    rows = (
-        (*name.split(": ", 1), f"{row['kl']:.4f}", f"{row['change']:+.1%}") for name, row in quantized(found["levels"])
-    )
+    rows = ((*name.split(": ", 1), f"{row['kl']:.4f}", perplexity(row)) for name, row in quantized(found["levels"]))
     return under(text, ("bits", "formats", "KL", "perplexity"), rows)
 
 
