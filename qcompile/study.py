@@ -11,6 +11,7 @@ Quantization: The Power of the Exponent) for floats that reserve no code.
 
 import json
 import math
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -123,19 +124,30 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Formats, and the subjects that they were tried on."""
+    """Formats, and the subjects that they were tried on.
+
+    command: what finds the same again, the model and its data called by their names; empty if that is not known.
+    """
 
     formats: tuple[str, ...]
     subjects: tuple[Subject, ...]
+    command: str = ""
 
     def of(self, kind: str) -> tuple[Subject, ...]:
         return tuple(subject for subject in self.subjects if subject.kind == kind)
 
     def to_json(self) -> str:
         """JSON text, which `from_json` reads back.  Bits without an error are written as JSON's Infinity."""
-        return (
-            json.dumps({"schema": SCHEMA, "kind": _KIND, "torch": torch.__version__, **asdict(self)}, indent=1) + "\n"
-        )
+        found = asdict(self)
+        about = {
+            "schema": SCHEMA,
+            "kind": _KIND,
+            "command": found.pop("command"),
+            "device": platform.machine(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        return json.dumps(about | found, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Study":
@@ -148,7 +160,11 @@ class Study:
             raise PlanError("this JSON is no study of qcompile; write one with `qcompile study formats --json FILE`")
         if data["schema"] > SCHEMA:
             raise PlanError(f"study of schema {data['schema']}, this version reads up to {SCHEMA}; upgrade qcompile")
-        return cls(formats=tuple(data["formats"]), subjects=tuple(_subject(s) for s in data["subjects"]))
+        return cls(
+            formats=tuple(data["formats"]),
+            subjects=tuple(_subject(s) for s in data["subjects"]),
+            command=data.get("command", ""),
+        )
 
 
 def format_spec(text: str, granularity: str) -> Spec:

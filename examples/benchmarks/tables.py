@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from study_table import study_table
+
 from qcompile.cli.tables import markdown_table
 
 HERE = Path(__file__).resolve().parent
@@ -328,6 +330,12 @@ def levels_table() -> str:
     return under(text, ("bits", "formats", "KL", "perplexity"), rows)
 
 
+def formats_table() -> str:
+    """Which formats suit which data."""
+    stored = (HERE / "results" / "format_study.json").read_text()
+    return study_table(stored, drawing("format_study", "Drawn, with 6 bits and more distributions"))
+
+
 def weights_table() -> str:
     """What solvers keep of a language model with weights of few bits."""
     found = result("weights_cuda")
@@ -370,7 +378,7 @@ def on_the_cpu() -> str:
 def tables() -> str:
     made = (
         *(speed_table, quality_table, embedding_table, outlier_table, calibration_table),
-        *(weights_table, stack_text, fp4_table, levels_table),
+        *(formats_table, weights_table, stack_text, fp4_table, levels_table),
         *(onnx_table, onnx_language_table, onnx_cuda_table, triton_table, triton_peers_table, decoder_table),
     )
     return "\n\n".join(make() for make in made) + "\n"

@@ -1,8 +1,10 @@
 """`qcompile study formats`: which number format suits which data, on distributions and on a model's tensors."""
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Annotated
@@ -85,7 +87,8 @@ def study_formats(
     subjects = [study_density(name, tried) for name in DENSITIES]
     if model is not None:
         subjects += _tensors(console, model, _seen(console, model, data, windows), (weights, inputs), names)
-    found = Study(formats=tuple(tried), subjects=tuple(subjects))
+    command = _command(model, data, formats, (weights, inputs), windows)
+    found = Study(formats=tuple(tried), subjects=tuple(subjects), command=command)
     _print(console, found)
     if png is not None:
         draw_study(found, png)
@@ -103,6 +106,17 @@ def _check(names: Sequence[str], granularities: Sequence[str], paths: Sequence[P
     for path in paths:
         if path is not None and not path.resolve().parent.is_dir():
             raise OptionsError(f"{path} cannot be written: there is no folder {str(path.resolve().parent)!r}")
+
+
+def _command(model: str | None, data: Path | None, formats: str, granularities: tuple[str, str], windows: int) -> str:
+    """What was called, but for where it is written; files are called by their names, not by where they lie."""
+    options = {"--formats": formats} if formats else {}
+    if model is not None:
+        options |= zip(("--weights", "--inputs"), granularities, strict=True)
+    if data is not None:
+        options |= {"--data": data.resolve().name, "--windows": str(windows)}
+    named = [] if model is None else [model if model == DEMO else Path(model).resolve().name]
+    return shlex.join(["qcompile", "study", "formats", *named, *chain.from_iterable(options.items())])
 
 
 def _seen(console: Console, name: str, data: Path | None, windows: int) -> Seen:

@@ -52,6 +52,8 @@ def draw_study(study: Study, path: Path) -> None:
             _draw(panel, kind, study.of(kind), names)
             panel.set_title(f"{width} bits: {_TITLES[kind].format(study.of(kind)[0].granularity)}", fontsize=10)
             panel.grid(alpha=0.3)
+    if study.command:
+        figure.suptitle(study.command, fontsize=10)
     beside = path.with_name(f"{path.name}.tmp")
     figure.savefig(beside, format="png")
     os.replace(beside, path)

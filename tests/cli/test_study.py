@@ -31,15 +31,23 @@ def test_distributions_need_no_model(tmp_path: Path) -> None:
     study = Study.from_json((tmp_path / "study.json").read_text())
     assert [s.name for s in study.subjects] == list(DENSITIES)
     assert set(study.formats) == {*NAMES, *BOUNDS}
+    assert study.command == "qcompile study formats"
     e2m5 = next(line for line in result.output.splitlines() if line.split()[:1] == ["e2m5"])
     assert e2m5.split()[1:] == [f"{s.bits('e2m5'):.2f}" for s in study.subjects]
 
 
 def test_the_result_in_the_repository_is_what_is_found_now() -> None:
-    for subject in Study.from_json(RESULT.read_text()).subjects:
+    for subject in Study.from_json(RESULT.read_text()).of("distribution"):
         expected = study_density(subject.name, [fit.format for fit in subject.fits])
         assert [f.bits for f in subject.fits] == pytest.approx([f.bits for f in expected.fits], abs=1e-3)
         assert subject.best == expected.best
+
+
+def test_the_result_in_the_repository_has_the_tensors_of_a_model() -> None:
+    study = Study.from_json(RESULT.read_text())
+    assert study.command.startswith("qcompile study formats llama28m ")
+    assert "/" not in study.command
+    assert len(study.of("weight")) > len(study.of("input")) > 0
 
 
 def test_the_picture_is_one(tmp_path: Path) -> None:
@@ -88,6 +96,11 @@ def test_inputs_of_a_model_with_data(tiny_llama: Path, tokens: Path, tmp_path: P
     token = found(tmp_path / "t.json", *arguments, "--inputs", "token", "--weights", "g32")
     assert {s.granularity for s in token.of("input")} == {"token"}
     assert {s.granularity for s in token.of("weight")} == {"g32"}
+    # files by their names, and nothing of where they or the results lie
+    assert token.command == (
+        f"qcompile study formats {tiny_llama.name} --formats int8,e2m5,e3m4,e4m3,e5m2 --weights g32 --inputs token "
+        f"--data {tokens.name} --windows 2"
+    )
 
 
 def test_a_picture_without_matplotlib_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -271,7 +271,8 @@ def test_nan_is_refused() -> None:
 
 
 def test_json_brings_a_study_back() -> None:
-    found = Study(formats=ALL, subjects=(study_density("laplace", ALL), study(normal(40, 32) ** 3, formats=ALL)))
+    subjects = (study_density("laplace", ALL), study(normal(40, 32) ** 3, formats=ALL))
+    found = Study(formats=ALL, subjects=subjects, command="qcompile study formats")
     assert Study.from_json(found.to_json()) == found
     assert found.of("distribution") == found.subjects[:1]
     with pytest.raises(PlanError, match="is no study"):
