@@ -33,7 +33,7 @@ def test_example(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["triton_kernels", "triton_kernels_h200", "widths_five_six_h200"])
+@pytest.mark.parametrize("name", ["triton_kernels", "triton_kernels_h200", "widths_h200"])
 def test_a_result_is_drawn(name: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     benchmarks = EXAMPLES / "benchmarks"

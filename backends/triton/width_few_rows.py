@@ -2,12 +2,17 @@
 
 Operands are swapped: the weight is the first operand of m16n8k16, the few rows of x are the second, padded to 8, 16
 or 32 columns. Weights go from memory to registers in the order of the tensor cores (`widths`), so the main loop has no
-barrier and no shuffle. Of integers a code n becomes the float n + offset, of 4 bits by one `lop3`, and nothing else is
-done to single weights; numbers of a table have no offset. With sums[m, g] = sum of x[m, k] over group g,
+barrier and no shuffle. Of integers a code n becomes the float n + offset, by one `lop3` and at times a shift, and
+nothing else is done to single weights; numbers of a table have no offset. With sums[m, g] of x[m, k] over group g,
 
     y[m, n] = sum over g of scale[n, g] * (dot[m, n, g] - (offset + zero[n, g]) * sums[m, g]),
 
-or with a minimum  scale[n, g] * (dot[m, n, g] - offset * sums[m, g]) + minimum[n, g] * sums[m, g].
+or with a minimum  scale[n, g] * (dot[m, n, g] - offset * sums[m, g]) + minimum[n, g] * sums[m, g]. What is the same for
+all n the product begins at.
+
+Of 2 and 3 bits in bfloat16 several codes lie side by side in the mantissa, so that one shift serves them: the float is
+n * 2**p + offset, p by column (`width_ptx.powers`), x in shared memory is x * 2**-p, and the product begins at -offset
+times the sums of that.
 
 A program keeps one slice of K of x in shared memory and walks over tiles of N. Slices are added by a second kernel in
 a fixed order, so the result is deterministic. A program fetches its first weights before it waits for the kernel
@@ -19,24 +24,25 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qcompile.backends.triton.add_parts import add_parts, is_dependent
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import processors_of
+from qcompile.backends.triton.width_inputs import take
 from qcompile.backends.triton.width_loads import load_integers, load_scales, load_table, load_words
 from qcompile.backends.triton.width_table import FewRows
 from qcompile.backends.triton.width_tiles import (
-    float_zero_of,
+    center_of,
     group_minimum,
     group_scale,
-    held_zero,
     offset_of,
     operand,
     planes,
+    powers_of,
     scale_of,
-    zero_of,
+    zero_code,
 )
 from qcompile.backends.triton.widths import Packed
 
@@ -88,26 +94,6 @@ def _scales(
 
 
 @gluon.jit
-def _sums(sums, x_ptr, first, M, K, ROWS_OF_X: gl.constexpr, BLOCKS: gl.constexpr, GROUPS: gl.constexpr):
-    """Store the sums of x over each group of a slice, [BLOCKS * GROUPS, ROWS_OF_X]."""
-    W: gl.constexpr = gl.num_warps()
-    # about 64 elements a thread at once
-    MOST: gl.constexpr = max(1, 64 * W * 32 // (ROWS_OF_X * 128))
-    CHUNK: gl.constexpr = min(BLOCKS & -BLOCKS, 1 << (MOST.bit_length() - 1))
-    WARPS: gl.constexpr = min(W, CHUNK)
-    lx: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 2, 16], [WARPS, W // WARPS, 1], [2, 1, 0])
-    b = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, gl.SliceLayout(2, lx)))[:, None, None]
-    m = gl.arange(0, ROWS_OF_X, layout=gl.SliceLayout(0, gl.SliceLayout(2, lx)))[None, :, None]
-    k = gl.arange(0, 128, layout=gl.SliceLayout(0, gl.SliceLayout(1, lx)))[None, None, :]
-    for i in gl.static_range(BLOCKS // CHUNK):
-        column = (first + i * CHUNK + b) * 128 + k
-        x = gl.load(x_ptr + m * K + column, mask=(m < M) & (column < K), other=0.0).to(gl.float32)
-        total = gl.sum(gl.reshape(x, [CHUNK, ROWS_OF_X, GROUPS, 128 // GROUPS]), axis=3)
-        total = gl.reshape(gl.permute(total, (0, 2, 1)), [CHUNK * GROUPS, ROWS_OF_X])
-        sums.slice(i * CHUNK * GROUPS, CHUNK * GROUPS, dim=0).store(total)
-
-
-@gluon.jit
 def few_rows_kernel(
     x_ptr,
     words_ptr,
@@ -121,6 +107,7 @@ def few_rows_kernel(
     B,
     tiles,
     ROWS_OF_X: gl.constexpr,
+    ONE: gl.constexpr,
     UNITS: gl.constexpr,
     DEPTH: gl.constexpr,
     BLOCKS: gl.constexpr,
@@ -134,7 +121,10 @@ def few_rows_kernel(
     BIAS: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):
-    """Tiles pid, pid + programs, ... of N on slice program_id(1) of K; to y if WHOLE, else to its part of y."""
+    """Tiles pid, pid + programs, ... of N on slice program_id(1) of K; to y if WHOLE, else to its part of y.
+
+    ONE: x has one row, and nothing is done to those that it is padded with.
+    """
     W: gl.constexpr = gl.num_warps()
     TILE: gl.constexpr = 64 * UNITS
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1], [16, 8])
@@ -144,7 +134,13 @@ def few_rows_kernel(
     SPANS: gl.constexpr = max(GROUPS, 1)
     # of 16 columns, in a group
     PLANES: gl.constexpr = 8 // SPANS
-    SUMS: gl.constexpr = ZERO or MINIMUM or zero_of(WIDTH, dtype) != 0
+    SUMS: gl.constexpr = ZERO or MINIMUM
+    OFFSET: gl.constexpr = offset_of(WIDTH, dtype)
+    CENTER: gl.constexpr = 0.0 if SUMS else center_of(WIDTH)
+    POWERS: gl.constexpr = powers_of(WIDTH, dtype)
+    # where sums are subtracted in any case, the offset is with what stands beside them
+    STARTS: gl.constexpr = (POWERS != 0 or not SUMS) and OFFSET + CENTER != 0
+    HELD: gl.constexpr = 0.0 if STARTS else OFFSET
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
     part = gl.program_id(1)
@@ -168,20 +164,17 @@ def few_rows_kernel(
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
-    lx: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [W, 1], [1, 0])
     xs = gl.allocate_shared_memory(dtype, [BLOCKS, ROWS_OF_X, 128], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-    m = gl.arange(0, ROWS_OF_X, layout=gl.SliceLayout(1, lx))[:, None]
-    k = gl.arange(0, 128, layout=gl.SliceLayout(0, lx))[None, :]
-    for i in range(BLOCKS):
-        column = (first + i) * 128 + k
-        async_copy.async_copy_global_to_shared(xs.index(i), x_ptr + m * K + column, mask=(m < M) & (column < K))
-    async_copy.commit_group()
-    if SUMS:
-        PADDED: gl.constexpr = triton.next_power_of_2(BLOCKS) * SPANS
-        sums = gl.allocate_shared_memory(gl.float32, [PADDED, ROWS_OF_X], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        _sums(sums._reinterpret(gl.float32, [PADDED, ROWS_OF_X], flat), x_ptr, first, M, K, ROWS_OF_X, BLOCKS, SPANS)
-    async_copy.wait_group(0)
+    PADDED: gl.constexpr = triton.next_power_of_2(BLOCKS) * SPANS
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    row_of_x: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    sums = gl.allocate_shared_memory(gl.float32, [PADDED, ROWS_OF_X], row_of_x)
+    starts = gl.allocate_shared_memory(gl.float32, [PADDED, ROWS_OF_X], row_of_x)
+    take(
+        xs, sums._reinterpret(gl.float32, [PADDED, ROWS_OF_X], flat),
+        starts._reinterpret(gl.float32, [PADDED, ROWS_OF_X], flat),
+        x_ptr, first, M, K, 1 if ONE else ROWS_OF_X, SPANS, SUMS, STARTS, OFFSET, CENTER, POWERS,
+    )  # fmt: skip
     gl.thread_barrier()
 
     acc = gl.zeros([TILE, ROWS_OF_X], gl.float32, layout=mma)
@@ -196,31 +189,30 @@ def few_rows_kernel(
                 tile = pid
         for d in gl.static_range(DEPTH):
             words, scales, zeros = ring[d]
-            made = planes(words, table, WIDTH, dtype)
+            made = planes(words, table, WIDTH, POWERS != 0, dtype)
             for g in gl.static_range(SPANS):
                 a = operand(made, g * PLANES, PLANES, 4 * UNITS, mma)
                 x = xs.index(at_x).slice(g * 16 * PLANES, 16 * PLANES, dim=1).permute((1, 0)).load(right)
-                if GROUPS == 0 and not SUMS:
-                    acc = mma_v2(a, x, acc)
+                if STARTS:
+                    start, _ = gl.broadcast(starts.index(at_x * SPANS + g).load(gl.SliceLayout(0, mma))[None, :], acc)
                 else:
-                    dot = mma_v2(a, x, gl.zeros([TILE, ROWS_OF_X], gl.float32, layout=mma))
-                    if SUMS:
-                        total_x = sums.index(at_x * SPANS + g).load(gl.SliceLayout(0, mma))
-                    if GROUPS == 0:
-                        shift = held_zero(row_zeros[0], WIDTH, ZERO, dtype)
-                        acc += dot - (shift[:, None] if ZERO else shift) * total_x[None, :]
+                    start = gl.zeros([TILE, ROWS_OF_X], gl.float32, layout=mma)
+                if GROUPS == 0 and not STARTS:
+                    acc = mma_v2(a, x, acc)
+                elif GROUPS == 0:
+                    acc += mma_v2(a, x, start)
+                else:
+                    scale = group_scale(scales, g, WIDE, INTEGERS)
+                    acc += mma_v2(a, x, start) * scale[:, None]
+                if SUMS:
+                    total_x = sums.index(at_x * SPANS + g).load(gl.SliceLayout(0, mma))
+                    if MINIMUM:
+                        shift = scale * HELD - group_minimum(scales, zeros, g, GROUPS, INTEGERS)
+                    elif GROUPS == 0:
+                        shift = zero_code(row_zeros[0]) + HELD
                     else:
-                        scale = group_scale(scales, g, WIDE, INTEGERS)
-                        acc += dot * scale[:, None]
-                        if SUMS:
-                            if MINIMUM:
-                                minimum = group_minimum(scales, zeros, g, GROUPS, INTEGERS)
-                                shift = scale * offset_of(WIDTH, dtype) - minimum
-                            elif INTEGERS:
-                                shift = scale * float_zero_of(WIDTH, dtype)
-                            else:
-                                shift = scale * held_zero(zeros[g], WIDTH, ZERO, dtype)
-                            acc -= shift[:, None] * total_x[None, :]
+                        shift = scale * (zero_code(zeros[g]) + HELD)
+                    acc -= shift[:, None] * total_x[None, :]
             at = gl.minimum(first + block + d, B - 1)
             ring = (
                 ring[:d]
@@ -268,6 +260,7 @@ def few_rows(x: Tensor, weight: Packed, bias: Tensor | None, N: int, config: Few
         (x, weight.words, weight.scales, levels, given, to, M, N, K, B, tiles),
         {
             "ROWS_OF_X": config.rows,
+            "ONE": M == 1,
             "UNITS": config.units,
             "DEPTH": config.depth,
             "BLOCKS": config.blocks,

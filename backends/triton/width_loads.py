@@ -29,10 +29,10 @@ def is_bytes(width):
 
 
 @triton.constexpr_function
-def rest_of(width):
-    """Bits of a code behind four that stand as those of 4-bit codes; 0 where none stand apart."""
-    fields = WIDTHS[width].fields
-    return fields[1].bits if len(fields) > 1 else 0
+def runs_of(width):
+    """How many words of a lane's row stand together, and how many words of a block before them."""
+    runs = WIDTHS[width].runs
+    return tuple((run, WORDS * sum(runs[:i])) for i, run in enumerate(runs))
 
 
 @triton.constexpr_function
@@ -42,72 +42,54 @@ def words_of_integers(groups, minimum):
 
 
 @gluon.jit
-def _lane(words_ptr, start, B, UNITS: gl.constexpr, WIDTH: gl.constexpr, SKIP: gl.constexpr, EACH: gl.constexpr):
-    """Words of a block behind SKIP others, EACH a lane and row: [4 * UNITS, 64 * EACH] by q, lane, word."""
-    BLOCK: gl.constexpr = block_of(WIDTH)
-    layout: gl.constexpr = gl.BlockedLayout([1, 2 * EACH], [1, 32], [gl.num_warps(), 1], [1, 0])
-    part = gl.arange(0, 4 * UNITS, layout=gl.SliceLayout(1, layout))
-    word = gl.arange(0, 64 * EACH, layout=gl.SliceLayout(0, layout))
-    inside = ((part // 4) * (B * BLOCK) + (part % 4) * (64 * EACH))[:, None] + word[None, :]
-    found = gl.load(words_ptr + start * BLOCK + SKIP + inside, cache_modifier=".cg")
-    found = gl.permute(gl.reshape(found, [4 * UNITS, 32, 2, EACH]), (0, 2, 1, 3))
-    return gl.reshape(found, [4 * UNITS, 64 * EACH])
-
-
-@gluon.jit
 def load_words(words_ptr, start, B, UNITS: gl.constexpr, WIDTH: gl.constexpr):
-    """Words of a block of UNITS units, tensors of 4 * UNITS parts by q, lane, word.  start: the block's number."""
-    if WIDTH == "int2":
-        return (_lane(words_ptr, start, B, UNITS, WIDTH, 0, 2),)
-    elif WIDTH == "int3":
-        return (
-            _lane(words_ptr, start, B, UNITS, WIDTH, 0, 2),
-            _lane(words_ptr, start, B, UNITS, WIDTH, 512, 1),
-        )
-    elif rest_of(WIDTH) > 0:
-        return (
-            load_run(words_ptr, start, B, UNITS, WIDTH, 0),
-            _lane(words_ptr, start, B, UNITS, WIDTH, 1024, rest_of(WIDTH)),
-        )
-    elif is_bytes(WIDTH):
-        return (load_run(words_ptr, start, B, UNITS, WIDTH, 0), load_run(words_ptr, start, B, UNITS, WIDTH, 1))
-    else:
-        return (load_run(words_ptr, start, B, UNITS, WIDTH, 0),)
+    """Words of block `start` of UNITS units, of each run [4 * UNITS, 64 * run] by q, lane, word."""
+    RUNS: gl.constexpr = runs_of(WIDTH)
+    words = ()
+    for r in gl.static_range(len(RUNS)):
+        words = words + (load_run(words_ptr, start, B, UNITS, WIDTH, r),)
+    return words
 
 
 @gluon.jit
 def load_run(words_ptr, start, B, UNITS: gl.constexpr, WIDTH: gl.constexpr, RUN: gl.constexpr):
-    """A run of 256 words of each part of a block, tensor [4 * UNITS, 256]."""
+    """One of the runs of a block."""
     BLOCK: gl.constexpr = block_of(WIDTH)
-    PART: gl.constexpr = 512 if is_bytes(WIDTH) else 256
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [gl.num_warps(), 1], [1, 0])
+    EACH: gl.constexpr = runs_of(WIDTH)[RUN][0]
+    SKIP: gl.constexpr = runs_of(WIDTH)[RUN][1]
+    # where a lane has fewer than four words of a row, those of both rows stand together
+    TOGETHER: gl.constexpr = 1 if EACH == 4 else 2
+    layout: gl.constexpr = gl.BlockedLayout([1, TOGETHER * EACH], [1, 32], [gl.num_warps(), 1], [1, 0])
     part = gl.arange(0, 4 * UNITS, layout=gl.SliceLayout(1, layout))
-    word = gl.arange(0, 256, layout=gl.SliceLayout(0, layout))
-    inside = ((part // 4) * (B * BLOCK) + (part % 4) * PART)[:, None] + word[None, :]
-    return gl.load(words_ptr + start * BLOCK + (RUN * 256) + inside, cache_modifier=".cg")
+    word = gl.arange(0, 64 * EACH, layout=gl.SliceLayout(0, layout))
+    inside = ((part // 4) * (B * BLOCK) + (part % 4) * (64 * EACH))[:, None] + word[None, :]
+    found = gl.load(words_ptr + start * BLOCK + SKIP + inside, cache_modifier=".cg")
+    if EACH < 4:
+        found = gl.permute(gl.reshape(found, [4 * UNITS, 32, 2, EACH]), (0, 2, 1, 3))
+        found = gl.reshape(found, [4 * UNITS, 64 * EACH])
+    return found
 
 
 @gluon.jit
 def spread(words, WIDTH: gl.constexpr):
     """Words as pieces take them, [4 * UNITS, 256] each: a word stands for every element that it has codes of."""
-    if WIDTH == "int2":
-        return (_twice(words[0]),)
-    elif WIDTH == "int3":
-        first = _twice(words[0])
-        last = _twice(_twice(words[1]))
-        return (first, gl.convert_layout(last, first.type.layout, assert_trivial=True))
-    elif rest_of(WIDTH) > 0:
-        last = _twice(words[1])
-        if rest_of(WIDTH) == 1:
-            last = _twice(last)
-        return (words[0], gl.convert_layout(last, words[0].type.layout, assert_trivial=True))
-    else:
-        return words
+    RUNS: gl.constexpr = runs_of(WIDTH)
+    first = _repeated(words[0], 4 // RUNS[0][0])
+    found = (first,)
+    for r in gl.static_range(1, len(RUNS)):
+        run = _repeated(words[r], 4 // RUNS[r][0])
+        found = found + (gl.convert_layout(run, first.type.layout, assert_trivial=True),)
+    return found
 
 
 @gluon.jit
-def _twice(words):
-    return gl.reshape(gl.join(words, words), [words.shape[0], 2 * words.shape[1]])
+def _repeated(words, TIMES: gl.constexpr):
+    """Each word 1, 2 or 4 times."""
+    if TIMES == 1:
+        return words
+    else:
+        twice = gl.reshape(gl.join(words, words), [words.shape[0], 2 * words.shape[1]])
+        return _repeated(twice, TIMES // 2)
 
 
 @gluon.jit

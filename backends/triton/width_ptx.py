@@ -2,33 +2,13 @@
 
 One piece runs on what one lane holds of a few words: the results come first among its operands, then words, then the
 table of a code book, then zero points and scales. It makes planes (`width_tiles`), a register of a pair each, or two
-where four of the operands' elements come at once.
+where four of the operands' elements come at once: both c of a row.
 """
-
-from dataclasses import dataclass
 
 import triton
 
-from qcompile.backends.triton.widths import WIDTHS
+from qcompile.backends.triton.widths import WIDTHS, Bits
 
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """What one piece reads. elements: of each operand at once; words: registers of words."""
-
-    elements: int = 2
-    words: int = 2
-
-
-PIECES = {
-    "int8": Piece(words=4),
-    "int6": Piece(words=4),
-    "int5": Piece(elements=4, words=8),
-    "int4": Piece(),
-    "book": Piece(),
-    "int3": Piece(elements=4, words=8),
-    "int2": Piece(),
-} | {name: Piece(words=4) for name, width in WIDTHS.items() if width.mantissa is not None}
 # Pairs of numbers for every byte of two codes, 32 times, so that each lane of a warp has a bank of its own. Gluon
 # cannot read shared memory at places that a kernel finds out, so the table is declared here, once a kernel.
 PAIRS = 256
@@ -40,7 +20,35 @@ FILL_TABLE = f"{{ .reg .b32 a; mov.b32 a, {_TABLE}; add.u32 a, a, $1; "
 FILL_TABLE += "st.shared.v4.b32 [a], {$2, $2, $2, $2}; mov.b32 $0, $1; }"
 # of bfloat16 and float16: where codes of few bits stand in the mantissa, what they are added to, its bits
 _PLACE = {False: (0, 128, 0x43004300), True: (4, 64, 0x54005400)}
+# of bfloat16
+_MANTISSA = 7
 _MINUS_ONE = 0xBF80BF80
+
+
+@triton.constexpr_function
+def elements(width: str) -> int:
+    """How many elements of each operand a piece takes: two, where no word has codes of both c, else four."""
+    return 2 if 16 % WIDTHS[width].bits == 0 else 4
+
+
+@triton.constexpr_function
+def registers(width: str) -> int:
+    """How many registers of words a piece reads."""
+    return elements(width) * len(WIDTHS[width].runs)
+
+
+@triton.constexpr_function
+def powers(width: str, half: bool) -> list[int]:
+    """Of each pair of a lane's row: codes of planes may be 2**power times as large, and cost fewer instructions.
+
+    So many stand side by side in the mantissa of bfloat16 that one shift does for them. Those of float16 stay: x, which
+    then has to be smaller, would lose bits among its subnormals.
+    """
+    kind = WIDTHS[width]
+    if half or kind.numbers:
+        return [0] * 16
+    side_by_side = max(1, _MANTISSA // kind.bits)
+    return [kind.bits * (parts[0].start // kind.bits % side_by_side) if len(parts) == 1 else 0 for parts in kind.places]
 
 
 @triton.constexpr_function
@@ -50,9 +58,9 @@ def offset(width: str, half: bool) -> int:
 
 
 @triton.constexpr_function
-def planes_ptx(width: str, half: bool, first: int, count: int) -> str:
-    """Planes first .. first + count.  half: floats are float16, else bfloat16."""
-    return "{" + " ".join(_planes(width, half, first, count)) + "}"
+def planes_ptx(width: str, half: bool, raised: bool) -> str:
+    """All eight planes.  half: floats are float16, else bfloat16.  raised: codes are times powers of two, `powers`."""
+    return "{" + " ".join(_planes(width, half, 0, 8, raised)) + "}"
 
 
 @triton.constexpr_function
@@ -61,12 +69,12 @@ def weight_ptx(width: str, half: bool, first: int, count: int, zero: int | None,
 
     zero: a number to subtract, or None: it is an operand, before the scales.
     """
-    piece, name = PIECES[width], "f16x2" if half else "bf16x2"
-    next_operand = _results(width, count) + piece.words + (piece.elements if width == "book" else 0)
-    lines = _planes(width, half, first, count) + [".reg .b32 zero, more;"]
+    name = "f16x2" if half else "bf16x2"
+    next_operand = _results(width, count) + registers(width) + (elements(width) if width == "book" else 0)
+    lines = _planes(width, half, first, count, False) + [".reg .b32 zero, more;"]
     if zero is None:
         lines.append(f"mov.b32 zero, ${next_operand};")
-        next_operand += piece.elements
+        next_operand += elements(width)
     elif zero:
         lines.append(f"mov.b32 zero, {_pair(zero, half):#x};")
     for i in range(_results(width, count)):
@@ -76,7 +84,7 @@ def weight_ptx(width: str, half: bool, first: int, count: int, zero: int | None,
         if scales == 1:
             lines.append(f"mul.{name} ${i}, ${i}, ${next_operand};")
         elif scales == 2:
-            lines.append(f"mul.{name} more, ${i}, ${next_operand + piece.elements};")
+            lines.append(f"mul.{name} more, ${i}, ${next_operand + elements(width)};")
             lines.append(f"fma.rn.{name} ${i}, ${i}, ${next_operand}, more;")
     return "{" + " ".join(lines) + "}"
 
@@ -84,15 +92,14 @@ def weight_ptx(width: str, half: bool, first: int, count: int, zero: int | None,
 @triton.constexpr_function
 def constraints(width: str, count: int, operands: int) -> str:
     """Of a piece that makes `count` planes and reads `operands` of 32 bits after the words."""
-    piece = PIECES[width]
     # results are written while words are still read
-    return ",".join(["=&r"] * _results(width, count) + ["r"] * (piece.words + piece.elements * operands))
+    return ",".join(["=&r"] * _results(width, count) + ["r"] * (registers(width) + elements(width) * operands))
 
 
 @triton.constexpr_function
 def _results(width: str, count: int) -> int:
     """Registers of results, the first operands."""
-    return count * PIECES[width].elements // 2
+    return count * elements(width) // 2
 
 
 @triton.constexpr_function
@@ -106,28 +113,35 @@ def _pair(number: int, half: bool) -> int:
 
 
 @triton.constexpr_function
-def _planes(width: str, half: bool, first: int, count: int) -> list[str]:
-    at = _results(width, count)
-    if width == "book":
+def _planes(width: str, half: bool, first: int, count: int, raised: bool) -> list[str]:
+    kind, at = WIDTHS[width], _results(width, count)
+    if kind.book:
         return _book(first, count, at)
-    if PIECES[width].elements == 4:
-        pair = {"int3": _third, "int5": _fifth}[width]
-        return [".reg .b32 t;"] + [line for i in range(2 * count) for line in pair(at, first + i // 2, i % 2, half, i)]
+    up = powers(width, half) if raised else [0] * 16
     lines = [".reg .b32 t, u, v;"]
-    for i, plane in enumerate(range(first, first + count)):
-        match width:
-            case "int8":
-                lines += _byte(f"${at + plane // 2}", 8 * (plane % 2), half, i)
-            case _ if WIDTHS[width].mantissa is not None:
-                lines += _float_byte(f"${at + plane // 2}", 8 * (plane % 2), width, half, i)
-            case "int6":
-                lines += _bits(f"${at + plane // 4}", 4 * (plane % 4), 15, half, i)
-                lines += _more_bits(f"${at + 2}", 2 * plane, 3, 4, half, i)
-            case "int4":
-                lines += _bits(f"${at + plane // 4}", 4 * (plane % 4), 15, half, i)
-            case _:
-                lines += _bits(f"${at}", 2 * plane, 3, half, i)
+    rows = elements(width) // 2
+    for to in range(count * rows):
+        n = 8 * (to % rows) + first + to // rows
+        words = [(f"${at + _register(width, part.word)}", part) for part in kind.places[n]]
+        if kind.bits < 8:
+            lines += [line for word, part in words for line in _bits(word, part, up[n], half, to)]
+        elif kind.mantissa is None:
+            lines += _byte(words[0][0], words[0][1].start, half, to)
+        else:
+            lines += _float_byte(words[0][0], words[0][1].start, width, half, to)
     return lines
+
+
+@triton.constexpr_function
+def _register(width: str, word: int) -> int:
+    """Among the registers of words: a run has one for each element, of the words of a row or, of two elements, a c."""
+    before = 0
+    for run in WIDTHS[width].runs:
+        if word < run:
+            return before + word * 4 // run % elements(width)
+        word -= run
+        before += elements(width)
+    raise AssertionError(f"{width} has no word {word}")
 
 
 @triton.constexpr_function
@@ -138,39 +152,13 @@ def _moved(to: str, word: str, right: int) -> str:
 
 
 @triton.constexpr_function
-def _bits(word: str, start: int, mask: int, half: bool, to: int) -> list[str]:
-    """code + offset, of codes in bits start.. of both halves of a word: put into the mantissa of the offset."""
+def _bits(word: str, part: Bits, up: int, half: bool, to: int) -> list[str]:
+    """code * 2**up + offset of a pair, put into the mantissa of the offset; or more bits of codes, above others."""
     place, _, magic = _PLACE[half]
-    pair = (mask << place) * 0x10001
-    return [_moved("t", word, start - place), f"lop3.b32 ${to}, t, {pair:#x}, {magic:#x}, 0xea;"]
-
-
-@triton.constexpr_function
-def _third(at: int, plane: int, c: int, half: bool, to: int) -> list[str]:
-    """A pair of 3-bit codes: five stand in each of three words, and of the last each word holds a bit."""
-    words = (f"${at}", f"${at + 2}", f"${at + 4}")
-    n = 8 * c + plane
-    if n < 15:
-        return _bits(words[n // 5], 3 * (n % 5), 7, half, to)
-    lines = _bits(words[0], 15, 1, half, to)
-    for bit in (1, 2):
-        lines += _more_bits(words[bit], 15, 1, bit, half, to)
-    return lines
-
-
-@triton.constexpr_function
-def _fifth(at: int, plane: int, c: int, half: bool, to: int) -> list[str]:
-    """A pair of 5-bit codes: four bits of each stand as those of 4-bit codes, the last ones in a word of their own."""
-    lines = _bits(f"${at + 2 * c + plane // 4}", 4 * (plane % 4), 15, half, to)
-    return lines + _more_bits(f"${at + 4}", 8 * c + plane, 1, 4, half, to)
-
-
-@triton.constexpr_function
-def _more_bits(word: str, start: int, mask: int, bit: int, half: bool, to: int) -> list[str]:
-    """Bits `bit`.. of the codes of a pair that `_bits` made, out of bits start.. of both halves of a word."""
-    place = _PLACE[half][0] + bit
-    pair = (mask << place) * 0x10001
-    return [_moved("t", word, start - place), f"lop3.b32 ${to}, t, {pair:#x}, ${to}, 0xea;"]
+    start = place + up + part.low
+    pair = ((2**part.count - 1) << start) * 0x10001
+    with_these = f"${to}" if part.low else f"{magic:#x}"
+    return [_moved("t", word, part.start - start), f"lop3.b32 ${to}, t, {pair:#x}, {with_these}, 0xea;"]
 
 
 @triton.constexpr_function

@@ -63,10 +63,19 @@ _LARGE, _VERY_LARGE = (blocks * ROWS * COLUMNS for blocks in (5000, 10000))
 
 
 def _few(
-    rows: int, blocks: int, resident: int, *, units: int = 1, warps: int = 4, depth: int = 2, weights: int = 0
+    rows: int,
+    blocks: int,
+    resident: int,
+    *,
+    units: int = 1,
+    warps: int = 4,
+    depth: int = 2,
+    most: int | None = None,
+    weights: int = 0,
 ) -> Entry[Config]:
+    """most: rows of x that it is for, if not `rows`."""
     config = FewRows(rows=rows, units=units, warps=warps, depth=depth, blocks=blocks, resident=resident)
-    return Entry(capabilities=HOPPER, rows=rows, weights=weights, config=config)
+    return Entry(capabilities=HOPPER, rows=most or rows, weights=weights, config=config)
 
 
 def _many(
@@ -82,7 +91,7 @@ def _many(
     columns: int = 0,
     weights: int = 0,
 ) -> Entry[Config]:
-    """most: rows of x that it is for, if not `rows`, those of a tile."""
+    """most: as of `_few`."""
     config = ManyRows(rows=rows, units=units, warps=warps, steps=steps, stages=stages, slices=slices, resident=resident)
     return Entry(capabilities=HOPPER, rows=most or rows, columns=columns, weights=weights, config=config)
 
@@ -117,7 +126,6 @@ _INT8: tuple[Entry[Config], ...] = (
     *_ELSEWHERE,
 )
 _FIVE_OR_SIX: tuple[Entry[Config], ...] = (
-    _few(8, 8, 7, weights=_LARGE),
     _few(8, 4, 7),
     _few(16, 4, 5),
     _many(32, 3, steps=2, stages=8),
@@ -140,8 +148,8 @@ TABLES: dict[str, tuple[Entry[Config], ...]] = {
         *_ELSEWHERE,
     ),
     "int8": _INT8,
-    "int6": _FIVE_OR_SIX,
-    "int5": _FIVE_OR_SIX,
+    "int6": (_few(8, 8, 7, depth=1, weights=_LARGE), *_FIVE_OR_SIX),
+    "int5": (_few(8, 8, 7, weights=_LARGE), *_FIVE_OR_SIX),
     # Its table of 32 KB counts against what a kernel may have without asking. Triton asks where its own part of shared
     # memory is more than 48 KB alone, so that part is up to 16 KB, or more than 48.
     "book": (
@@ -157,7 +165,7 @@ TABLES: dict[str, tuple[Entry[Config], ...]] = {
         *_BOOK_ELSEWHERE,
     ),
     "int3": (
-        _few(8, 8, 7, weights=_LARGE),
+        _few(8, 8, 7, most=1, weights=_LARGE),
         _few(8, 4, 7),
         _few(16, 8, 2, units=4, weights=_LARGE),
         _few(16, 4, 5),
@@ -166,10 +174,11 @@ TABLES: dict[str, tuple[Entry[Config], ...]] = {
     # at most an instruction a number more than bytes that are integers
     **{width.name: _INT8 for width in WIDTHS.values() if width.mantissa is not None},
     "int2": (
-        _few(8, 8, 8, weights=_LARGE),
-        _few(8, 4, 8),
+        _few(8, 8, 8, most=1, weights=_LARGE),
+        _few(8, 4, 7, depth=4),
         _few(16, 8, 2, units=4, weights=_LARGE),
         _few(16, 4, 5),
+        _many(32, 3),
         *_NARROW,
     ),
 }

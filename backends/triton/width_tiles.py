@@ -10,10 +10,11 @@ from triton.experimental.gluon import language as gl
 
 from qcompile.backends.triton.width_loads import is_book, is_bytes, spread
 from qcompile.backends.triton.width_ptx import (
-    PIECES,
     constraints,
+    elements,
     offset,
     planes_ptx,
+    powers,
     weight_ptx,
 )
 from qcompile.backends.triton.widths import WIDTHS
@@ -43,13 +44,20 @@ def zero_of(width, dtype):
 
 
 @triton.constexpr_function
+def center_of(width):
+    """The code of 0 where no zero points are stored."""
+    return float(WIDTHS[width].center)
+
+
+@triton.constexpr_function
 def float_zero_of(width, dtype):
     return float(offset(width, dtype == gl.float16) + WIDTHS[width].center)
 
 
 @triton.constexpr_function
-def elements_of(width):
-    return PIECES[width].elements
+def powers_of(width, dtype):
+    """`powers`, of 4 bits each, of the pairs n = 0 .. 15 of a lane's row."""
+    return sum(power << (4 * n) for n, power in enumerate(powers(width, dtype == gl.float16)))
 
 
 @triton.constexpr_function
@@ -58,16 +66,16 @@ def types_of(dtype, count):
 
 
 @gluon.jit
-def planes(words, table, WIDTH: gl.constexpr, dtype: gl.constexpr):
-    """The eight planes of words that `load_words` loaded."""
+def planes(words, table, WIDTH: gl.constexpr, RAISED: gl.constexpr, dtype: gl.constexpr):
+    """The eight planes of words that `load_words` loaded.  RAISED: their codes are times powers of two, `powers_of`."""
     return gl.inline_asm_elementwise(
-        planes_ptx(WIDTH, is_half(dtype), 0, 8),
+        planes_ptx(WIDTH, is_half(dtype), RAISED),
         constraints(WIDTH, 8, len(table)),
         spread(words, WIDTH) + table,
         dtype=types_of(dtype, 8),
         # reads what was put into shared memory
         is_pure=not is_book(WIDTH),
-        pack=elements_of(WIDTH),
+        pack=elements(WIDTH),
     )
 
 
@@ -104,11 +112,16 @@ def group_minimum(scales, zeros, g: gl.constexpr, GROUPS: gl.constexpr, INTEGERS
 
 
 @gluon.jit
+def zero_code(zeros):
+    """Stored zero points, float32."""
+    return ((zeros & ZERO_BITS) | INTEGER_BITS).to(gl.float32, bitcast=True) - INTEGER_OFFSET
+
+
+@gluon.jit
 def held_zero(zeros, WIDTH: gl.constexpr, ZERO: gl.constexpr, dtype: gl.constexpr):
     """What planes hold at the code of 0, float32: a number if no zero points are stored."""
     if ZERO:
-        zero = ((zeros & ZERO_BITS) | INTEGER_BITS).to(gl.float32, bitcast=True)
-        return zero - (INTEGER_OFFSET - offset_of(WIDTH, dtype))
+        return zero_code(zeros) + offset_of(WIDTH, dtype)
     else:
         return float_zero_of(WIDTH, dtype)
 
@@ -213,6 +226,6 @@ def weight_operand(
         operands,
         dtype=types_of(dtype, COUNT),
         is_pure=not is_book(WIDTH),
-        pack=elements_of(WIDTH),
+        pack=elements(WIDTH),
     )
     return operand(made, 0, COUNT, parts, mma)

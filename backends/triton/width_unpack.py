@@ -61,7 +61,7 @@ def unpack_kernel(
     for i in gl.static_range(BLOCKS):
         block = gl.program_id(0) * BLOCKS + i
         at = gl.minimum(block, B - 1)
-        made = planes(load_words(words_ptr, unit * B + at, B, 1, WIDTH), table, WIDTH, dtype)
+        made = planes(load_words(words_ptr, unit * B + at, B, 1, WIDTH), table, WIDTH, False, dtype)
         if INTEGERS:
             scales = load_integers(scales_ptr, unit, at, B, row // 64, row, GROUPS, MINIMUM)
             zeros = ()

@@ -1,12 +1,13 @@
 """How weights of 2 to 8 bits lie in memory for kernels that feed 16-bit tensor cores: words of codes, and scales.
 
-A block of 64 rows and 128 columns is one run of 256 words for each bit of a code. It has 4 parts of 16 rows, one a
-warp. Within a part, a code has eight digits: its row is 8 * q + i, its column 16 * (4 * x + 2 * y + z) + 8 * c + 2 * j
-+ e, where lane 4 * i + j of a warp takes it for the first operand of m16n8k16 and of wgmma. A `Field` says which digits
-count words and which the codes within a word; so that the words of a lane become pairs of floats (e = 0, 1) without
-crossing lanes.
+A block of 64 rows and 128 columns is 256 words for each bit of a code. It has 4 parts of 16 rows, one a warp. Within a
+part, a code has eight digits: its row is 8 * q + i, its column 16 * (4 * x + 2 * y + z) + 8 * c + 2 * j + e, where lane
+4 * i + j of a warp takes it for the first operand of m16n8k16 and of wgmma. A lane has as many words of a row as a code
+has bits. They hold the 16 pairs (e = 0, 1) n = 8 * c + 4 * x + 2 * y + z in the two halves of words, see
+`Width.places`, so that a shift and a mask make a pair of 16-bit floats, and no lane needs words of another.
 
-words: int32 [N / 64, K / 128, 256 * bits].
+words: int32 [N / 64, K / 128, 256 * bits]: runs of 4, 2 or 1 words of all lanes, part by part, those of 4 by q, i, j,
+the others by i, j, q: a lane loads 16 bytes at once where it has them.
 scales: int32 [N / 64, S, 64], S scales a row: one, or one for each group of a block. In them bfloat16 bits of the scale
 above, the zero point below. Scales that bfloat16 does not hold are int32 [N / 64, S, P, 64]: float32 bits, and for
 codes with zero points these, or float32 bits of the minimum (P = 2). N and K are filled up to whole blocks; scales with
@@ -14,10 +15,10 @@ zeros. Scales that are integers of 8 bits under a float16 of a block stay so, in
 the float16 below and that of minima above, then four integers a word, group by group, then those of minima.
 levels: int32 [256], of code books: the numbers of two codes, in the dtype of x, for every byte of codes.
 
-Of 4 bits a shift and a mask make a pair of 16-bit floats. Source of the trick with the bits of the mantissa: Kim 2022
-(Who Says Elephants Can't Run); of the order: Marlin.
+Source of the trick with the bits of the mantissa: Kim 2022 (Who Says Elephants Can't Run); of the order: Marlin.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,16 +37,19 @@ SMALLEST_GROUP = 16
 LEVELS = 16
 # kinds of scales that bfloat16 holds
 BFLOAT16_SCALES = ("bf16", "e8m0", "u4row")
+# bits of half a word, and pairs of codes that a lane has of a row and a block
+_HALF, _PAIRS = 16, 16
 _DIGITS = {"q": 2, "i": 8, "x": 2, "y": 2, "z": 2, "c": 2, "j": 4, "e": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Field:
-    """Codes of `bits` bits. words, inside: digits of words in a part, and of codes in a word, highest first."""
+class Bits:
+    """Bits `low`.. of a code, `count` of them, in bits `start`.. of one of a lane's words of a row."""
 
-    words: str
-    inside: str
-    bits: int
+    word: int
+    start: int
+    count: int
+    low: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +58,11 @@ class Width:
 
     center: the code of 0 where codes are signed.  book: codes are places in a table.  mantissa: of floats in bytes, of
     sign, 7 - mantissa bits of exponent, whose bias is half of them, and mantissa, subnormals as in IEEE 754; else None.
-    flip: bits of a code that words hold inverted.  fields: the lowest bits first, the words of a block field by field;
-    none of codes that cross words, see `_THIRDS`.
+    flip: bits of a code that words hold inverted.
     """
 
     name: str
     bits: int
-    fields: tuple[Field, ...] = ()
     book: bool = False
     flip: int = 0
     mantissa: int | None = None
@@ -69,6 +71,33 @@ class Width:
     def numbers(self) -> bool:
         """Whether codes stand for numbers whose 0 is 0: none is added to them, and no zero point is."""
         return self.book or self.mantissa is not None
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """How many words of a lane's row stand together."""
+        return {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (4, 4)}[self.bits]
+
+    @property
+    def apart(self) -> int:
+        """Bits between the codes of a pair. Those of a book are one byte, a place in the table of `levels`."""
+        return self.bits if self.book else _HALF
+
+    @property
+    def places(self) -> list[tuple[Bits, ...]]:
+        """Where the first code of each of the 16 pairs of a lane's row stands; the second one is `apart` bits above.
+
+        A half word has as many whole codes as it holds, and in the bits above them those of the last pairs, in parts.
+        """
+        bits = self.bits
+        if bits == 8:
+            # the words of one x are a run
+            words = [n % 8 // 4 * 4 + n // 8 * 2 + n % 4 // 2 for n in range(_PAIRS)]
+            return [(Bits(word=word, start=n % 2 * bits, count=bits),) for n, word in enumerate(words)]
+        if self.book:
+            return [(Bits(word=n // 4, start=n % 4 * 2 * bits, count=bits),) for n in range(_PAIRS)]
+        starts = range(0, _HALF - bits + 1, bits)
+        whole = [(Bits(word=word, start=start, count=bits),) for word in range(bits) for start in starts]
+        return whole + [tuple(_in_parts(bits, n)) for n in range(_PAIRS - len(whole))]
 
     @property
     def center(self) -> int:
@@ -116,30 +145,30 @@ class Packed:
         return not WIDTHS[self.width].numbers and (not self.wide or self.scales.shape[2] == 2)
 
 
-# Of 3 bits, the 16 pairs n = 8 * c + 4 * x + 2 * y + z of a lane's row fill three words: words 0 and 1 of its two rows
-# stand together, then all words 2. Either half of word w, e, has the codes of 5 * w + k from bit 3 * k on, and above
-# them bit w of the last code.
-_THIRDS = 3
-_BYTES = (Field(words="xqijcy", inside="ez", bits=8),)
-_FOURS = Field(words="qijcx", inside="eyz", bits=4)
-_TWOS = Field(words="ijqc", inside="exyz", bits=2)
-_ONES = Field(words="ijq", inside="ecxyz", bits=1)
 WIDTHS: dict[str, Width] = {
     width.name: width
     for width in (
-        Width(name="int8", bits=8, fields=_BYTES, flip=128),
-        *(
-            Width(name=f"e{7 - mantissa}m{mantissa}", bits=8, fields=_BYTES, mantissa=mantissa)
-            for mantissa in range(2, 6)
-        ),
-        Width(name="int6", bits=6, fields=(_FOURS, _TWOS)),
-        Width(name="int5", bits=5, fields=(_FOURS, _ONES)),
-        Width(name="int4", bits=4, fields=(_FOURS,)),
-        Width(name="book", bits=4, fields=(Field(words="qijcx", inside="yze", bits=4),), book=True),
+        Width(name="int8", bits=8, flip=128),
+        *(Width(name=f"e{7 - mantissa}m{mantissa}", bits=8, mantissa=mantissa) for mantissa in range(2, 6)),
+        Width(name="int6", bits=6),
+        Width(name="int5", bits=5),
+        Width(name="int4", bits=4),
+        Width(name="book", bits=4, book=True),
         Width(name="int3", bits=3),
-        Width(name="int2", bits=2, fields=(_TWOS,)),
+        Width(name="int2", bits=2),
     )
 }
+
+
+def _in_parts(bits: int, n: int) -> Iterator[Bits]:
+    """Where the n-th of the pairs stands that fill what whole codes leave of half words: whole rests, then shares."""
+    rest = _HALF % bits
+    words, more = divmod(bits, rest)
+    for i in range(words):
+        yield Bits(word=words * n + i, start=_HALF - rest, count=rest, low=rest * i)
+    if more:
+        word, start = divmod(more * n, rest)
+        yield Bits(word=words * rest + word, start=_HALF - rest + start, count=more, low=rest * words)
 
 
 def span_of(columns: int) -> int:
@@ -167,66 +196,40 @@ def pack_codes(codes: Tensor, width: Width) -> Tensor:
     full = pad(codes, (0, -K % COLUMNS, 0, -N % ROWS)) ^ width.flip
     units, blocks = full.shape[0] // ROWS, full.shape[1] // COLUMNS
     digits = full.view(units, PARTS, 2, 8, blocks, *(_DIGITS[d] for d in "xyzcje"))
-    if not width.fields:
-        return _pack_thirds(digits.permute(["uPqibxyzcje".index(d) for d in "ubPijqcxyze"]))
-    runs, low = [], 0
-    for field in width.fields:
-        parts = digits.permute(["uPqibxyzcje".index(d) for d in "ubP" + field.words + field.inside])
-        parts = parts.flatten(-len(field.inside))
-        words = torch.zeros(parts.shape[:-1], dtype=torch.int32, device=codes.device)
-        for n in range(parts.shape[-1]):
-            words |= (parts[..., n].to(torch.int32) >> low & 2**field.bits - 1) << (field.bits * n)
-        runs.append(words.reshape(units, blocks, WORDS * field.bits))
-        low += field.bits
-    return torch.cat(runs, dim=2)
+    pairs = digits.permute(["uPqibxyzcje".index(d) for d in "ubPqijcxyze"]).flatten(-5, -2).to(torch.int32)
+    words = torch.zeros((*pairs.shape[:-2], width.bits), dtype=torch.int32, device=codes.device)
+    for n, parts in enumerate(width.places):
+        for p in parts:
+            for e in range(2):
+                words[..., p.word] |= (pairs[..., n, e] >> p.low & 2**p.count - 1) << p.start + width.apart * e
+    return torch.cat([_by_lane(run).flatten(2) for run in words.split(width.runs, dim=-1)], dim=2)
 
 
 def unpack_codes(words: Tensor, width: Width, N: int, K: int) -> Tensor:
     """The codes that `pack_codes` packed, uint8 [N, K]."""
     units, blocks = words.shape[:2]
-    if not width.fields:
-        codes = _by_rows(_unpack_thirds(words), "ijqcxyze")
-    else:
-        runs = words.split([WORDS * field.bits for field in width.fields], dim=2)
-        codes, low = torch.zeros(units * ROWS, blocks * COLUMNS, dtype=torch.uint8, device=words.device), 0
-        for field, run in zip(width.fields, runs, strict=True):
-            shifts = torch.arange(0, 32, field.bits, dtype=torch.int32, device=words.device)
-            digits = (run[..., None] >> shifts) & (2**field.bits - 1)
-            codes |= _by_rows(digits, field.words + field.inside) << low
-            low += field.bits
-    return (codes ^ width.flip)[:N, :K]
+    runs = words.split([WORDS * run for run in width.runs], dim=2)
+    lanes = [
+        _by_lane(run.view(units, blocks, PARTS, *((2, 8, 4) if each == 4 else (8, 4, 2)), each))
+        for run, each in zip(runs, width.runs, strict=True)
+    ]
+    lane = torch.cat(lanes, dim=-1)
+    pairs = torch.zeros((*lane.shape[:-1], _PAIRS, 2), dtype=torch.uint8, device=words.device)
+    for n, parts in enumerate(width.places):
+        for p in parts:
+            for e in range(2):
+                bits = lane[..., p.word] >> p.start + width.apart * e & 2**p.count - 1
+                pairs[..., n, e] |= (bits << p.low).to(torch.uint8)
+    digits = pairs.unflatten(-2, [_DIGITS[d] for d in "cxyz"])
+    rows = digits.permute(["ubPqijcxyze".index(d) for d in "uPqibxyzcje"])
+    return (rows.reshape(units * ROWS, blocks * COLUMNS) ^ width.flip)[:N, :K]
 
 
-def _by_rows(codes: Tensor, named: str) -> Tensor:
-    """Codes [u, b, P, digits as `named`], uint8 [N, K]."""
-    units, blocks = codes.shape[:2]
-    digits = codes.to(torch.uint8).reshape(units, blocks, PARTS, *(_DIGITS[d] for d in named))
-    rows = digits.permute([("ubP" + named).index(d) for d in "uPqibxyzcje"])
-    return rows.reshape(units * ROWS, blocks * COLUMNS)
-
-
-def _pack_thirds(codes: Tensor) -> Tensor:
-    """Words, int32 [u, b, 768], of codes [u, b, P, i, j, q, c, x, y, z, e]."""
-    pairs = codes.flatten(-5, -2).to(torch.int32)  # [..., n, e]
-    words = torch.zeros((*pairs.shape[:-2], _THIRDS), dtype=torch.int32, device=codes.device)
-    for w in range(_THIRDS):
-        for e in range(2):
-            for k in range(5):
-                words[..., w] |= pairs[..., 5 * w + k, e] << (16 * e + 3 * k)
-            words[..., w] |= ((pairs[..., 15, e] >> w) & 1) << (16 * e + 15)
-    return torch.cat([words[..., :2].flatten(2), words[..., 2].flatten(2)], dim=2)
-
-
-def _unpack_thirds(words: Tensor) -> Tensor:
-    """Codes [u, b, P, i, j, q, n, e] of words as `_pack_thirds` makes them."""
-    first, last = words.split([WORDS * 2, WORDS], dim=2)
-    rows = (*words.shape[:2], PARTS, 8, 4, 2)
-    whole = torch.cat([first.reshape(*rows, 2), last.reshape(*rows, 1)], dim=-1)
-    halves = torch.stack([whole & 0xFFFF, (whole >> 16) & 0xFFFF], dim=-1)  # [..., w, e]
-    shifts = torch.arange(0, 15, 3, dtype=torch.int32, device=words.device)[:, None]
-    codes = ((halves[..., None, :] >> shifts) & 7).flatten(-3, -2)
-    bits = torch.arange(_THIRDS, dtype=torch.int32, device=words.device)[:, None]
-    return torch.cat([codes, ((halves >> 15) << bits).sum(-2, keepdim=True, dtype=torch.int32)], dim=-2)
+def _by_lane(words: Tensor) -> Tensor:
+    """Words [u, b, P, q, i, j, run] in the order of memory, and back: a run of less than four has those of both q."""
+    if words.shape[-1] == 4:
+        return words
+    return words.movedim(3, 5) if words.shape[3] == 2 else words.movedim(5, 3)
 
 
 def pack_scales(scale: Tensor, zero: Tensor | None, *, narrow: bool, minimum: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 from qcompile.backends.triton.table import configs_of
 from qcompile.backends.triton.width_ptx import TABLE_BYTES
-from qcompile.backends.triton.width_table import TABLES, Config, ManyRows
+from qcompile.backends.triton.width_table import TABLES, Config, FewRows, ManyRows
 from qcompile.backends.triton.widths import COLUMNS, SMALLEST_GROUP, WIDTHS
 from tests.triton.compiled import CAPABILITIES, name_of
 from tests.triton.width_cubins import Form, cubin, kernel, reduce_cubin
@@ -48,6 +48,12 @@ FORMS = {
 @pytest.mark.parametrize(("config", "capability", "width"), CASES)
 def test_configuration_compiles(config: Config, capability: int, width: str) -> None:
     assert cubin(config, capability, torch.bfloat16, FORMS[width])[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize(("config", "capability", "width"), CASES)
+def test_one_row_compiles(config: Config, capability: int, width: str) -> None:
+    if isinstance(config, FewRows):
+        assert cubin(config, capability, torch.bfloat16, FORMS[width], one=True)[:4] == b"\x7fELF"
 
 
 @pytest.mark.parametrize("config", configs_of(TABLES["int4"], 90), ids=name_of)

@@ -54,33 +54,24 @@ def test_a_lane_holds_what_tensor_cores_take_from_it(name: str) -> None:
 def runs_of(name: str) -> list[tuple[int, int]]:
     """Where words of a block begin that are loaded at once, and how many of them a lane has for a row of a part."""
     apart = {"int3": [(0, 2), (512, 1)], "int5": [(0, 4), (1024, 1)], "int6": [(0, 4), (1024, 2)]}
-    return apart.get(name, [(0, WIDTHS[name].bits)])
+    return apart.get(name, [(start, min(4, WIDTHS[name].bits)) for start in range(0, WIDTHS[name].bits * 256, 1024)])
 
 
 def fragments(words: Tensor, name: str) -> list[Tensor]:
     """Registers of words of one block's first part, as `width_tiles` loads them: [2, 8, 4, 2 / c, ...] flattened.
 
-    Each holds, for one (q, i, j) and c, what a piece reads; of int3 and int5, for both c.
+    Each holds, for one (q, i, j) and c, what a piece reads; of 3, 5 and 6 bits, for both c.
     """
     words = words.flatten().to(torch.int64) & 0xFFFFFFFF
-
-    def of_lanes(start: int, each: int) -> Tensor:
-        return words[start : start + 64 * each].view(8, 4, 2, each).permute(2, 0, 1, 3).flatten(0, 2)
-
-    def side_by_side(count: int) -> list[Tensor]:
-        return list(words[:256].view(-1, count).unbind(1))
-
-    match name:
-        case "int2":
-            return [of_lanes(0, 2).flatten()] * 2
-        case "int3":
-            return [of_lanes(0, 2)[:, w] for w in (0, 0, 1, 1)] + [of_lanes(512, 1)[:, 0]] * 4
-        case "int5":
-            return side_by_side(4) + [of_lanes(1024, 1)[:, 0]] * 4
-        case "int6":
-            return side_by_side(2) + [of_lanes(1024, 2).flatten()] * 2
-    runs = words[:512].view(2, 256) if WIDTHS[name].bits == 8 else words[:256].view(1, 256)
-    return [run.view(-1, 2)[:, d] for run in runs for d in range(2)]
+    both = name in ("int3", "int5", "int6")
+    found = []
+    for start, each in runs_of(name):
+        run = words[start : start + 64 * each]
+        if each < 4:
+            run = run.view(8, 4, 2, each).permute(2, 0, 1, 3).flatten()
+        # a word for each element that it has codes of
+        found += list(run.repeat_interleave(4 // each).view(-1, 4 if both else 2).unbind(1))
+    return found
 
 
 def some_codes(width: Width, dtype: torch.dtype) -> Tensor:
@@ -99,15 +90,15 @@ def floats(codes: Tensor, width: Width) -> Tensor:
 
 @pytest.mark.parametrize("name", WIDTHS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize(("first", "count"), [(0, 8), (0, 4), (4, 4), (2, 2), (6, 2)])
-def test_pieces_make_planes(name: str, dtype: torch.dtype, first: int, count: int) -> None:
+@pytest.mark.parametrize("raised", [False, True])
+def test_pieces_make_planes(name: str, dtype: torch.dtype, raised: bool) -> None:
     ptx = pytest.importorskip("qcompile.backends.triton.width_ptx")
     width = WIDTHS[name]
     codes = some_codes(width, dtype)
     levels = torch.randn(LEVELS).to(dtype)
-    both = ptx.PIECES[name].elements == 4
+    both = ptx.elements(name) == 4
     given = fragments(pack_codes(codes, width), name)
-    assert len(given) == ptx.PIECES[name].words
+    assert len(given) == ptx.registers(name)
     if width.book:
         # four times the lane, of q i j c
         given += [torch.arange(128).view(2, 32, 2)[0, :, :1].expand(2, 32, 2).flatten() * 2] * 2
@@ -115,15 +106,18 @@ def test_pieces_make_planes(name: str, dtype: torch.dtype, first: int, count: in
     elif width.mantissa is not None:
         values = floats(codes, width)
     else:
-        values = codes.double() + ptx.offset(name, HALF[dtype])
-    results: list[Tensor | None] = [None] * (2 * count if both else count)
+        # pairs by c and plane
+        powers = torch.tensor(ptx.powers(name, HALF[dtype]) if raised else [0] * 16).view(2, 8).t()
+        factors = 2.0 ** powers[:, :, None].expand(8, 2, 8).flatten()
+        values = codes.double() * factors + ptx.offset(name, HALF[dtype])
+    results: list[Tensor | None] = [None] * (16 if both else 8)
     operands = results + given
-    run(ptx.planes_ptx(name, HALF[dtype], first, count), operands, pack_levels(levels.float(), dtype))
+    run(ptx.planes_ptx(name, HALF[dtype], raised), operands, pack_levels(levels.float(), dtype))
     # row q i, column plane c j e of the first part
-    expected = values[:16].view(2, 8, 8, 2, 4, 2).permute(2, 0, 1, 4, 3, 5)[first : first + count]
+    expected = values[:16].view(2, 8, 8, 2, 4, 2).permute(2, 0, 1, 4, 3, 5)
     made = torch.stack([halves(o, dtype) for o in operands[: len(results)]])
     if both:
-        made = made.view(count, 2, -1, 2).transpose(1, 2)
+        made = made.view(8, 2, -1, 2).transpose(1, 2)
     assert torch.equal(made.reshape(expected.shape), expected)
 
 
@@ -131,14 +125,17 @@ def test_pieces_make_planes(name: str, dtype: torch.dtype, first: int, count: in
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("zero", [None, "fixed"])
 @pytest.mark.parametrize("scales", [0, 1, 2])
-def test_pieces_make_the_weight(name: str, dtype: torch.dtype, zero: str | None, scales: int) -> None:
+@pytest.mark.parametrize(("first", "count"), [(4, 4), (2, 2), (7, 1)])
+def test_pieces_make_the_weight(
+    name: str, dtype: torch.dtype, zero: str | None, scales: int, first: int, count: int
+) -> None:
     ptx = pytest.importorskip("qcompile.backends.triton.width_ptx")
     width, half = WIDTHS[name], HALF[dtype]
     if width.numbers and zero is None:
         return
     codes = some_codes(width, dtype)
     levels = torch.randn(LEVELS).to(dtype)
-    elements, given = ptx.PIECES[name].elements, fragments(pack_codes(codes, width), name)
+    elements, given = ptx.elements(name), fragments(pack_codes(codes, width), name)
     if width.book:
         # four times the lane, of q i j c
         given += [torch.arange(128).view(2, 32, 2)[0, :, :1].expand(2, 32, 2).flatten() * 2] * 2
@@ -155,18 +152,18 @@ def test_pieces_make_the_weight(name: str, dtype: torch.dtype, zero: str | None,
         given += pair(scale)
     if scales == 2:
         given += pair(scale - float(torch.tensor(scale).to(dtype)))
-    operands: list[Tensor | None] = [None] * (4 * elements // 2) + given
+    operands: list[Tensor | None] = [None] * (count * elements // 2) + given
     fixed = None if zero is None else offset + width.center
-    run(ptx.weight_ptx(name, half, 4, 4, fixed, scales), operands, pack_levels(levels.float(), dtype))
-    assert len(operands) == len(ptx.constraints(name, 4, (len(given) - ptx.PIECES[name].words) // elements).split(","))
+    run(ptx.weight_ptx(name, half, first, count, fixed, scales), operands, pack_levels(levels.float(), dtype))
+    assert len(operands) == len(ptx.constraints(name, count, (len(given) - ptx.registers(name)) // elements).split(","))
     values = codes.double() - (point if zero is None else width.center)
     if width.numbers:
         values = levels.double()[codes.long()] if width.book else floats(codes, width)
     expected = (values * (scale if scales else 1.0)).to(dtype).double()
-    expected = expected[:16].view(2, 8, 8, 2, 4, 2).permute(2, 0, 1, 4, 3, 5)[4:]
-    made = torch.stack([halves(o, dtype) for o in operands[: 2 * elements]])
+    expected = expected[:16].view(2, 8, 8, 2, 4, 2).permute(2, 0, 1, 4, 3, 5)[first : first + count]
+    made = torch.stack([halves(o, dtype) for o in operands[: count * elements // 2]])
     if elements == 4:
-        made = made.view(4, 2, -1, 2).transpose(1, 2)
+        made = made.view(count, 2, -1, 2).transpose(1, 2)
     # a scale of two floats has four bits more than the product keeps
     limits = torch.finfo(dtype)
     limit = limits.eps * expected.abs().clamp(min=limits.smallest_normal) if scales == 2 else 0.0 * expected

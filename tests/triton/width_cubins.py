@@ -32,15 +32,19 @@ class Form:
         return self.constants | {"MINIMUM": self.minimum, "INTEGERS": self.integers}
 
 
-def cubin(config: Config, capability: int, dtype: torch.dtype, form: Form, *, parts: int = 1) -> bytes:
+def cubin(
+    config: Config, capability: int, dtype: torch.dtype, form: Form, *, parts: int = 1, one: bool = False
+) -> bytes:
     """The binary of the configuration's kernel, as its launcher would have it compiled for K in that many slices."""
-    return kernel(config, capability, dtype, form, parts=parts).asm["cubin"]
+    return kernel(config, capability, dtype, form, parts=parts, one=one).asm["cubin"]
 
 
-def kernel(config: Config, capability: int, dtype: torch.dtype, form: Form, *, parts: int = 1) -> CompiledKernel:
+def kernel(
+    config: Config, capability: int, dtype: torch.dtype, form: Form, *, parts: int = 1, one: bool = False
+) -> CompiledKernel:
     """What `cubin` is the binary of."""
     if isinstance(config, FewRows):
-        return _few_rows(config, capability, NAMES[dtype], form, parts)
+        return _few_rows(config, capability, NAMES[dtype], form, parts, one)
     if isinstance(config, ManyRows):
         return _many_rows(config, capability, dtype, form, parts)
     pointers = {"words_ptr": "*i32", "scales_ptr": "*i32", "levels_ptr": "*i32", "y_ptr": f"*{NAMES[dtype]}"}
@@ -55,11 +59,12 @@ def reduce_cubin(capability: int, dtype: torch.dtype) -> bytes:
     return _compiled(ASTSource, kernel, pointers, constants, capability, 4).asm["cubin"]
 
 
-def _few_rows(config: FewRows, capability: int, name: str, form: Form, parts: int) -> CompiledKernel:
+def _few_rows(config: FewRows, capability: int, name: str, form: Form, parts: int, one: bool) -> CompiledKernel:
     x = {"x_ptr": f"*{name}"} | dict.fromkeys(("words_ptr", "scales_ptr", "levels_ptr"), "*i32")
     x |= {"bias_ptr": f"*{name}", "y_ptr": "*fp32" if parts > 1 else f"*{name}"}
     constants = {
         "ROWS_OF_X": config.rows,
+        "ONE": one,
         "UNITS": config.units,
         "DEPTH": config.depth,
         "BLOCKS": config.blocks,
