@@ -71,10 +71,18 @@ def _normed(inverse: fx.Node) -> _Normed | None:
     x = wide.all_input_nodes[0] if is_call(wide, *CASTS) else wide
     if eps is None or (x is not wide and not _is_short_float(x)):
         return None
-    # the product or quotient may read x itself: type promotion makes it wide
-    divides = is_call(inverse, *_QUOTIENTS) and inverse.args[0] in (wide, x)
+    divides = is_call(inverse, *_QUOTIENTS) and _stands_for(inverse.args[0], wide, x)
     value = inverse if divides else _product(inverse, wide, x)
     return None if value is None else _Normed(value=value, x=x, wide=wide, eps=eps, divides=divides)
+
+
+def _stands_for(value: object, wide: fx.Node, x: fx.Node) -> bool:
+    """True for the wide value, for another cast of the same, and for x itself: type promotion makes it wide."""
+    if value is wide or value is x:
+        return True
+    if not isinstance(value, fx.Node) or not is_call(value, *CASTS):
+        return False
+    return value.all_input_nodes[0] is x and dtype(value) is torch.float32
 
 
 def _product(inverse: fx.Node, wide: fx.Node, x: fx.Node) -> fx.Node | None:
@@ -84,7 +92,8 @@ def _product(inverse: fx.Node, wide: fx.Node, x: fx.Node) -> fx.Node | None:
     inverse, product = _past_one(inverse)
     if product is None or not is_call(product, *_PRODUCTS):
         return None
-    return product if set(product.args) in ({wide, inverse}, {x, inverse}) else None
+    other = next((arg for arg in product.args if arg is not inverse), None)
+    return product if _stands_for(other, wide, x) else None
 
 
 def _tail(normed: _Normed) -> tuple[fx.Node, fx.Node | None, bool, bool]:
