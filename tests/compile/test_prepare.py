@@ -261,6 +261,16 @@ def test_a_broken_fold_alone_is_undone(injected: Decoder, monkeypatch: pytest.Mo
     assert apart(reference(injected, plan, x), injected(x)) < 0.1
 
 
+def test_a_broken_fold_is_seen_behind_an_empty_batch(
+    injected: Decoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("qcompile.prepare.fold_smooth", breaking("layers.1.gate_proj"))
+    batches = [torch.empty(0, 24, WIDTH), data(seed=1), data(seed=2)]
+    plan = qcompile.calibrate(injected, batches, smooth("0.5"), progress=False, failures=tmp_path)
+    assert len(plan.notes) == 1
+    assert not any("layers.1.gate_proj" in fold.sites for fold in plan.folds)
+
+
 def test_a_broken_split_alone_is_undone(injected: Decoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     site = "layers.1.gate_proj"
     whole = calibrated(injected, "int8-split")
