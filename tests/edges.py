@@ -256,7 +256,8 @@ CASES: dict[str, Case] = {
     "softmax": between(lambda x: x.softmax(-1), "softmax, which is not homogeneous"),
     "square": between(lambda x: x * x, "'fc1' is read twice by"),
     "gelu by hand": between(lambda x: 0.5 * x * (1.0 + torch.tanh(x)), "'fc1' is also read by"),
-    "relu in place": between(lambda x: F.relu(x, inplace=True), "relu"),
+    "relu in place": between(lambda x: F.relu(x, inplace=True)),
+    "relu in place, shared": between(lambda x: F.relu(x, inplace=True) + x.sum(), "between 'fc1' and 'fc2' stands"),
     "to integers": between(lambda x: (x * 8).int().float(), "not known to be homogeneous"),
     "written": between(lambda x: x.view(-1, N).mul_(2).view(x.shape), "written to in place"),
     "tokens and channels change places": between(
