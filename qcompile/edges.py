@@ -19,7 +19,7 @@ from qcompile.sites import Found, find_sites
 
 _NORMS = (Op.RMS_NORM, Op.LAYER_NORM)
 # inputs whose factors pass to the result while the others stay
-_CARRIERS = {Op.RELU: (0,), Op.MUL: (0, 1), Op.MATMUL: (0, 1), Op.ATTENTION: (2,)}
+_CARRIERS = {Op.RELU: (0,), Op.LEAKY_RELU: (0,), Op.MUL: (0, 1), Op.MATMUL: (0, 1), Op.ATTENTION: (2,)}
 # from an activation up; products of products could have more ways than time
 _MOST_WAYS = 1000
 _OBSTACLES = {

@@ -303,7 +303,7 @@ def _joined(notes: Iterable[str]) -> Iterator[str]:
 
 
 class _Ends:
-    """Batches that are looked at once, of which the first and the last are kept."""
+    """Batches that are looked at once, of which the first that is not empty and the last are kept."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self._batches = iter(batches)
@@ -313,7 +313,7 @@ class _Ends:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._batches:
-            if self.count == 0:
+            if self.count == 0 or not all(torch.as_tensor(x).numel() for x in self.first.values()):
                 self.first = batch
             self.last = batch
             self.count += 1

@@ -35,6 +35,7 @@ class Op(Enum):
     SILU = "silu"
     GELU = "gelu"
     RELU = "relu"
+    LEAKY_RELU = "leaky_relu"  # x, slopes of a PReLU
     SOFTMAX = "softmax"
     ATTENTION = "attention"  # q, k, v
     RESHAPE = "reshape"  # same elements in the same order

@@ -33,7 +33,7 @@ from qcompile.rounds import settle
 from qcompile.sites import Found, Site
 from qcompile.smooth import MODEL, strength_of
 from qcompile.spec import ALL, Spec
-from qcompile.verify import check, difference, failing_part, run_graph
+from qcompile.verify import check, failing_part, moved, run_graph
 from qcompile.watch import Seen, evaluating, first_rows, run_batch
 
 _LOG = logging.getLogger(__name__)
@@ -291,10 +291,12 @@ class _Preparing(Generic[V]):
 
     def _keeps_outputs(self) -> bool:
         """Whether all passes together leave the outputs as they were; then none need be run alone."""
-        graph = self._captured.open()
-        if fold_smooth(graph, self.folds) + self._run_split(graph, self._splits()) == 0:
-            return True
-        return difference(self._reference, run_graph(graph, self._captured.args)) <= 1
+
+        def run(graph: Graph[V]) -> int:
+            return fold_smooth(graph, self.folds) + self._run_split(graph, self._splits())
+
+        nothing = not self.folds and not self.split
+        return nothing or moved(self._captured.open, run, self._captured.args, self._reference) <= 1
 
     def _checked_split(self) -> None:
         def run(graph: Graph[V], chosen: Sequence[Decision]) -> int:
@@ -349,8 +351,9 @@ class _Preparing(Generic[V]):
             failure = failing_part(self._captured.open, partial(_run_some, run, together), sites, self._captured.args)
             folder = save_failure(failure, self._folder(), f"{name}-{sites[0]}")
             named = ", ".join(sites[:NAMED]) + (f" and {len(sites) - NAMED} more" if len(sites) > NAMED else "")
+            how = failure.error.partition("\n")[0] or f"{distance:.3g} times what rounding may do"
             note = (
-                f"pass {name} changed the model's outputs at {named} ({distance:.3g} times what rounding may do) and "
+                f"pass {name} changed the model's outputs at {named} ({how}) and "
                 f"was undone there; the part of the graph and its inputs are in {str(folder)!r}"
             )
             _LOG.warning(note)

@@ -24,10 +24,12 @@ class Failure:
     """The smallest part of a graph that shows a broken promise.
 
     text: of the part, before and after the pass.  tensors: by name, what the part reads, made before and makes now.
+    error: what the pass raised, or the graph that it left; empty if that ran.
     """
 
     text: str
     tensors: Mapping[str, Tensor]
+    error: str = ""
 
 
 def difference(before: Any, after: Any) -> float:
@@ -37,6 +39,18 @@ def difference(before: Any, after: Any) -> float:
     """
     pairs = list(zip(_tensors(before), _tensors(after), strict=True))
     return max((_difference(a, b) for a, b in pairs), default=0.0)
+
+
+def moved(
+    open_graph: Callable[[], Graph[V]], run_pass: Callable[[Graph[V]], object], args: Sequence[Any], reference: Any
+) -> float:
+    """How far a pass moves the outputs of a fresh graph, see `difference`; inf if it raises, or if the graph does."""
+    graph = open_graph()
+    try:
+        run_pass(graph)
+        return difference(reference, run_graph(graph, args))
+    except Exception:  # of whatever kind: the graph does not give what it gave
+        return inf
 
 
 def check(
@@ -53,15 +67,13 @@ def check(
     only together, or after MOST groups were found, are one group.
     """
 
-    def moved(chosen: Sequence[Item]) -> float:
-        graph = open_graph()
-        run_pass(graph, chosen)
-        return difference(reference, run_graph(graph, args))
+    def far(chosen: Sequence[Item]) -> float:
+        return moved(open_graph, lambda graph: run_pass(graph, chosen), args, reference)
 
     kept = list(items)
     broken: list[tuple[list[Item], float]] = []
-    while kept and (distance := moved(kept)) > 1:
-        guilty, distance = (kept, distance) if len(broken) == MOST else _guilty(kept, distance, moved)
+    while kept and (distance := far(kept)) > 1:
+        guilty, distance = (kept, distance) if len(broken) == MOST else _guilty(kept, distance, far)
         broken.append((guilty, distance))
         kept = [item for item in kept if not any(item is other for other in guilty)]
     return broken
@@ -105,14 +117,18 @@ def failing_part(
     tensors = {f"input.{i}": seen[v] for i, v in enumerate(inputs) if v in seen}
     tensors |= {f"constant.{graph.name(v)}": tensor for v, tensor in constants.items()}
     tensors |= {f"before.{_site_of(graph, v)}": seen[v] for v in ends}
-    changed = open_graph()
-    run_pass(changed)
-    after = _ends(changed, sites)
-    _, now = changed.run(_copies(args), after)
-    tensors |= {f"after.{_site_of(changed, v)}": now[v] for v in after}
-    now_part = _part(changed, after, sites)
-    text = f"before the pass\n{graph_text(graph, part)}\n\nafter the pass\n{graph_text(changed, now_part)}\n"
-    return Failure(text=text, tensors=tensors)
+    changed, now_text, error = open_graph(), "", ""
+    try:
+        run_pass(changed)
+        after = _ends(changed, sites)
+        now_text = graph_text(changed, _part(changed, after, sites))
+        _, now = changed.run(_copies(args), after)
+        tensors |= {f"after.{_site_of(changed, v)}": now[v] for v in after}
+    except Exception as e:  # of whatever kind: that it broke is what is told
+        error = f"{type(e).__name__}: {e}"
+        now_text = f"{now_text}\n{error}".lstrip()
+    text = f"before the pass\n{graph_text(graph, part)}\n\nafter the pass\n{now_text}\n"
+    return Failure(text=text, tensors=tensors, error=error)
 
 
 def _ends(graph: Graph[V], sites: Sequence[str]) -> list[V]:

@@ -33,7 +33,7 @@ class Seen:
     """What running a model on data showed.
 
     sites: by name. stats: of their inputs, by name; sites that always read one activation share them.
-    left: weights that no site reads. batches: how many ran. example: the first of them.
+    left: weights that no site reads. batches: how many ran. example: the first that is not empty.
     features: what errors of each output feature cost, float32 [N] by site; only for recipes that ask for it.
     """
 
@@ -60,7 +60,8 @@ def watch(model: nn.Module, batches: Iterable[Any], parts: Part, *, progress: bo
     example, count = None, 0
     with evaluating(model), torch.no_grad():
         for count, batch in enumerate(shown(batches, progress=progress), start=1):
-            example = batch if count == 1 else example
+            # what is checked on an empty batch would always hold
+            example = example if watching.has_rows else batch
             watching.start(count - 1, mask_of(batch))
             with watching:
                 run_batch(model, batch, count - 1)
@@ -178,6 +179,11 @@ class _Watch(TorchFunctionMode):
         """The next batch has this number and this mask of real tokens, bool [B, T]."""
         self._index, self._mask = index, mask
         self._asks = any(not found.reader for found in self.left_over())
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether some linear read rows that are no padding."""
+        return bool(self._seen)
 
     def left_over(self) -> list[LeftOver]:
         """Float parameters of two and more dimensions that no site reads, with who read them."""

@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
@@ -28,6 +29,7 @@ from qcompile.sites import op_path
 _NAMED_BY_WEIGHT = (Op.LINEAR, Op.CONV, Op.EMBEDDING, Op.RMS_NORM, Op.LAYER_NORM, Op.BATCH_NORM)
 # they checked or logged something while the model was traced, and make nothing
 _TRACES = (aten._assert_tensor_metadata.default, torch._C._log_api_usage_once)
+_RELUS_IN_PLACE = (torch.relu_, F.relu_, "relu_", aten.relu_.default)
 
 Constant = tuple[str, Tensor]
 
@@ -126,6 +128,7 @@ def _canonical(module: fx.GraphModule, frames: Mapping[str, Frame]) -> FxGraph:
     _drop_inert(graph)
     make_linears(graph)
     fold_biases(graph)
+    _write_elsewhere(graph)
     make_rms_norms(graph)
     pin_inputs(graph)
     for node in graph.nodes:
@@ -166,6 +169,20 @@ def _drop_inert(graph: fx.Graph) -> None:
         elif (same := _unchanged(node)) is not None:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
+
+
+def _write_elsewhere(graph: fx.Graph) -> None:
+    """Make ReLUs in place ordinary ones, where nobody else reads the linear whose result they write to."""
+    for node in list(graph.nodes):
+        flagged = is_call(node, F.relu) and True in (*node.args, node.kwargs.get("inplace"))
+        source = node.all_input_nodes[0] if flagged or is_call(node, *_RELUS_IN_PLACE) else None
+        if source is None or not is_call(source, aten.linear.default) or len(source.users) > 1:
+            continue
+        with graph.inserting_before(node):
+            new = graph.call_function(F.relu, (source,))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
 
 
 def _unchanged(node: fx.Node) -> fx.Node | None:

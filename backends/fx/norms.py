@@ -19,24 +19,29 @@ _MEANS = (torch.mean, "mean", aten.mean.dim)
 _RSQRTS = (torch.rsqrt, "rsqrt", aten.rsqrt.default)
 _SQRTS = (torch.sqrt, "sqrt", aten.sqrt.default)
 _RECIPROCALS = (torch.reciprocal, "reciprocal", aten.reciprocal.default)
-_QUOTIENTS = (operator.truediv, torch.div, torch.true_divide, aten.div.Tensor)
+_QUOTIENTS = (operator.truediv, torch.div, torch.true_divide, "div", "true_divide", aten.div.Tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Normed:
-    """value = wide * rsqrt(mean(wide**2) + eps), where wide is x in float32; x is wide if nothing was cast."""
+    """value = wide * rsqrt(mean(wide**2) + eps), where wide is x in float32; x is wide if nothing was cast.
+
+    divides: it is wide / sqrt(...), which rounds otherwise.
+    """
 
     value: fx.Node
     x: fx.Node
     wide: fx.Node
     eps: float | fx.Node
+    divides: bool
 
 
 def make_rms_norms(graph: fx.Graph) -> int:
     """Replace each RMSNorm written by hand by one qcompile.rms_norm; returns how many.
 
     Recognized are the float32 form with its casts before or after the weight, and the form without casts; a square
-    in any spelling, rsqrt or 1 / sqrt, factors in either order. A chain that something else reads is left alone.
+    in any spelling, rsqrt, 1 / sqrt or a division by sqrt, factors in either order. A chain that something else reads
+    is left alone.
     """
     return sum(_rewrite(node) for node in list(graph.nodes) if is_call(node, *_RSQRTS, *_RECIPROCALS, *_QUOTIENTS))
 
@@ -47,7 +52,7 @@ def _rewrite(inverse: fx.Node) -> bool:
         return False
     last, weight, narrow, weight_last = _tail(normed)
     x = normed.x if narrow else normed.wide
-    arguments = (x, weight, normed.eps, weight_last)
+    arguments = (x, weight, normed.eps, weight_last, normed.divides)
     with last.graph.inserting_before(last):
         new = last.graph.call_function(ops.RMS_NORM, arguments)
     new.meta = dict(last.meta)
@@ -57,20 +62,38 @@ def _rewrite(inverse: fx.Node) -> bool:
 
 
 def _normed(inverse: fx.Node) -> _Normed | None:
-    """The norm, up to its weight, around a 1 / sqrt."""
+    """The norm, up to its weight, around a 1 / sqrt or a division by sqrt."""
     variance = _under_root(inverse)
     mean, eps = _mean_and_eps(variance)
     wide = _squared(_mean_of(mean))
-    inverse, product = _past_one(inverse)
-    if wide is None or dtype(wide) is not torch.float32 or product is None or not is_call(product, *_PRODUCTS):
+    if wide is None or dtype(wide) is not torch.float32:
         return None
     x = wide.all_input_nodes[0] if is_call(wide, *CASTS) else wide
-    # the product may read x itself: type promotion makes it wide
-    if set(product.args) not in ({wide, inverse}, {x, inverse}):
-        return None
     if eps is None or (x is not wide and not _is_short_float(x)):
         return None
-    return _Normed(value=product, x=x, wide=wide, eps=eps)
+    divides = is_call(inverse, *_QUOTIENTS) and _stands_for(inverse.args[0], wide, x)
+    value = inverse if divides else _product(inverse, wide, x)
+    return None if value is None else _Normed(value=value, x=x, wide=wide, eps=eps, divides=divides)
+
+
+def _stands_for(value: object, wide: fx.Node, x: fx.Node) -> bool:
+    """True for the wide value, for another cast of the same, and for x itself: type promotion makes it wide."""
+    if value is wide or value is x:
+        return True
+    if not isinstance(value, fx.Node) or not is_call(value, *CASTS):
+        return False
+    return value.all_input_nodes[0] is x and dtype(value) is torch.float32
+
+
+def _product(inverse: fx.Node, wide: fx.Node, x: fx.Node) -> fx.Node | None:
+    """The product of 1 / sqrt, `inverse`, and the wide value or x, if nothing else reads `inverse`."""
+    if is_call(inverse, *_QUOTIENTS) and inverse.args[0] != 1:
+        return None
+    inverse, product = _past_one(inverse)
+    if product is None or not is_call(product, *_PRODUCTS):
+        return None
+    other = next((arg for arg in product.args if arg is not inverse), None)
+    return product if _stands_for(other, wide, x) else None
 
 
 def _tail(normed: _Normed) -> tuple[fx.Node, fx.Node | None, bool, bool]:
@@ -96,13 +119,15 @@ def _past_one(inverse: fx.Node) -> tuple[fx.Node, fx.Node | None]:
 
 
 def _under_root(inverse: fx.Node) -> fx.Node | None:
+    if inverse.kwargs:
+        return None
+    root = inverse.args[-1]
     if is_call(inverse, *_RSQRTS):
-        return _sole_reader_of(inverse.args[0], inverse)
-    numerator, root = inverse.args if is_call(inverse, *_QUOTIENTS) else (1, inverse.args[0])
-    if numerator != 1 or not is_call(root, *_SQRTS) or _sole_reader_of(root, inverse) is None:
+        return _sole_reader_of(root, inverse)
+    if not is_call(root, *_SQRTS) or _sole_reader_of(root, inverse) is None:
         return None
     assert isinstance(root, fx.Node)
-    return _sole_reader_of(root.args[0], root)
+    return None if root.kwargs else _sole_reader_of(root.args[0], root)
 
 
 def _mean_and_eps(variance: fx.Node | None) -> tuple[fx.Node | None, float | fx.Node | None]:
@@ -132,7 +157,7 @@ def _mean_of(mean: fx.Node | None) -> fx.Node | None:
 
 
 def _squared(square: fx.Node | None) -> fx.Node | None:
-    if square is None:
+    if square is None or square.kwargs:
         return None
     wide, *rest = square.args
     if is_call(square, *_SQUARES):

@@ -27,10 +27,14 @@ def _dequantize(
     return dequantize(codes, QParams(spec=parse_spec(spec), scale=scale, zero=zero, levels=levels), dtype)
 
 
-def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_last: bool) -> Tensor:
-    """RMSNorm as models write it by hand, in float32; `weight_last`: the cast back comes before the weight."""
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_last: bool, divides: bool = False) -> Tensor:
+    """RMSNorm as models write it by hand, in float32; `weight_last`: the cast back comes before the weight.
+
+    divides: by a root, instead of a product with its inverse.
+    """
     wide = x.float()
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    variance = wide.pow(2).mean(-1, keepdim=True) + eps
+    normed = wide / torch.sqrt(variance) if divides else wide * torch.rsqrt(variance)
     if weight is None:
         return normed.to(x.dtype)
     return weight * normed.to(x.dtype) if weight_last else (weight * normed).to(x.dtype)
@@ -48,7 +52,7 @@ _SCHEMAS = {
     "dequantize(Tensor codes, Tensor scale, Tensor? zero, Tensor? levels, str spec, ScalarType dtype) -> Tensor": (
         _dequantize
     ),
-    "rms_norm(Tensor x, Tensor? weight, float eps, bool weight_last) -> Tensor": _rms_norm,
+    "rms_norm(Tensor x, Tensor? weight, float eps, bool weight_last, bool divides=False) -> Tensor": _rms_norm,
     "outliers(Tensor x, Tensor threshold) -> Tensor": _outliers,
 }
 

@@ -212,6 +212,9 @@ SPELLINGS: dict[Any, Spelling] = {
     **_spell(Op.GELU, "input", F.gelu, aten.gelu.default),
     **_spell(Op.RELU, "input inplace", F.relu, operands="input", inplace=False),
     **_spell(Op.RELU, "input", torch.relu, "relu", aten.relu.default),
+    **_spell(Op.LEAKY_RELU, "input negative_slope inplace", F.leaky_relu, operands="input", inplace=False),
+    **_spell(Op.LEAKY_RELU, "input", aten.leaky_relu.default),
+    **_spell(Op.LEAKY_RELU, "input weight", F.prelu, torch.prelu, "prelu", aten.prelu.default),
     **_spell(Op.SOFTMAX, "input", F.softmax, torch.softmax, "softmax", aten.softmax.int, aten._softmax.default),
     **_spell(
         Op.ATTENTION,

@@ -46,6 +46,8 @@ SPELLINGS: dict[tuple[str, str], Spelling] = {
     ("", "Mul"): _ours(Op.MUL, 2),
     ("", "Gelu"): _ours(Op.GELU, 1),
     ("", "Relu"): _ours(Op.RELU, 1),
+    ("", "LeakyRelu"): _ours(Op.LEAKY_RELU, 1),
+    ("", "PRelu"): _ours(Op.LEAKY_RELU, 2),
     ("", "Softmax"): _ours(Op.SOFTMAX, 1),
     ("", "Attention"): _ours(Op.ATTENTION, 3),
     ("", "Reshape"): _ours(Op.RESHAPE, 1),

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -45,22 +46,42 @@ def language_demo(folder: Path, text: Path, names: list[str], *, windows: int, r
 def read_tokens(path: Path, folder: Path, vocabulary: int) -> Tensor:
     """Token ids of a file.  Returns int64 [T].
 
-    .txt is read with the tokenizer in the model's folder; all else holds little-endian uint16 (or, ending in .u32
-    or .uint32, uint32) ids.  Raises CalibrationError if an id is outside the vocabulary.
+    .txt is read with the tokenizer in the model's folder, .npy is an array of whole numbers; all else holds
+    little-endian uint16 (or, ending in .u32 or .uint32, uint32) ids.
+    Raises CalibrationError if an id is outside the vocabulary, or if there is none.
     """
     if path.suffix == ".txt":
         encoded = load_tokenizer(folder)(path.read_text(), return_tensors="pt", verbose=False)
         tokens: Tensor = encoded["input_ids"][0]
         return tokens
-    dtype = torch.uint32 if WIDTHS.get(path.suffix) else torch.uint16
-    data = path.read_bytes()
-    tokens = torch.frombuffer(bytearray(data[: len(data) // dtype.itemsize * dtype.itemsize]), dtype=dtype).long()
-    if tokens.numel() and int(tokens.max()) >= vocabulary:
+    tokens = _array(path) if path.suffix == ".npy" else _raw(path)
+    if tokens.numel() == 0:
+        raise CalibrationError(f"{path} holds no token")
+    wrong = tokens[(tokens < 0) | (tokens >= vocabulary)]
+    if wrong.numel():
         raise CalibrationError(
-            f"{path} holds token {int(tokens.max())}, the model knows {vocabulary}; these are the tokens of another "
+            f"{path} holds token {int(wrong[0])}, the model knows {vocabulary}; these are the tokens of another "
             "model, or 32-bit ones: then end the file's name in .u32"
         )
     return tokens
+
+
+def _array(path: Path) -> Tensor:
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, EOFError, ValueError) as e:
+        raise CalibrationError(f"{path} cannot be read as an array: {e}; write it anew with numpy.save") from e
+    if found.dtype.kind not in "iu":
+        raise CalibrationError(f"{path} holds {found.dtype}, and token ids are whole numbers")
+    return torch.from_numpy(found.astype(np.int64).reshape(-1))
+
+
+def _raw(path: Path) -> Tensor:
+    dtype = torch.uint32 if WIDTHS.get(path.suffix) else torch.uint16
+    data = path.read_bytes()
+    whole = bytearray(data[: len(data) // dtype.itemsize * dtype.itemsize])
+    # torch reads no empty buffer
+    return torch.frombuffer(whole, dtype=dtype).long() if whole else torch.empty(0, dtype=torch.int64)
 
 
 def _longest(model: Any) -> int:

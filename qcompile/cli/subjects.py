@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.cli.embedding import minilm_folder, sentences
-from qcompile.cli.language import WINDOW, read_tokens
+from qcompile.cli.language import WIDTHS, WINDOW, read_tokens
 from qcompile.cli.models import load_model, load_tokenizer
 from qcompile.errors import CalibrationError, OptionsError
 
@@ -18,6 +18,8 @@ DEMO = "minilm"
 SENTENCES, LONGEST = 8, 128
 # batches to measure on
 MEASURED = 4
+# ends of names that data has in a folder, where tokenizers and notes may lie beside it
+ENDINGS = (".txt", ".bin", ".npy", ".u16", ".uint16", *WIDTHS)
 
 Batch = dict[str, Tensor]
 
@@ -35,8 +37,8 @@ class Subject:
 def open_subject(name: str, data: Path | None, windows: int, dtype: torch.dtype = torch.float32) -> Subject:
     """The model of a Hugging Face folder, or the demo's, with the first half of the data to calibrate on.
 
-    data: a file or a folder of files: tokens or .txt for a causal language model, .txt with a sentence a line for any
-    other; only the demo brings its own. windows: most batches to calibrate on. dtype: of the model.
+    data: a file or a folder of files (see `ENDINGS`): tokens or .txt for a causal language model, .txt with a sentence
+    a line for any other; only the demo brings its own. windows: most batches to calibrate on. dtype: of the model.
     Raises OptionsError without data, UnsupportedError if there is no such model, CalibrationError if data is short.
     """
     folder = minilm_folder() if name == DEMO else Path(name)
@@ -64,10 +66,12 @@ def is_causal(model: Any) -> bool:
 
 
 def _files(data: Path) -> list[Path]:
-    """The file, or the files of a folder in the order of their names.  Raises CalibrationError if there is none."""
-    files = sorted(f for f in data.iterdir() if f.is_file()) if data.is_dir() else [data]
+    """The file, or the data of a folder in the order of names.  Raises CalibrationError if there is none."""
+    files = sorted(f for f in data.iterdir() if f.suffix in ENDINGS and f.is_file()) if data.is_dir() else [data]
     if not files or not files[0].is_file():
-        raise CalibrationError(f"no data in {data}: give a file of tokens or text, or a folder of such files")
+        raise CalibrationError(
+            f"no data in {data}: give a file of tokens or text, or a folder of files that end in {', '.join(ENDINGS)}"
+        )
     return files
 
 

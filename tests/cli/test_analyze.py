@@ -1,8 +1,10 @@
 """`qcompile analyze` on small models: the table, the page and the JSON tell one story."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner, Result
@@ -70,6 +72,37 @@ def test_windows_of_both_halves_do_not_meet(tiny_llama: Path, tokens: Path) -> N
     )
     assert torch.equal(first, ids[:160])
     assert torch.equal(second, ids[160 : 160 + second.numel()])
+
+
+def test_data_of_a_folder_is_read_by_the_ends_of_names(tiny_llama: Path, tokens: Path) -> None:
+    expected = open_subject(str(tiny_llama), tokens, 100).calibrate
+    # what lies beside tokens, with bytes that would be other tokens
+    (tokens / "a0.json").write_text('{"vocab_size": 128}')
+    (tokens / "tokenizer.model").write_bytes(bytes(100))
+    array = np.frombuffer((tokens / "b.bin").read_bytes(), np.uint16)
+    (tokens / "b.bin").unlink()
+    np.save(tokens / "b.npy", array.astype(np.int64).reshape(2, -1))
+    found = open_subject(str(tiny_llama), tokens, 100).calibrate
+    assert len(found) == len(expected)
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "words"),
+    [
+        ("none.bin", lambda path: path.write_bytes(b""), "holds no token"),
+        ("low.npy", lambda path: np.save(path, np.array([3, -1])), "holds token -1, the model knows 128"),
+        ("high.npy", lambda path: np.save(path, np.array([3, 128])), "holds token 128, the model knows 128"),
+        ("half.npy", lambda path: np.save(path, np.ones(4)), "holds float64"),
+        ("raw.npy", lambda path: path.write_bytes(b"no array"), "cannot be read as an array"),
+    ],
+)
+def test_tokens_that_are_none_are_refused(
+    name: str, write: Callable[[Path], object], words: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    write(tmp_path / name)
+    with pytest.raises(CalibrationError, match=words):
+        open_subject(str(tiny_llama), tmp_path / name, 1)
 
 
 @pytest.mark.parametrize(

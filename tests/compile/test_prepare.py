@@ -261,6 +261,30 @@ def test_a_broken_fold_alone_is_undone(injected: Decoder, monkeypatch: pytest.Mo
     assert apart(reference(injected, plan, x), injected(x)) < 0.1
 
 
+def test_a_pass_that_raises_is_undone(injected: Decoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(graph: Graph[V], folds: Sequence[Fold]) -> int:
+        if any("layers.1.gate_proj" in fold.sites for fold in folds):
+            raise KeyError("no such norm")
+        return fold_smooth(graph, folds)
+
+    whole = calibrated(injected, smooth("0.5"))
+    monkeypatch.setattr("qcompile.prepare.fold_smooth", run)
+    plan = calibrated(injected, smooth("0.5"), failures=tmp_path)
+    assert len(plan.folds) == len(whole.folds) - 1
+    assert "fold_smooth" in plan.notes[0]
+    assert "(KeyError: 'no such norm')" in plan.notes[0]
+
+
+def test_a_broken_fold_is_seen_behind_an_empty_batch(
+    injected: Decoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("qcompile.prepare.fold_smooth", breaking("layers.1.gate_proj"))
+    batches = [torch.empty(0, 24, WIDTH), data(seed=1), data(seed=2)]
+    plan = qcompile.calibrate(injected, batches, smooth("0.5"), progress=False, failures=tmp_path)
+    assert len(plan.notes) == 1
+    assert not any("layers.1.gate_proj" in fold.sites for fold in plan.folds)
+
+
 def test_a_broken_split_alone_is_undone(injected: Decoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     site = "layers.1.gate_proj"
     whole = calibrated(injected, "int8-split")

@@ -227,6 +227,32 @@ def test_a_failing_part_can_be_run_again(opened: Callable[[], FxGraph]) -> None:
     assert "linears.4.broken" in second
 
 
+@pytest.mark.parametrize("raises", ["pass", "graph"])
+def test_a_pass_after_which_nothing_runs_is_found_and_shown(raises: str, opened: Callable[[], FxGraph]) -> None:
+    items, site = folds(), "linears.4"
+
+    def run(graph: FxGraph, chosen: Sequence[Fold]) -> int:
+        count = fold_smooth(graph, chosen)
+        if any(site in fold.sites for fold in chosen):
+            if raises == "pass":
+                raise KeyError("no such norm")
+            (value,) = (v for v in graph.values() if graph.op(v) is Op.LINEAR and graph.name(v) == site)
+            narrow = graph.constant(graph.inputs(value)[1])[:, 1:]
+            graph.set_input(value, 1, graph.add_constant(f"{site}.narrow", narrow))
+        return count
+
+    with torch.no_grad():
+        broken = check(opened, run, items, [inputs()], run_graph(opened(), [inputs()]))
+        failure = failing_part(opened, lambda graph: run(graph, [items[4]]), [site], [inputs()])
+    assert broken == [([items[4]], inf)]
+    assert f"before.{site}" in failure.tensors
+    assert failure.error.startswith({"pass": "KeyError: 'no such norm'", "graph": "RuntimeError: mat1 and"}[raises])
+    before, after = failure.text.split("after the pass")
+    assert f"{site}.weight" in before
+    assert failure.error in after
+    assert (f"{site}.narrow" in after) is (raises == "graph")
+
+
 def test_a_fold_that_cannot_be_told_from_rounding_is_kept(opened: Callable[[], FxGraph]) -> None:
     items = [replace(fold, scale=torch.full((WIDTH,), 3.0)) for fold in folds()]
     with torch.no_grad():

@@ -38,6 +38,20 @@ def quotient(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * (1 / torch.sqrt(torch.square(wide).mean((-1,), True) + eps))).to(x.dtype)
 
 
+def cast_twice(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    normed = x.float() * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.type_as(x)
+
+
+def divided(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return weight * (wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def divided_as_it_is(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return (x.div(((x.float() ** 2).mean(-1, keepdim=True) + eps).sqrt()) * weight).to(x.dtype)
+
+
 def reciprocal(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     return (wide * ((wide**2).mean(-1, keepdim=True) + eps).sqrt().reciprocal()).to(x.dtype) * weight
@@ -53,7 +67,19 @@ def without_weight(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-SPELLINGS = (llama, gemma, t5, cast_last, quotient, reciprocal, wide_result, without_weight)
+SPELLINGS = (
+    llama,
+    gemma,
+    t5,
+    cast_last,
+    cast_twice,
+    quotient,
+    divided,
+    divided_as_it_is,
+    reciprocal,
+    wide_result,
+    without_weight,
+)
 
 
 class Norm(nn.Module):
@@ -145,7 +171,23 @@ def dropped_axis(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (x * torch.rsqrt(x.pow(2).mean(-1) + eps))
 
 
-@pytest.mark.parametrize("function", [subtracted, cube, other_axis, dropped_axis])
+def other_numerator(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return weight * (x * (2 / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + eps)))
+
+
+def squared_inverse(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (inverse * inverse) * x
+
+
+def named_arguments(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    root = torch.sqrt(input=torch.square(input=x).mean(-1, keepdim=True) + eps)
+    return weight * torch.div(x, other=root) * torch.rsqrt(input=root)
+
+
+@pytest.mark.parametrize(
+    "function", [subtracted, cube, other_axis, dropped_axis, other_numerator, squared_inverse, named_arguments]
+)
 def test_what_only_looks_like_a_norm_is_left_alone(function):
     assert not ops_of(dynamo_graph(Norm(function, torch.float32), torch.randn(K, K)), Op.RMS_NORM)
 

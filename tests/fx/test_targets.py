@@ -93,6 +93,7 @@ def test_other_ops_are_called_what_torch_calls_them(function, dynamo, exported, 
         lambda x: F.batch_norm(x, torch.zeros(3), torch.ones(3), training=True),
         lambda x: F.embedding(torch.tensor([0]), x[0], max_norm=1.0),
         lambda x: F.silu(x, inplace=True),
+        lambda x: F.leaky_relu(x, 0.2, inplace=True),
     ],
 )
 def test_an_argument_that_changes_the_meaning_makes_another_op(function, x):
@@ -109,6 +110,8 @@ SPELLED = [
     (Op.MUL, lambda x: x * 2),
     (Op.SOFTMAX, lambda x: x.softmax(-1)),
     (Op.RELU, lambda x: F.relu(x)),
+    (Op.LEAKY_RELU, lambda x: F.leaky_relu(x, negative_slope=0.2)),
+    (Op.LEAKY_RELU, lambda x: F.prelu(x, x[0, :, 0])),
     (Op.GELU, lambda x: F.gelu(x, approximate="tanh")),
     (Op.MATMUL, lambda x: x @ x.transpose(1, 2)),
     (Op.ATTENTION, lambda x: F.scaled_dot_product_attention(x, x, value=x)),

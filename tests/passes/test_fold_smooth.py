@@ -23,9 +23,9 @@ from tests.fx.capture import dynamo_graph, dynamo_graphs, exported_graph
 from tests.hosts import ONNX, Host, exported_onnx, ordered_text
 
 # an exported file holds no writes, and no shapes where they are fixed: there is less that forbids a fold
-EXPORTED_AWAY = ("relu in place", "written", "norm, written", "norm, its shape serves another")
+EXPORTED_AWAY = ("relu in place, shared", "written", "norm, written", "norm, its shape serves another")
 # onnxruntime has no kernel for them in float64, the reference of onnx has
-NO_KERNEL = ("gelu", "geglu", "leaky relu", "both gates are no linear", "from a linear that runs twice")
+NO_KERNEL = ("gelu", "geglu", "leaky relu", "prelu", "both gates are no linear", "from a linear that runs twice")
 # scales over 2 ** 12 make each of a few thousand products round once more, by 2 ** -24 or 2 ** -53
 WITHIN = {torch.float32: 1e-5, torch.float64: 1e-12}
 
