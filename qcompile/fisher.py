@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from qcompile.binding import Binding
+from qcompile.calls import Calls
 from qcompile.errors import CalibrationError
 from qcompile.graph import Op
 from qcompile.sensitivity import output_of
@@ -79,7 +79,7 @@ def _surprise(made: Any, mask: Tensor | None, draw: torch.Generator, model: str)
     return -rows.log_softmax(-1).gather(1, labels).sum()
 
 
-class _Outputs(TorchFunctionMode):
+class _Outputs(Calls):
     """Keeps the output of every linear that a model calls, with its site's name, and lets gradients reach it."""
 
     def __init__(self, binding: Binding) -> None:
@@ -87,11 +87,9 @@ class _Outputs(TorchFunctionMode):
         self.found: list[tuple[str, Tensor]] = []
         self._binding = binding
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        y = func(*args, **(kwargs or {}))
-        call = find_call(self._binding, func, args, kwargs or {})
+    def called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        y = func(*args, **kwargs)
+        call = find_call(self._binding, func, args, kwargs)
         if call is None or call.spelling.op is not Op.LINEAR:
             return y
         kept = y if y.requires_grad else y.detach().requires_grad_()

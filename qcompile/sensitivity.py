@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from qcompile.binding import Binding
+from qcompile.calls import Calls
 from qcompile.errors import CalibrationError
 from qcompile.watch import evaluating, find_call, first_rows, run_batch
 
@@ -35,7 +35,7 @@ class Sensitivity:
             )
         return ratio
 
-    def _run(self, replacing: TorchFunctionMode | None) -> Tensor:
+    def _run(self, replacing: Calls | None) -> Tensor:
         with evaluating(self._model), torch.no_grad():
             if replacing is None:
                 made = run_batch(self._model, self._batch, 0)
@@ -62,15 +62,12 @@ def output_of(made: Any, model: str) -> Tensor:
     return (wide or found)[0]
 
 
-class _Replacing(TorchFunctionMode):
+class _Replacing(Calls):
     def __init__(self, binding: Binding, name: str, weight: Tensor) -> None:
         super().__init__()
         self._binding, self._name, self._weight = binding, name, weight
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         call = find_call(self._binding, func, args, kwargs)
         if call is None or call.name != self._name:
             return func(*args, **kwargs)

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from qcompile.binding import Binding
+from qcompile.calls import Calls
 from qcompile.errors import CalibrationError
 from qcompile.folds import rescaled, scale_before
 from qcompile.graph import Op
@@ -367,17 +367,15 @@ class _BatchThread(threading.Thread):
             self._back.release()
 
 
-class _Quantizing(TorchFunctionMode):
+class _Quantizing(Calls):
     """Runs the sites of a model as the plan quantizes them, and stands still at those that are not solved yet."""
 
     def __init__(self, thread: _BatchThread) -> None:
         super().__init__()
         self._thread = thread
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs, run, thread = kwargs or {}, self._thread.owner, self._thread
+    def called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        run, thread = self._thread.owner, self._thread
         given = (args, kwargs)
         # another batch may have made them, and stand still
         run.parked.bring_back_for(given)

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qcompile.binding import Binding, require_values
+from qcompile.calls import Calls
 from qcompile.errors import CalibrationError
 from qcompile.gathering import Gathering, Room
 from qcompile.graph import Op
@@ -154,7 +154,7 @@ def find_call(
     return Call(name=name, spelling=spelling, x=x, weight=weight.t() if spelling.transposed else weight)
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(Calls):
     """Sees every function call of a model: sites and stats by name, and who else read a parameter."""
 
     def __init__(self, binding: Binding, parts: Part) -> None:
@@ -196,10 +196,7 @@ class _Watch(TorchFunctionMode):
             left.setdefault(id(parameter), found)
         return list(left.values())
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         # first, so that shapes that do not fit are the model's error
         result = func(*args, **kwargs)
         call = find_call(self._binding, func, args, kwargs)

@@ -1,7 +1,8 @@
 """The door of the FX host: a graph from torch.compile or torch.export becomes an `FxGraph` in canonical form.
 
-The graph that comes in is never edited. In the copy, weights are attributes of the module, every linear is
-aten.linear with a weight [N, K], RMSNorm written by hand is one op, and what does nothing is gone.
+The graph that comes in is never edited. In the copy, weights are attributes of the module, calls that hide linears are
+the ops that they are made of, every linear is aten.linear with a weight [N, K], RMSNorm written by hand is one op, and
+what does nothing is gone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from torch.export import ExportedProgram
 
 from qcompile.backends.fx.dynamo import spelled
 from qcompile.backends.fx.graph import FxGraph, free_attribute
+from qcompile.backends.fx.inline import inline_calls
 from qcompile.backends.fx.linears import fold_biases, make_linears
 from qcompile.backends.fx.names import Frame, frame_of, in_model, module_path, root_variable
 from qcompile.backends.fx.norms import make_rms_norms
@@ -125,6 +127,7 @@ def _complete_examples(graph: fx.Graph, constants: Mapping[fx.Node, Tensor]) -> 
 
 def _canonical(module: fx.GraphModule, frames: Mapping[str, Frame]) -> FxGraph:
     graph = module.graph
+    inline_calls(graph)
     _drop_inert(graph)
     make_linears(graph)
     fold_biases(graph)
