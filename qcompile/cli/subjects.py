@@ -53,7 +53,7 @@ def open_subject(name: str, data: Path | None, windows: int, dtype: torch.dtype 
         calibrate, measure = ([{"input_ids": w[None]} for w in half] for half in (first, second))
     else:
         lines = sentences() if data is None else _lines(data)
-        batches = _encoded(lines, folder)
+        batches = _encoded(lines, folder, model.config)
         # neighbours may be alike, so that halves would differ
         calibrate, measure = batches[::2], batches[1::2]
     label = name if name == DEMO else folder.resolve().name
@@ -96,9 +96,16 @@ def _lines(data: Path) -> list[str]:
     return lines
 
 
-def _encoded(lines: Sequence[str], folder: Path) -> list[Batch]:
-    """Whole batches of sentences, padded to one length."""
+def _encoded(lines: Sequence[str], folder: Path, config: Any) -> list[Batch]:
+    """Whole batches of sentences, padded to one length.  config: of the model; a decoder is given what it would write.
+
+    That is, for want of better, what the encoder reads.
+    """
     whole = list(lines[: len(lines) // SENTENCES * SENTENCES])
     encoded = load_tokenizer(folder)(whole, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
     names = [name for name in ("input_ids", "attention_mask") if name in encoded]
+    if getattr(config, "is_encoder_decoder", False):
+        first = torch.full_like(encoded["input_ids"][:, :1], config.decoder_start_token_id or 0)
+        encoded["decoder_input_ids"] = torch.cat([first, encoded["input_ids"][:, :-1]], dim=1)
+        names.append("decoder_input_ids")
     return [{name: encoded[name][i : i + SENTENCES] for name in names} for i in range(0, len(whole), SENTENCES)]

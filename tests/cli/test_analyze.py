@@ -162,6 +162,25 @@ def test_json_of_the_command_is_json(tmp_path: Path) -> None:
     assert json.loads(Analysis.from_json(_nothing()).to_json())["advice"] == []
 
 
+def test_a_decoder_behind_an_encoder_is_given_what_it_would_write(tmp_path: Path) -> None:
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(("<pad>", "[UNK]", *"abcdefgh"))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="<pad>")
+    fast.save_pretrained(tmp_path / "t5")
+    config = transformers.T5Config(
+        vocab_size=10, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    (tmp_path / "lines.txt").write_text("a b c d\n" * 64)
+    subject = open_subject(str(tmp_path / "t5"), tmp_path / "lines.txt", windows=1)
+    (batch,) = subject.calibrate
+    assert torch.equal(batch["decoder_input_ids"][:, 1:], batch["input_ids"][:, :-1])
+    assert (batch["decoder_input_ids"][:, 0] == 0).all()
+    assert subject.model(**batch).logits.isfinite().all()
+
+
 def _nothing() -> str:
     return json.dumps(
         {
