@@ -126,5 +126,6 @@ def require_data(recipe: Recipe, seen: Seen) -> None:
     if not seen.sites:
         raise CalibrationError(
             f"{seen.batches} batches ran, and no linear or embedding read a parameter of the model: calibrate the "
-            "eager float model itself, not a wrapper that calls another one"
+            "eager float model itself, not a wrapper that calls another one, with weights that are parameters as they "
+            "are (no buffers, nothing that weight_norm or another parametrization computes)"
         )
