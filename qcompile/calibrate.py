@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qcompile.binding import Binding
 from qcompile.errors import CalibrationError
 from qcompile.fisher import output_fisher
+from qcompile.fitting import check_tiles
 from qcompile.methods import check_methods
 from qcompile.mixed import spend
 from qcompile.observers import Part
@@ -114,11 +115,20 @@ def _decided(
     if recipe.budgets:
         mix = spend(recipe, list(seen.sites.values()), seen.stats, Sensitivity(model, seen.example).moved)
         recipe, notes = mix.recipe, mix.notes
+    _require_tiles(seen, recipe)
     prepared = prepare(model, seen, recipe, failures=failures)
     plan = make_plan(list(seen.sites.values()), recipe, prepared.stats, seen.left, prepared=prepared.decided)
     return _Decided(
         plan=plan, weights=Weights.of(seen), outliers=prepared.outliers, notes=notes, divided=prepared.divided
     )
+
+
+def _require_tiles(seen: Seen, recipe: Recipe) -> None:
+    """Raise SpecError, with the site, before weights are tried under specs that do not fit them."""
+    for site in seen.sites.values():
+        rule = next((rule for rule in recipe.rules if rule.matches(site)), None)
+        if rule is not None and rule.weight is not None:
+            check_tiles(site, rule.weight, "weight")
 
 
 def parts_for(recipe: Recipe) -> Part:
