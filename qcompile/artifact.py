@@ -31,7 +31,7 @@ from qcompile.verify import Failure
 SCHEMA = 3
 PLAN_FILES = _JSON, _TENSORS = "plan.json", "plan.safetensors"
 # of a model, see `qcompile.manifest`
-MANIFEST = "manifest.json"
+MODEL_FILES = MANIFEST, FLOATS = "manifest.json", "floats.safetensors"
 _KIND = "qcompile.plan"
 
 
@@ -95,8 +95,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Plan:
 
 
 def holds_model(folder: str | Path) -> bool:
-    """Whether the folder holds a model's weights, too: see `qcompile.manifest`."""
-    return (Path(folder) / MANIFEST).exists()
+    """Whether the folder holds a model's weights, too, or what is left of them: see `qcompile.manifest`."""
+    return any((Path(folder) / name).exists() for name in MODEL_FILES)
 
 
 def save_failure(failure: Failure, folder: Path, name: str) -> Path:

@@ -32,6 +32,8 @@ class Binding:
             for own, _ in module.named_parameters(recurse=False)
         )
 
+        self._borrowers = frozenset(n for n, m in model.named_modules() if getattr(m, "weight", None) is None)
+
     @property
     def parameters(self) -> Mapping[str, Tensor]:
         """The living parameters by every name they have."""
@@ -59,6 +61,19 @@ class Binding:
         parameter = self.parameter_of(tensor)
         return () if parameter is None else self._aliases[id(parameter)][1]
 
+    def weight_at(self, site: str, shape: tuple[int, ...]) -> Tensor | None:
+        """The weight of the site of that name; None if there is none.
+
+        shape: of a plan's decision. A module without a weight runs with those of others, which its name does not tell:
+        one of that shape is taken for it.
+        """
+        parameters = self.parameters
+        found = parameters.get(f"{site}.weight" if site else "weight", parameters.get(site))
+        if found is not None or site not in self._borrowers:
+            return found
+        matrices = (p for p in parameters.values() if p.dim() > 1)
+        return next((p for p in matrices if sorted(p.flatten(1).shape) == sorted(shape)), None)
+
     def site_name(self, tensor: Tensor, op: Op) -> str | None:
         """Name of the site where an op of that kind reads `tensor` as its weight; None if it is no parameter.
 
@@ -66,14 +81,15 @@ class Binding:
         weight shared by an embedding and a linear, each takes its own module's; a linear without one takes the
         parameter's full name, because the table's path is the embedding's.
         """
+        return next(iter(self.site_names(tensor, op)), None)
+
+    def site_names(self, tensor: Tensor, op: Op) -> tuple[str, ...]:
+        """`site_name`, and behind it those of other modules that have the same weight for an op of that kind."""
         aliases = self.name_of(tensor)
-        if not aliases:
-            return None
         own = [name for name in aliases if (name in self._tables) == (op is Op.EMBEDDING)]
         if not own and op is not Op.EMBEDDING:
-            return aliases[0]
-        name = (own or aliases)[0]
-        return "" if name == "weight" else name.removesuffix(".weight")
+            return aliases[:1]
+        return tuple("" if name == "weight" else name.removesuffix(".weight") for name in own or aliases[:1])
 
 
 def _has_memory(tensor: Tensor) -> bool:

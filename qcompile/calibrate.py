@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qcompile.binding import Binding
 from qcompile.errors import CalibrationError
 from qcompile.fisher import output_fisher
+from qcompile.fitting import check_tiles
 from qcompile.methods import check_methods
 from qcompile.mixed import spend
 from qcompile.observers import Part
 from qcompile.outliers import Outliers
-from qcompile.plan import Plan, make_plan
+from qcompile.plan import Decision, Plan, make_plan
 from qcompile.prepare import prepare
 from qcompile.presets import parse_recipe
 from qcompile.progress import shown
@@ -68,7 +70,23 @@ def calibrate(
         plan = solve_in_turn(
             model, batches, plan, decided.weights, divided=decided.divided, kept=kept, progress=progress
         )
-    return replace(plan, outliers=decided.outliers, notes=(*decided.notes, *plan.notes)).bind(model)
+    shared = _shared(plan, decided.weights, Binding(model))
+    return replace(
+        plan,
+        decisions={**plan.decisions, **shared},
+        outliers=decided.outliers,
+        notes=(*decided.notes, *plan.notes),
+    ).bind(model)
+
+
+def _shared(plan: Plan, weights: Weights, binding: Binding) -> dict[str, Decision]:
+    """Decisions for further modules that have a site's weight: graphs call an op by the module that runs it."""
+    return {
+        name: replace(plan.decisions[site.name], name=name)
+        for site in weights.sites.values()
+        for name in binding.site_names(site.weight, site.op)
+        if name not in plan.decisions
+    }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,11 +115,20 @@ def _decided(
     if recipe.budgets:
         mix = spend(recipe, list(seen.sites.values()), seen.stats, Sensitivity(model, seen.example).moved)
         recipe, notes = mix.recipe, mix.notes
+    _require_tiles(seen, recipe)
     prepared = prepare(model, seen, recipe, failures=failures)
     plan = make_plan(list(seen.sites.values()), recipe, prepared.stats, seen.left, prepared=prepared.decided)
     return _Decided(
         plan=plan, weights=Weights.of(seen), outliers=prepared.outliers, notes=notes, divided=prepared.divided
     )
+
+
+def _require_tiles(seen: Seen, recipe: Recipe) -> None:
+    """Raise SpecError, with the site, before weights are tried under specs that do not fit them."""
+    for site in seen.sites.values():
+        rule = next((rule for rule in recipe.rules if rule.matches(site)), None)
+        if rule is not None and rule.weight is not None:
+            check_tiles(site, rule.weight, "weight")
 
 
 def parts_for(recipe: Recipe) -> Part:

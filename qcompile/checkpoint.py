@@ -21,7 +21,7 @@ from qcompile.errors import OptionsError, PlanError, nearest
 from qcompile.folds import FOLDED
 from qcompile.frame import Bound, Frame
 from qcompile.graph import Op
-from qcompile.manifest import MODEL_FILES, put, read_floats, read_manifest, require_fit, tensors_of, write_model
+from qcompile.manifest import put, read_floats, read_manifest, require_fit, tensors_of, write_model
 from qcompile.plan import Decision, Plan
 from qcompile.quantized import PACKS, decided, target_of
 from qcompile.readers import read_checkpoint
@@ -69,7 +69,7 @@ def save_model(compiled: Any, folder: str | Path, layout: str = OWN) -> None:
     decisions = {name: replace(d, solved=taken.get(name, d.solved)) for name, d in plan.decisions.items()}
     plan = replace(plan, decisions=decisions, binding=None)
     if layout == OWN:
-        artifact.write_folder(folder, partial(write_model, plan=plan, model=model, coded=coded), MODEL_FILES)
+        artifact.write_folder(folder, partial(write_model, plan=plan, model=model, coded=coded), artifact.MODEL_FILES)
         return
     folded = {name: tensor for graph in graphs for name, tensor in graph.folded.items()}
     write = partial(write_compressed, plan=plan, model=model, coded=coded, folded=folded)

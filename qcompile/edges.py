@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qcompile.channels import Channels, numbered
 from qcompile.graph import Graph, Op, V
-from qcompile.sites import Found, find_sites
+from qcompile.sites import Found, find_sites, names_of
 
 _NORMS = (Op.RMS_NORM, Op.LAYER_NORM)
 # inputs whose factors pass to the result while the others stay
@@ -130,7 +130,9 @@ class _Search(Generic[V]):
         self._graph, self._groups = graph, groups
         self._outputs = frozenset(graph.outputs())
         self._sites = {found.value: found.site.name for group in groups.values() for found in group}
-        self._times = Counter(self._sites.values())
+        names = {found.site.name: names_of(graph, found) for group in groups.values() for found in group}
+        times = Counter(name for group in groups.values() for found in group for name in names_of(graph, found))
+        self._times = {site: max(times[name] for name in its) for site, its in names.items()}
 
     def edge(self, value: V) -> Edge[V]:
         consumers = tuple(self._groups[value])
@@ -228,7 +230,7 @@ class _Search(Generic[V]):
         vectors = [weight, *bias] if is_norm else bias
         if width is None or not all(v is None or self._is_vector(v, width) for v in vectors):
             return f"the weight or bias of {self._named(producer)} is no constant of {width} numbers"
-        if is_norm or self._times[self._sites.get(producer, "")] == 1:
+        if is_norm or self._times.get(self._sites.get(producer, "")) == 1:
             return ""
         return f"{self._named(producer)} has a weight that is no constant, or is run several times under one name"
 

@@ -17,13 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qcompile.artifact import MANIFEST, PLAN_FILES, require_kind, write_plan, write_tensors
+from qcompile.artifact import FLOATS, MANIFEST, PLAN_FILES, require_kind, write_plan, write_tensors
 from qcompile.errors import PlanError, nearest
 from qcompile.plan import Plan
 
 SCHEMA = 1
-FLOATS = "floats.safetensors"
-MODEL_FILES = (MANIFEST, FLOATS)
 _KIND = "qcompile.model"
 # tensors that a message names
 NAMED = 3

@@ -1,6 +1,6 @@
 """The architecture in one place: what happens to a graph, in order, on every host."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from qcompile.passes.split_outliers import split_outliers
 from qcompile.passes.take_weights import take_weights
 from qcompile.plan import Decision, Plan, make_plan, unreached
 from qcompile.recipe import Recipe
-from qcompile.sites import COMMON_OPS, SITE_OPS, constant_name, find_sites, left_over
+from qcompile.sites import COMMON_OPS, SITE_OPS, Found, constant_name, find_sites, left_over, names_of
 from qcompile.solved import Solved
 
 # reasons that a note gives
@@ -139,12 +139,14 @@ def plan_for(graph: Graph[V], decide: Recipe | Plan, *, whole: bool = True, ops:
     Raises PlanError if a given plan knows none of them, or other shapes, and RecipeError if a rule of a given recipe
     matches nothing.
     """
-    sites = [found.site for found in find_sites(graph, ops)]
+    every = find_sites(graph, ops)
+    sites = [found.site for found in every]
     left = list(left_over(graph, ops))
     if isinstance(decide, Recipe):
         return make_plan(sites, decide, left=left, whole=whole)
     # what another host left over goes by the name of a weight, which may be that of a site
     known = {name: decision for name, decision in decide.decisions.items() if decision.op in ops}
+    known = _lent(graph, every, known) | known
     if sites and not any(site.name in known for site in sites):
         raise PlanError(
             f"the plan knows none of this graph's sites, such as {sites[0].name!r}; nearest in the plan: "
@@ -164,6 +166,17 @@ def plan_for(graph: Graph[V], decide: Recipe | Plan, *, whole: bool = True, ops:
     }
     decisions |= unreached(left)
     return replace(decide, decisions=decisions)
+
+
+def _lent(graph: Graph[V], sites: Iterable[Found[V]], known: Mapping[str, Decision]) -> dict[str, Decision]:
+    """Decisions for sites that a module runs with the weight of another, which calibration calls by the weight."""
+    found: dict[str, Decision] = {}
+    for one in sites:
+        for name in names_of(graph, one) - {one.site.name}:
+            decision = known.get(name, known.get(name.removesuffix(".weight")))
+            if decision is not None and decision.op is one.site.op:
+                found[one.site.name] = replace(decision, name=one.site.name)
+    return found
 
 
 def _weights(graph: Graph[V]) -> Iterator[tuple[tuple[str, str], Tensor]]:

@@ -174,8 +174,7 @@ class Plan:
         Raises PlanError if the model lacks a weight that the plan names, or has it in another shape.
         """
         binding = Binding(model)
-        parameters = binding.parameters
-        decisions = {name: _bound(decision, parameters) for name, decision in self.decisions.items()}
+        decisions = {name: _bound(decision, binding) for name, decision in self.decisions.items()}
         if bad := [problem for problem in decisions.values() if isinstance(problem, str)]:
             more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
             raise PlanError(
@@ -373,12 +372,11 @@ def _require_use(recipe: Recipe, sites: Sequence[Site], used: set[int]) -> None:
         )
 
 
-def _bound(decision: Decision, parameters: Mapping[str, Tensor]) -> Decision | str:
+def _bound(decision: Decision, binding: Binding) -> Decision | str:
     """The decision with its qparams on the device of the weight, or what speaks against it."""
-    name = f"{decision.name}.weight" if decision.name else "weight"
-    weight = parameters.get(name, parameters.get(decision.name))
+    weight = binding.weight_at(decision.name, decision.shape)
     if weight is None:
-        names = (name.removesuffix(".weight") for name, p in parameters.items() if p.dim() > 1)
+        names = (name.removesuffix(".weight") for name, p in binding.parameters.items() if p.dim() > 1)
         return f"the model has no {decision.name!r} (nearest: {nearest(decision.name, names)})"
     shape = weight.flatten(1).shape if decision.op is Op.CONV else weight.shape
     if sorted(shape) != sorted(decision.shape):

@@ -3,7 +3,7 @@
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, reduce
 from pathlib import Path
@@ -30,7 +30,7 @@ from qcompile.passes.split_outliers import split_outliers
 from qcompile.plan import Decision, Plan, Preparation
 from qcompile.recipe import FISHER, Recipe, Rule
 from qcompile.rounds import settle
-from qcompile.sites import Found, Site
+from qcompile.sites import Found, Site, names_of
 from qcompile.smooth import MODEL, strength_of
 from qcompile.spec import ALL, Spec
 from qcompile.verify import check, failing_part, moved, run_graph
@@ -147,18 +147,18 @@ class _Preparing(Generic[V]):
         # to look at; what changes a graph opens its own
         self._graph = captured.open()
         self.groups = list(outlier_groups(self._graph, seen.stats))
-        # the site of each linear, as often as it runs
+        # names of each linear, as often as it runs
         self._edges = find_edges(self._graph)
-        self.runs = [found.site.name for edge in self._edges for found in edge.consumers]
+        self.runs = [name for edge in self._edges for f in edge.consumers for name in names_of(self._graph, f)]
         self._captured, self._seen, self._recipe = captured, seen, recipe
         self._model, self._failures = model, failures
         # the folds that divide rows of linears, with the channels of their scales
         self._taken: dict[V, list[tuple[Fold, Tensor]]] = {}
 
-    def decide(self, repeated: Collection[str]) -> None:
+    def decide(self, repeated: set[str]) -> None:
         """Choose for each activation, last ones first: a fold behind changes rows of the weights before it.
 
-        repeated: sites that run several times; their weights can follow one shift only, and each run would bring one.
+        repeated: sites or weights that run several times; they follow one shift only, and each run would bring one.
         """
         graph = self._graph
         for edge in reversed(self._edges):
@@ -169,7 +169,7 @@ class _Preparing(Generic[V]):
             may_scale = foldable and len(by_rule) == 1 and not self._others(edge, *by_rule.values())
             self.foldable |= {found.site.name: edge.channels for found in edge.consumers if foldable}
             for rule, members in by_rule.items():
-                several = any(found.site.name in repeated for found in members)
+                several = any(names_of(graph, found) & repeated for found in members)
                 chosen = replace(rule, shift=None) if several else _exact(rule, members)
                 # for weights alone no multiplication is worth it
                 free = not edge.reason or rule.input is not None

@@ -13,6 +13,7 @@ import qcompile.numerics
 import qcompile.scales
 import qcompile.solvers
 from qcompile.artifact import load, save
+from qcompile.errors import PlanError
 from qcompile.plan import Decision, Plan
 from qcompile.solved import Solved
 
@@ -34,7 +35,10 @@ class Unfinished:
         Raises PlanError if it is broken.
         """
         place = self._place(names)
-        decisions = load(place).decisions if place.exists() else {}
+        try:
+            decisions = load(place).decisions if place.exists() else {}
+        except PlanError as e:
+            raise PlanError(f"{e}; or remove {str(place)!r}, and {names[0]!r} is solved anew") from e
         return {name: d.solved for name, d in decisions.items() if d.solved is not None}
 
     def keep(self, decisions: Sequence[Decision]) -> None:

@@ -110,6 +110,13 @@ def constant_name(graph: Graph[V], value: V) -> str:
     return graph.name(value)
 
 
+def names_of(graph: Graph[V], found: Found[V]) -> frozenset[str]:
+    """Names of a site and of its weight. It runs several times where either comes again: modules may share a weight."""
+    weight = graph.inputs(found.value)[1]
+    assert weight is not None
+    return frozenset((found.site.name, constant_name(graph, weight)))
+
+
 def digest(numbers: Sequence[float]) -> str:
     """A short text for numbers, the same everywhere: it tells apart the constants that passes make of one weight."""
     return hashlib.sha256(str(list(numbers)).encode()).hexdigest()[:8]

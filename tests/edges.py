@@ -178,6 +178,18 @@ def _indexed(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return parts[0], parts[1], parts[2]
 
 
+def _one_weight() -> nn.Module:
+    net = Net(
+        lambda net, x: net.out(net.b(net.a(net.norm(x)))),
+        norm=nn.LayerNorm(K),
+        a=linear(K, K),
+        b=linear(K, K),
+        out=linear(K, N),
+    )
+    net.b.weight = net.a.weight
+    return net
+
+
 def _sliced_twice(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A view of everything for each part, of which it takes its own."""
     q, k, v = (qkv.view(qkv.shape[0], qkv.shape[1], 3, H, D)[:, :, i].transpose(1, 2) for i in range(3))
@@ -327,6 +339,11 @@ CASES: dict[str, Case] = {
         build=lambda: Net(lambda net, x: net.out(net.fc(F.gelu(net.fc(x)))), fc=linear(K, K), out=linear(K, N)),
         folds={},
         refused={"fc": "'fc' is run several times", "out": "run several times under one name"},
+    ),
+    "one weight in two linears": Case(
+        build=_one_weight,
+        folds={},
+        refused={"a": "'a' is run several times", "b": "'b' is run several times", "out": "run several times under"},
     ),
 }
 

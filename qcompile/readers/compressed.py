@@ -3,7 +3,7 @@
 pack-quantized: weight_packed int32 [N, ceil(K * bits / 32)], codes from 0 along K, a stream of low bits first, with
 weight_scale [N, G], weight_shape [2], and weight_zero_point int32 [ceil(N * bits / 32), G], packed alike along N, less
 nothing: codes and zero points are those of two's complement plus 2**(bits - 1). int-quantized: weight int8 [N, K].
-float-quantized: weight float8_e4m3fn [N, K]. weight_scale [N, 1], [1], or [N / r, K / c].
+float-quantized: weight float8_e4m3fn [N, K]. naive-quantized: either. weight_scale [N, 1], [1], or [N / r, K / c].
 Source: compressed-tensors 0.20, compressors/pack_quantized and naive_quantized.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qcompile.errors import UnsupportedError
 from qcompile.packing import as_bytes, pack, packed_length, unpack
-from qcompile.readers.integers import kind, signed, unsigned
+from qcompile.readers.integers import evened, kind, signed, unsigned, widths_of
 from qcompile.solved import Solved, stored_as
 from qcompile.spec import Spec, parse_spec
 
@@ -76,7 +76,8 @@ def _names(target: str, module: str) -> bool:
 def _packed(tensors: Mapping[str, Tensor], weights: Mapping[str, Any]) -> Solved:
     bits, (N, K) = int(weights["num_bits"]), (int(size) for size in tensors["weight_shape"])
     rows = _stream(tensors["weight_packed"], bits, K)
-    scale = tensors["weight_scale"].reshape(N, -1)
+    # one scale is that of all rows
+    scale = tensors["weight_scale"].reshape(-1, tensors["weight_scale"].shape[-1]).expand(N, -1).contiguous()
     order = _order(tensors)
     half = 2 ** (bits - 1)
     if order is not None:
@@ -88,7 +89,8 @@ def _packed(tensors: Mapping[str, Tensor], weights: Mapping[str, Any]) -> Solved
         zeros = unpack(_stream(held.t(), bits, N), bits, N, signed=False).t()
     else:
         zeros = held.to(torch.int16) + half
-    return unsigned(rows, bits, K, scale, zeros.reshape(N, -1).contiguous(), order=order)
+    zeros = zeros.reshape(-1, zeros.shape[-1]).expand(N, -1).contiguous()
+    return unsigned(rows, bits, K, scale, zeros, order=order)
 
 
 def _stream(words: Tensor, bits: int, length: int) -> Tensor:
@@ -125,7 +127,7 @@ def _floats(tensors: Mapping[str, Tensor], weights: Mapping[str, Any]) -> Solved
         name, scale = "tensor", scale.reshape(())
     elif tuple(scale.shape) == (N, 1):
         name = "channel"
-    elif scale.dim() == 2 and N % scale.shape[0] == 0 and K % scale.shape[1] == 0:
+    elif scale.dim() == 2 and N % (scale := _evened(scale, N, K, weights)).shape[0] == 0 and K % scale.shape[1] == 0:
         name = f"b{N // scale.shape[0]}x{K // scale.shape[1]}"
     else:
         raise UnsupportedError(
@@ -136,8 +138,22 @@ def _floats(tensors: Mapping[str, Tensor], weights: Mapping[str, Any]) -> Solved
     return stored_as({"weight": codes.view(torch.uint8), "scale_scale": scale.contiguous()}, spec, (N, K))
 
 
+def _evened(scale: Tensor, N: int, K: int, weights: Mapping[str, Any]) -> Tensor:
+    """Scales of blocks, of which the last ones need not be whole, as those of smaller blocks that are alike."""
+    if not (size := weights.get("block_structure")):
+        return scale
+    # a list, and in older files text
+    rows, columns = map(int, re.findall(r"\d+", str(size)))
+    return evened(widths_of(K, columns), evened(widths_of(N, rows), scale.t()).t())
+
+
+def _naive(tensors: Mapping[str, Tensor], weights: Mapping[str, Any]) -> Solved:
+    return (_floats if weights["type"] == "float" else _integers)(tensors, weights)
+
+
 _LAYOUTS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any]], Solved]] = {
     "pack-quantized": _packed,
     "int-quantized": _integers,
     "float-quantized": _floats,
+    "naive-quantized": _naive,
 }

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from qcompile.packing import as_bytes, pack, unpack
-from qcompile.readers.integers import unsigned
+from qcompile.readers.integers import evened, unsigned, widths_of
 from qcompile.solved import Solved
 
 
@@ -30,6 +30,11 @@ def read(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Solved:
         zeros = (zeros + 1) & (2**bits - 1)
     groups = tensors.get("g_idx")
     order = None if groups is None or bool((groups.diff() >= 0).all()) else groups.argsort(stable=True)
+    if groups is None:
+        widths = widths_of(length, int(config.get("group_size", -1)))
+    else:
+        widths = [count for count in groups.bincount().tolist() if count]
+    scale, zeros = evened(widths, scale), evened(widths, zeros)
     if order is not None:
         columns = pack(unpack(columns, bits, length, signed=False).index_select(1, order), bits)
     return unsigned(columns, bits, length, scale, zeros.contiguous(), order=order)

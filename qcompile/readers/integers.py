@@ -1,5 +1,8 @@
 """What checkpoints of integers have in common: packed codes, scales and zero points become what a plan stores."""
 
+from collections.abc import Sequence
+from math import gcd
+
 import torch
 from torch import Tensor
 
@@ -34,6 +37,23 @@ def signed(packed: Tensor, bits: int, length: int, scale: Tensor, *, order: Tens
     name = f"int{bits}/{granularity(length, scale.shape[1])}{kind(scale)}"
     stored = {"weight": packed, "scale_scale": scale}
     return stored_as(stored, parse_spec(name), (len(packed), length), order=order)
+
+
+def widths_of(length: int, size: int) -> list[int]:
+    """How many of `length` columns each group of `size` has; below 1, all are one group."""
+    full = [size] * (length // size) if size > 0 else [length]
+    return [*full, length - sum(full)] if sum(full) < length else full
+
+
+def evened(widths: Sequence[int], parameter: Tensor) -> Tensor:
+    """Scales or zero points [N, G] of groups of such widths, as those of groups of one width that divides them all.
+
+    The last group is the narrower one where groups do not divide K.
+    """
+    if len(set(widths)) < 2:
+        return parameter
+    width = gcd(*widths)
+    return parameter.repeat_interleave(torch.tensor([each // width for each in widths]), 1)
 
 
 def granularity(length: int, groups: int) -> str:

@@ -143,7 +143,9 @@ def _parts(decision: Decision, dtype: torch.dtype) -> dict[str, Tensor]:
 def _words(numbers: Tensor, bits: int) -> Tensor:
     """int32 [N, words] of uint8 [N, K], low bits first."""
     packed = pack(numbers.contiguous(), bits)
-    return pad(packed, (0, -packed.shape[1] % 4)).view(torch.int32)
+    padded = pad(packed, (0, -packed.shape[1] % 4))
+    # a single row may be contiguous whatever its strides, which the view looks at
+    return padded.flatten().view(torch.int32).view(len(padded), -1)
 
 
 def _config(quantized: Sequence[Decision], modules: Mapping[str, nn.Module]) -> dict[str, Any]:

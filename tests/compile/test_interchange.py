@@ -114,6 +114,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 RECIPES = {
     "int4": {"weight": "int4/g32/asym/bf16", "solver": "hqq"},
     "int3": {"weight": "int3/g32"},
+    "int8-asym": {"weight": "int8/channel/asym"},
     "w8a8": {"weight": "int8/channel", "input": "int8/token"},
     "w8a8-asym": {"weight": "int8/channel", "input": "int8/token/asym"},
     "fp8": {"weight": "fp8_e4m3/channel", "input": "fp8_e4m3/token"},
@@ -142,7 +143,7 @@ def weights_of(fast: Any) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", variants(RECIPES, quick=("int4", "w8a8-asym")))
+@pytest.mark.parametrize("name", variants(RECIPES, quick=("int4", "int8-asym", "w8a8-asym")))
 def test_compressed_tensors_are_read_back(name: str, tmp_path: Path) -> None:
     fast, y = written([RECIPES[name]], tmp_path / "c")
     other = fresh()

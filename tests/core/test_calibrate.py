@@ -316,3 +316,10 @@ def test_ranges_of_single_batches_do_not_go_with_folds_and_splits(observer: str)
     rule = {"input": "int8/tensor/asym", "weight": "int8/channel", "observer": observer, "split": 0.1}
     with pytest.raises(RecipeError, match=rf"rule 1 .*observer '{observer}' finds ranges from them: take 'mse'"):
         calibrate(nn.ReLU(), [torch.ones(1)], {"rules": [rule]})
+
+
+@pytest.mark.parametrize("recipe", ["gptq4", "awq4", "w4a8"])
+def test_groups_that_do_not_divide_a_weight_are_refused_with_its_name(recipe: str) -> None:
+    model = nn.Sequential(nn.Linear(128, 192), nn.ReLU(), nn.Linear(192, 64))
+    with pytest.raises(SpecError, match=r"needs K to divide by 128, got .* = \[64, 192\] at the weight of '2'"):
+        calibrate(model, [torch.randn(64, 128)], recipe, progress=False)

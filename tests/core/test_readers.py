@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from qcompile.errors import UnsupportedError
 from qcompile.numerics import dequantize
@@ -83,6 +84,24 @@ def test_gptq_without_zero_points_is_symmetric() -> None:
     found = gptq.read(tensors, {"bits": 4})
     assert str(found.spec) == "int4/channel/fp16"
     assert torch.equal(numbers(found), expected(codes, scale, middle, torch.zeros(64, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("told", ["size", "g_idx", "act-order"])
+@pytest.mark.parametrize(("K", "group"), [(96, 64), (64, 96), (160, 64)])
+def test_gptq_of_groups_that_do_not_divide_the_columns(K: int, group: int, told: str) -> None:
+    """The last group is narrower; two groups of 96 columns are 64 and 32 of them, not 48 each."""
+    G = -(-K // group)
+    codes, (_, scale, zero) = torch.randint(16, (32, K)), integers(32, G, 1, 4)
+    groups = torch.arange(K) // group
+    groups = groups[torch.randperm(K)] if told == "act-order" else groups
+    tensors = {
+        "qweight": fields(codes.t(), 4),
+        "qzeros": along_n(zero, 4, "gptq"),
+        "scales": scale.t().contiguous(),
+        **({"g_idx": groups.int()} if told != "size" else {}),
+    }
+    found = gptq.read(tensors, {"bits": 4, "group_size": group})
+    assert torch.equal(numbers(found), expected(codes, scale, zero, groups))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -157,8 +176,14 @@ WEIGHTS: tuple[dict[str, Any], ...] = (
     {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"},
     {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"},
     {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "block", "block_structure": [16, 32]},
+    {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "block", "block_structure": [32, 32]},
+    {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "tensor"},
+    {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "tensor"},
 )
-LAYOUTS = {"int": ("pack-quantized", "int-quantized"), "float": ("float-quantized",)}
+LAYOUTS = {
+    "int": ("pack-quantized", "int-quantized", "naive-quantized"),
+    "float": ("float-quantized", "naive-quantized"),
+}
 
 
 @pytest.mark.parametrize(
@@ -174,8 +199,6 @@ def test_compressed_tensors(weights: dict[str, Any], dtype: torch.dtype) -> None
     weight = torch.randn(48, 96, dtype=dtype)
     state = {"weight": weight, **_qparams(weight, weights)}
     for layout in LAYOUTS[weights["type"]]:
-        if layout == "pack-quantized" and weights["strategy"] == "tensor":
-            continue
         compressor = compressors.BaseCompressor.get_value_from_registry(layout)
         held = compressor.compress(state, scheme)
         found = compressed.read(held, {"format": layout, "weights": weights})
@@ -192,7 +215,13 @@ def _qparams(weight: Tensor, weights: Mapping[str, Any]) -> dict[str, Tensor]:
         "tensor": (N, K),
         "block": weights.get("block_structure", (None, None)),
     }[weights["strategy"]]
-    tiles = weight.float().abs().unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).amax((1, 3))
+    # the last rows of blocks need not be whole
+    tiles = (
+        F.pad(weight.float().abs(), (0, 0, 0, -N % rows))
+        .unflatten(1, (-1, columns))
+        .unflatten(0, (-1, rows))
+        .amax((1, 3))
+    )
     top = 448 if weights["type"] == "float" else 2 ** (weights["num_bits"] - 1) - 1
     scale = (tiles / top * 0.9).to(weight.dtype)
     scale = scale.reshape(1) if weights["strategy"] == "tensor" else scale
