@@ -86,7 +86,7 @@ def test_generate_gives_the_tokens_of_the_quantized_model(family: str, cache: st
     assert torch.equal(generate(), generate(lower=False))
 
 
-@pytest.mark.parametrize("family", variants(FAMILIES, quick=("llama",)))
+@pytest.mark.parametrize("family", variants(FAMILIES, quick=()))
 def test_generated_code(family: str) -> None:
     model = build(family)
     fast, reference = compiled(model), compiled(model, lower=False)

@@ -97,7 +97,10 @@ def test_blocks_stay_blocks_and_keep_more_of_heavy_tails_in_as_many_bits() -> No
     assert errors[0] > errors[1]
 
 
-@pytest.mark.parametrize(("given", "solver"), [(None, "mse"), (None, "hqq"), ("int8/token", "mse")])
+@pytest.mark.parametrize(
+    ("given", "solver"),
+    variants([(None, "mse"), (None, "hqq"), ("int8/token", "mse")], quick=[(None, "mse"), ("int8/token", "mse")]),
+)
 def test_weights_on_a_gpu_may_have_code_books(given: str | None, solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if they were on one: normal weights lose least under tables made for them."""
     torch.manual_seed(0)

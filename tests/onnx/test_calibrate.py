@@ -25,6 +25,7 @@ from qcompile.observers import Part, Stats
 from qcompile.watch import watch
 from tests.families import build, tokens
 from tests.onnx.files import matmul, model, weight
+from tests.variants import variants
 
 ALL = Part.TENSOR | Part.CHANNELS
 
@@ -77,7 +78,7 @@ def check_against_torch(original: nn.Module, batches: list[dict[str, Tensor]]) -
     assert len(exported.graph.outputs) == outputs
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("family", variants(["llama", "bert"], quick=["bert"]))
 def test_stats_are_those_of_the_torch_model(family: str) -> None:
     check_against_torch(build(family), padded(3))
 

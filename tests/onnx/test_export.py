@@ -37,7 +37,7 @@ def shape(value: Any) -> list[Any]:
     return [size if isinstance(size, int) else size.value for size in value.shape]
 
 
-@pytest.mark.parametrize("family", variants(("llama", "bert", "gpt2", "opt"), quick=("llama", "bert")))
+@pytest.mark.parametrize("family", variants(("llama", "bert", "gpt2", "opt"), quick=("llama",)))
 def test_a_family(tmp_path: Path, family: str) -> None:
     original = build(family).train()
     path = tmp_path / "m.onnx"
@@ -103,7 +103,7 @@ def test_one_tensor_for_two_inputs_stays_two_inputs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "length"),
-    variants(((1, 1), (2, 2), (1, 9), (9, 1), (2, 1), (3, 3)), quick=((1, 1), (2, 2))),
+    variants(((1, 1), (2, 2), (1, 9), (9, 1), (2, 1), (3, 3)), quick=((1, 1),)),
 )
 def test_sizes_of_the_example_are_no_constants(rows: int, length: int) -> None:
     exported = export_model(build("bert"), batch(rows, length))

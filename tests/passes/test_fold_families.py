@@ -15,6 +15,7 @@ from qcompile.graph import Op
 from qcompile.passes.fold_smooth import count_multiplications, fold_smooth
 from tests.families import FAMILIES, VOCABULARY, build, tokens
 from tests.fx.capture import Opened, dynamo_graphs, ops_of, result
+from tests.variants import variants
 
 _SMALL = {
     "vocab_size": VOCABULARY,
@@ -132,7 +133,7 @@ def test_norms_written_by_hand_are_one_op_with_a_known_weight(family: str, each:
     assert all(graph.constant(graph.inputs(norm)[1]) is not None for norm in norms)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", variants(FAMILIES, quick=("llama", "bert")))
 def test_what_calibration_folds_leaves_the_logits_and_costs_nothing_before_norms(family: str) -> None:
     model, ids = trained_alike(family), tokens(2, 8)
     cache: dict[str, Any] = {} if family == "bert" else {"use_cache": False}
