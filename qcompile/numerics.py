@@ -114,9 +114,10 @@ def qparams_of_range(low: Tensor, high: Tensor, spec: Spec, *, clip: Tensor | fl
         amax = torch.maximum(high, -low)
         scale = over(clip * amax, -spec.code_range[0] if spec.zero is Zero.FULL else spec.format.max)
     else:
-        # 0 belongs to the range, so that padding and dead weights stay exactly 0
-        low = low.clamp(max=0.0)
-        amax = high.clamp(min=0.0) - low
+        if not spec.free_minimum:
+            # 0 belongs to the range, so that padding and dead weights stay exactly 0
+            low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        amax = high - low
         scale = over(clip * amax, spec.code_range[1])
     scale = torch.where(scale == 0, 1.0, scale.clamp(min=SMALLEST_SCALE))
     if spec.zero is Zero.FULL:

@@ -149,6 +149,11 @@ class Spec:
         return self.zero in (Zero.SYMMETRIC, Zero.FULL)
 
     @property
+    def free_minimum(self) -> bool:
+        """Whether codes count from a minimum that may be above 0, so that a range need not hold 0 (GGML Q4_1, Q5_1)."""
+        return self.zero is Zero.MINIMUM and not SCALES[self.scale].shared
+
+    @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code in use, of integers only."""
         most = 2 ** (self.format.bits - 1) - 1

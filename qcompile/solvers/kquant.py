@@ -69,11 +69,14 @@ def solve_kquant(weight: Tensor, spec: Spec, importance: Tensor | None = None) -
 
 def _searched(x: Tensor, w: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
     """Scale and minimum, 0 without one, of x [R, G, E] under weights [G, E]."""
-    low, high = x.amin(-1).clamp(max=0.0), x.amax(-1).clamp(min=0.0)
+    low, high = x.amin(-1), x.amax(-1)
+    if not spec.free_minimum:
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     starts = []
     for part in STARTS:
         if spec.zero is Zero.MINIMUM:
-            starts.append((part * (high - low) / spec.code_range[1], part * low))
+            below = low + (1 - part) / 2 * (high - low) if spec.free_minimum else part * low
+            starts.append((part * (high - low) / spec.code_range[1], below))
             continue
         largest = torch.where(-low >= high, low, high) if SCALES[spec.scale].signed else torch.maximum(high, -low)
         # either end of the codes may be the further one
@@ -120,10 +123,11 @@ def _fitted(start: tuple[Tensor, Tensor], x: Tensor, w: Tensor, spec: Spec) -> _
         solvable = determinant > 1e-7 * total * length
         scale = torch.where(solvable, (total * along - sum_v * sum_x) / determinant, 0.0)
         minimum = torch.where(solvable, (length * sum_x - sum_v * along) / determinant, sum_x / total)
-        # where it would be above 0, 0 is best
-        above = minimum > 0
-        scale = torch.where(above, torch.where(length > 0, along / length, 0.0), scale).clamp(min=0.0)
-        minimum = minimum.clamp(max=0.0)
+        if not spec.free_minimum:
+            # where it would be above 0, 0 is best
+            scale = torch.where(minimum > 0, torch.where(length > 0, along / length, 0.0), scale)
+            minimum = minimum.clamp(max=0.0)
+        scale = scale.clamp(min=0.0)
     error = (w * (values * scale[..., None] + minimum[..., None] - x).square()).sum(-1)
     return scale, minimum, error
 
@@ -143,6 +147,7 @@ def _kept(found: tuple[Tensor, Tensor], x: Tensor, w: Tensor, spec: Spec) -> QPa
     if spec.zero is not Zero.MINIMUM:
         return QParams(spec=spec, scale=scale, stored=stored)
     values = _values(x, scale, minimum, spec) * scale[..., None]
-    refitted = ((w * (x - values)).sum(-1) / w.sum(-1)).clamp(max=0.0)
+    refitted = (w * (x - values)).sum(-1) / w.sum(-1)
+    refitted = refitted if spec.free_minimum else refitted.clamp(max=0.0)
     zero, more = keep_minimum(refitted, spec.scale)
     return QParams(spec=spec, scale=scale, zero=zero, stored=stored | more)

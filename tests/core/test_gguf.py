@@ -255,3 +255,15 @@ def test_transformers_reads_what_is_written(tmp_path):
         assert torch.equal(parameter, theirs[name]), name
     config = reading.load_gguf_checkpoint(str(path))["config"]
     assert config["rope_theta"] == pytest.approx(model.config.rope_parameters["rope_theta"])
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q5_1"])
+@pytest.mark.parametrize("solver", ["round", "kquant"])
+def test_ranges_far_from_zero_err_no_more_than_the_librarys(name: str, solver: str) -> None:
+    x = torch.rand(4, 512, generator=torch.Generator().manual_seed(0)) + 5
+    spec = TYPES[name].spec
+    qparams = SOLVERS[solver](x, spec)
+    kind = library.GGMLQuantizationType[name]
+    theirs = torch.from_numpy(quants.dequantize(quants.quantize(x.numpy(), kind), kind))
+    ours = dequantize(quantize(x, qparams), qparams)
+    assert (ours - x).norm() <= 1.01 * (theirs - x).norm()
