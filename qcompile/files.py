@@ -313,7 +313,7 @@ class _Ends:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._batches:
-            if self.count == 0 or not all(torch.as_tensor(x).numel() for x in self.first.values()):
+            if self.count == 0 or not any(torch.as_tensor(x).numel() for x in self.first.values()):
                 self.first = batch
             self.last = batch
             self.count += 1

@@ -61,7 +61,7 @@ def watch(model: nn.Module, batches: Iterable[Any], parts: Part, *, progress: bo
     with evaluating(model), torch.no_grad():
         for count, batch in enumerate(shown(batches, progress=progress), start=1):
             # what is checked on an empty batch would always hold
-            example = example if watching.has_rows else batch
+            example = example if _holds_numbers(example) else batch
             watching.start(count - 1, mask_of(batch))
             with watching:
                 run_batch(model, batch, count - 1)
@@ -180,11 +180,6 @@ class _Watch(Calls):
         self._index, self._mask = index, mask
         self._asks = any(not found.reader for found in self.left_over())
 
-    @property
-    def has_rows(self) -> bool:
-        """Whether some linear read rows that are no padding."""
-        return bool(self._seen)
-
     def left_over(self) -> list[LeftOver]:
         """Float parameters of two and more dimensions that no site reads, with who read them."""
         read = {id(self._binding.parameter_of(site.weight)) for site in self.sites.values()}
@@ -270,6 +265,10 @@ class _Watch(Calls):
 
     def _views_whole(self, result: Tensor, parameter: Tensor) -> bool:
         return result.numel() == parameter.numel() and self._binding.parameter_of(result) is parameter
+
+
+def _holds_numbers(batch: Any) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.numel() > 0 for leaf in pytree.tree_leaves(batch))
 
 
 def _argument(where: tuple[int, str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

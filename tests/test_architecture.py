@@ -61,6 +61,7 @@ CORE = (
     "solved",
     "plan",
     "analysis",
+    "calls",
     "watch",
     "sensitivity",
     "fisher",

@@ -4,33 +4,42 @@ Dynamo leaves `nn.MultiheadAttention` and, without gradients, `nn.TransformerEnc
 pass can see a linear.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from inspect import signature
+from itertools import takewhile
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qcompile.backends.fx.targets import aten
 from qcompile.backends.fx.values import example, fake_mode
 
-
-def inline_calls(graph: fx.Graph) -> int:
-    """Put the ops of such calls in their place; returns how many."""
-    return sum(_inline(node, _BODIES[node.target]) for node in list(graph.nodes) if _is_open(node))
+# mask_type of masks of padding
+_OF_KEYS = 1
 
 
-def _is_open(node: fx.Node) -> bool:
-    """Whether it is a call with a body, and all that it reads are tensors of known shapes."""
+def inline_calls(graph: fx.Graph) -> None:
+    """Put the ops of such calls in their place, where all that they read are tensors that are not nested."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _BODIES and _reads_plain_tensors(node):
+            _inline(node, _BODIES[node.target])
+
+
+def _reads_plain_tensors(node: fx.Node) -> bool:
     known = [example(read) for read in node.all_input_nodes]
     plain = all(isinstance(value, Tensor) and not value.is_nested for value in known)
-    return node.op == "call_function" and node.target in _BODIES and plain and fake_mode(node.graph) is not None
+    return plain and fake_mode(node.graph) is not None
 
 
-def _inline(node: fx.Node, body: Callable[..., Any]) -> bool:
+def _inline(node: fx.Node, body: Callable[..., Any]) -> None:
     read = node.all_input_nodes
-    _want_what_is_read(node)
+    if body is F.multi_head_attention_forward and all(user.args[1:] == (0,) for user in node.users):
+        body = _attention_alone
 
     def run(*tensors: Tensor) -> Any:
         given = dict(zip(read, tensors, strict=True))
@@ -39,11 +48,13 @@ def _inline(node: fx.Node, body: Callable[..., Any]) -> bool:
 
     mode = fake_mode(node.graph)
     assert mode is not None
-    with torch.no_grad(), mode:
+    with ExitStack() as entered, torch.no_grad(), mode:
+        for autocast in _autocasts(node):
+            entered.enter_context(autocast)
         # before autograd's dispatch a linear is still one op
         traced = make_fx(run, pre_dispatch=True)(*map(example, read)).graph
     if traced.find_nodes(op="get_attr"):
-        return False
+        return
     made = dict(zip(traced.find_nodes(op="placeholder"), read, strict=True))
     with node.graph.inserting_before(node):
         for inner in traced.nodes:
@@ -52,13 +63,26 @@ def _inline(node: fx.Node, body: Callable[..., Any]) -> bool:
                 kept = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
                 made[inner].meta = {**kept, "example_value": inner.meta.get("val")}
     _replace(node, fx.map_arg(traced.output_node().args[0], made.__getitem__))
-    return True
 
 
-def _want_what_is_read(node: fx.Node) -> None:
-    """Ask attention for its weights only where something reads them: else its product is one op."""
-    if node.target is F.multi_head_attention_forward and all(user.args[1:] == (0,) for user in node.users):
-        node.kwargs = {**node.kwargs, "need_weights": False}
+def _autocasts(node: fx.Node) -> Iterator[torch.autocast]:
+    """Those that the graph has entered, and not left, where the node runs."""
+    entered: dict[Any, torch.autocast] = {}
+    for before in takewhile(lambda other: other is not node, node.graph.nodes):
+        if before.target is _enter_autocast:
+            entered[before] = torch.autocast(*before.args)
+        elif before.target is _exit_autocast:
+            entered.pop(before.args[0], None)
+    yield from entered.values()
+
+
+def _attention_alone(*args: Any, **kwargs: Any) -> Any:
+    """Attention whose weights nobody reads: its product is one op then."""
+    bound = signature(F.multi_head_attention_forward).bind(*args, **kwargs)
+    if bound.arguments.get("need_weights", True):
+        # without weights torch takes the hint that a mask is causal for the mask
+        bound.arguments |= {"need_weights": False, "is_causal": False}
+    return F.multi_head_attention_forward(*bound.args, **bound.kwargs)
 
 
 def _replace(node: fx.Node, results: Any) -> None:
@@ -95,7 +119,8 @@ def _encoder_layer(
 ) -> Tensor:
     """torch._transformer_encoder_layer_fwd, x [B, T, D].
 
-    mask: what is not 0 is left out: [T, T], or of mask_type 1 [B, T], or of 2 [B, H, T, T].
+    mask: what is not 0 is left out: [T, T], or of mask_type 1 [B, T], or of 2 [B, H, T, T]. What attends to nothing is
+    0, and no NaN.
     """
     kept = None if mask is None else mask == 0
     if kept is not None and mask_type == _OF_KEYS:
@@ -124,8 +149,6 @@ def _encoder_layer(
     return norm_2(x + feed(x))
 
 
-# mask_type of masks of padding
-_OF_KEYS = 1
 _BODIES: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: F.multi_head_attention_forward,
     torch._transformer_encoder_layer_fwd: _encoder_layer,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.backends.fx import ops
-from qcompile.backends.fx.targets import CASTS, aten, is_call
+from qcompile.backends.fx.targets import CASTS, aten, is_call, writes_to
 from qcompile.backends.fx.values import dtype, example
 
 _POWERS = (operator.pow, torch.pow, "pow", aten.pow.Tensor_Scalar)
@@ -70,6 +70,9 @@ def _normed(inverse: fx.Node) -> _Normed | None:
         return None
     x = wide.all_input_nodes[0] if is_call(wide, *CASTS) else wide
     if eps is None or (x is not wide and not _is_short_float(x)):
+        return None
+    # what is written between the two reads makes them differ
+    if any(writes_to(user, read) for read in (x, wide) for user in read.users):
         return None
     divides = is_call(inverse, *_QUOTIENTS) and _stands_for(inverse.args[0], wide, x)
     value = inverse if divides else _product(inverse, wide, x)

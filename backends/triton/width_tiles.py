@@ -51,7 +51,7 @@ def center_of(width):
 
 @triton.constexpr_function
 def float_zero_of(width, dtype):
-    return float(offset(width, dtype == gl.float16) + WIDTHS[width].center)
+    return float(zero_of(width, dtype))
 
 
 @triton.constexpr_function

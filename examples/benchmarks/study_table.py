@@ -58,7 +58,7 @@ def _best(subjects: Sequence[Subject]) -> str:
     (first, count), *others = Counter(subject.best[8] for subject in subjects).most_common()
     gain = mean(subject.bits(first) - subject.bits("int8") for subject in subjects)
     also = "".join(f" and {name} for {number}" for name, number in others)
-    return f"{first} ({gain:+.2f} bits over int8) is best for {count}{also}"
+    return f"{first} ({gain:+.2f} bits over int8 on average over all) is best for {count}{also}"
 
 
 def _kurtosis(subjects: Sequence[Subject]) -> str:

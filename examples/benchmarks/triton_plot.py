@@ -102,8 +102,10 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         line[0].set_ylabel(name, fontsize=11, weight="bold")
         for axes, shape in zip(line, shapes, strict=True):
             found = [row for row in rows if (row["format"], row["N"], row["K"]) == (name, *shape)]
-            panel(axes, sorted(found, key=lambda row: row["M"]))
-            scale(axes, counts)
+            axes.set_visible(bool(found))
+            if found:
+                panel(axes, sorted(found, key=lambda row: row["M"]))
+                scale(axes, counts)
     for axes, (N, K) in zip(panels[0], shapes, strict=True):
         axes.set_title(f"{N} x {K}", fontsize=11, weight="bold", pad=16)
     for axes in panels[-1]:

@@ -114,7 +114,9 @@ def _command(model: str | None, data: Path | None, formats: str, granularities: 
     if model is not None:
         options |= zip(("--weights", "--inputs"), granularities, strict=True)
     if data is not None:
-        options |= {"--data": data.resolve().name, "--windows": str(windows)}
+        options["--data"] = data.resolve().name
+    if data is not None or model == DEMO:
+        options["--windows"] = str(windows)
     named = [] if model is None else [model if model == DEMO else Path(model).resolve().name]
     return shlex.join(["qcompile", "study", "formats", *named, *chain.from_iterable(options.items())])
 

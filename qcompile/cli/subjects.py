@@ -105,7 +105,7 @@ def _encoded(lines: Sequence[str], folder: Path, config: Any) -> list[Batch]:
     encoded = load_tokenizer(folder)(whole, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
     names = [name for name in ("input_ids", "attention_mask") if name in encoded]
     if getattr(config, "is_encoder_decoder", False):
-        first = torch.full_like(encoded["input_ids"][:, :1], config.decoder_start_token_id or 0)
+        first = torch.full_like(encoded["input_ids"][:, :1], getattr(config, "decoder_start_token_id", None) or 0)
         encoded["decoder_input_ids"] = torch.cat([first, encoded["input_ids"][:, :-1]], dim=1)
         names.append("decoder_input_ids")
     return [{name: encoded[name][i : i + SENTENCES] for name in names} for i in range(0, len(whole), SENTENCES)]

@@ -169,9 +169,7 @@ def test_a_decoder_behind_an_encoder_is_given_what_it_would_write(tmp_path: Path
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="<pad>")
     fast.save_pretrained(tmp_path / "t5")
-    config = transformers.T5Config(
-        vocab_size=10, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
+    config = transformers.T5Config(vocab_size=10, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
     (tmp_path / "lines.txt").write_text("a b c d\n" * 64)
     subject = open_subject(str(tmp_path / "t5"), tmp_path / "lines.txt", windows=1)

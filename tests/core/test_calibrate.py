@@ -15,10 +15,11 @@ from torch.testing import assert_close
 from qcompile.calibrate import calibrate
 from qcompile.errors import CalibrationError, RecipeError, SpecError
 from qcompile.graph import Op
-from qcompile.observers import Stats
+from qcompile.observers import Part, Stats
 from qcompile.plan import Decision, Plan, Preparation, make_plan
 from qcompile.recipe import Recipe
 from qcompile.sites import LeftOver, Site
+from qcompile.watch import watch
 from tests.families import DECODERS, FAMILIES, build, tokens
 from tests.trained import language_model, needs_model
 
@@ -323,3 +324,9 @@ def test_groups_that_do_not_divide_a_weight_are_refused_with_its_name(recipe: st
     model = nn.Sequential(nn.Linear(128, 192), nn.ReLU(), nn.Linear(192, 64))
     with pytest.raises(SpecError, match=r"needs K to divide by 128, got .* = \[64, 192\] at the weight of '2'"):
         calibrate(model, [torch.randn(64, 128)], recipe, progress=False)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv1d(4, 4, 1)], ids=str)
+def test_the_example_is_the_first_batch_that_holds_numbers(layer: nn.Module) -> None:
+    batches = [torch.empty(0, 4, 4), torch.ones(2, 4, 4), torch.ones(3, 4, 4), torch.empty(0, 4, 4)]
+    assert watch(layer, batches, Part(0), progress=False).example is batches[1]

@@ -72,6 +72,52 @@ def test_linears_are_found_and_the_result_stays(name: str) -> None:
         assert (result(opened.graph, *opened.inputs) - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
+def test_results_have_the_dtype_of_the_autocast_around_the_call() -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Attending(0, {})
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.inner(x)
+
+    model, x = Cast().eval(), torch.randn(B, T, D)
+    (opened,) = dynamo_graphs(model, x)
+    with torch.no_grad():
+        expected, found = model(x), result(opened.graph, *opened.inputs)
+    assert found.dtype is expected.dtype is torch.bfloat16
+    assert (found.float() - expected.float()).norm() < 1e-2 * expected.float().norm()
+
+
+def test_a_mask_that_is_more_than_its_hint_says_is_kept() -> None:
+    slope = torch.arange(T).float().sub(torch.arange(T)[:, None]) + float_mask()
+    model, x = Attending(0, {"attn_mask": slope, "is_causal": True}).eval(), torch.randn(B, T, D)
+    (opened,) = dynamo_graphs(model, x)
+    with torch.no_grad():
+        expected, found = model(x), result(opened.graph, *opened.inputs)
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_arguments_may_be_given_by_position() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.MultiheadAttention(D, H)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.a
+            given = (a.in_proj_weight, a.in_proj_bias, None, None, False, 0.0, a.out_proj.weight, a.out_proj.bias)
+            return nn.functional.multi_head_attention_forward(x, x, x, D, H, *given, False, None, True)[0]
+
+    model, x = Functional().eval(), torch.randn(T, B, D)
+    (opened,) = dynamo_graphs(model, x)
+    with torch.no_grad():
+        expected, found = model(x), result(opened.graph, *opened.inputs)
+    assert len(ops_of(opened.graph, Op.LINEAR)) == 2
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 def test_calibration_sees_what_attention_calls() -> None:
     model = nn.Sequential(Attending(0, {}), Encoding({})).eval()
     batch = torch.randn(B, T, D)

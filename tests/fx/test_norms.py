@@ -185,8 +185,15 @@ def named_arguments(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * torch.div(x, other=root) * torch.rsqrt(input=root)
 
 
+def written(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x * 1
+    inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    x.mul_(2)
+    return weight * (x * inverse)
+
+
 @pytest.mark.parametrize(
-    "function", [subtracted, cube, other_axis, dropped_axis, other_numerator, squared_inverse, named_arguments]
+    "function", [subtracted, cube, other_axis, dropped_axis, other_numerator, squared_inverse, named_arguments, written]
 )
 def test_what_only_looks_like_a_norm_is_left_alone(function):
     assert not ops_of(dynamo_graph(Norm(function, torch.float32), torch.randn(K, K)), Op.RMS_NORM)

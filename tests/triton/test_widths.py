@@ -125,7 +125,7 @@ def test_pieces_make_planes(name: str, dtype: torch.dtype, raised: bool) -> None
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("zero", [None, "fixed"])
 @pytest.mark.parametrize("scales", [0, 1, 2])
-@pytest.mark.parametrize(("first", "count"), [(4, 4), (2, 2), (7, 1)])
+@pytest.mark.parametrize(("first", "count"), [(0, 4), (4, 4), (2, 2), (7, 1)])
 def test_pieces_make_the_weight(
     name: str, dtype: torch.dtype, zero: str | None, scales: int, first: int, count: int
 ) -> None:
