@@ -4,7 +4,9 @@ pack-quantized: weight_packed int32 [N, ceil(K * bits / 32)], codes from 0 along
 weight_scale [N, G], weight_shape [2], and weight_zero_point int32 [ceil(N * bits / 32), G], packed alike along N, less
 nothing: codes and zero points are those of two's complement plus 2**(bits - 1). int-quantized: weight int8 [N, K].
 float-quantized: weight float8_e4m3fn [N, K]. naive-quantized: either. weight_scale [N, 1], [1], or [N / r, K / c].
-Source: compressed-tensors 0.20, compressors/pack_quantized and naive_quantized.
+mxfp4-pack-quantized and nvfp4-pack-quantized: weight_packed uint8 [N, K / 2], codes of E2M1 from 0 along K, low nibbles
+first, with weight_scale [N, G] of E8M0, or of E4M3 and a weight_global_scale [1] that divides it.
+Source: compressed-tensors 0.20, compressors/pack_quantized, naive_quantized, mxfp4 and nvfp4.
 """
 
 import re
@@ -52,18 +54,25 @@ def input_of(scheme: Mapping[str, Any], module: str) -> Spec | None:
     if given is None:
         return None
     wanted = (given["type"], given["num_bits"], given["strategy"], given.get("dynamic"))
-    if wanted not in INPUTS:
+    spec = INPUTS.get(wanted) or _BLOCKS.get((*wanted, given.get("group_size")))
+    if spec is None:
         raise UnsupportedError(
             f"the input of {module!r} is {wanted[0]} of {wanted[1]} bits by {wanted[2]}"
-            f"{'' if wanted[3] else ', with a calibrated scale'}, which is not read; known: 8 bits by token, dynamic"
+            f"{'' if wanted[3] else ', with a calibrated scale'}, which is not read; known: 8 bits by token, dynamic, "
+            "and MXFP4 and NVFP4"
         )
-    return parse_spec(INPUTS[wanted] + ("" if given.get("symmetric", True) else "/asym"))
+    return parse_spec(spec + ("" if given.get("symmetric", True) else "/asym"))
 
 
 # (type, bits, strategy, whether found while running) -> spec
 INPUTS = {
     ("int", 8, "token", True): "int8/token",
     ("float", 8, "token", True): "fp8_e4m3/token",
+}
+# and columns of a group: NVFP4's scale above the groups, which a checkpoint has calibrated, is found while running, too
+_BLOCKS = {
+    ("float", 4, "group", True, 32): "fp4_e2m1/b32/e8m0",
+    ("float", 4, "tensor_group", "local", 16): "fp4_e2m1/b16/fp8_e4m3",
 }
 
 
@@ -147,6 +156,17 @@ def _evened(scale: Tensor, N: int, K: int, weights: Mapping[str, Any]) -> Tensor
     return evened(widths_of(K, columns), evened(widths_of(N, rows), scale.t()).t())
 
 
+def _fours(tensors: Mapping[str, Tensor], weights: Mapping[str, Any]) -> Solved:
+    codes, scale = tensors["weight_packed"], tensors["weight_scale"]
+    N, K = codes.shape[0], 2 * codes.shape[1]
+    stored = {"weight": codes, "scale_code": scale.view(torch.uint8)}
+    kept = "e8m0"
+    if scale.dtype is torch.float8_e4m3fn:
+        kept, above = "fp8_e4m3", tensors["weight_global_scale"]
+        stored["scale_outer"] = above.float().reshape(()).reciprocal()
+    return stored_as(stored, parse_spec(f"fp4_e2m1/b{K // scale.shape[1]}/{kept}"), (N, K))
+
+
 def _naive(tensors: Mapping[str, Tensor], weights: Mapping[str, Any]) -> Solved:
     return (_floats if weights["type"] == "float" else _integers)(tensors, weights)
 
@@ -156,4 +176,6 @@ _LAYOUTS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any]], Solved]]
     "int-quantized": _integers,
     "float-quantized": _floats,
     "naive-quantized": _naive,
+    "mxfp4-pack-quantized": _fours,
+    "nvfp4-pack-quantized": _fours,
 }

@@ -206,6 +206,35 @@ def test_compressed_tensors(weights: dict[str, Any], dtype: torch.dtype) -> None
         assert torch.equal(numbers(found).to(dtype), theirs)
 
 
+@pytest.mark.parametrize(
+    ("layout", "weights"),
+    [
+        ("mxfp4-pack-quantized", {"strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}),
+        ("nvfp4-pack-quantized", {"strategy": "tensor_group", "group_size": 16}),
+    ],
+)
+def test_compressed_tensors_of_four_bit_floats(layout: str, weights: dict[str, Any]) -> None:
+    library = pytest.importorskip("compressed_tensors.quantization")
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    args = library.QuantizationArgs(num_bits=4, type="float", symmetric=True, **weights)
+    scheme = library.QuantizationScheme(targets=["Linear"], weights=args)
+    weight = torch.randn(48, 96)
+    amax = weight.abs().unflatten(1, (-1, weights["group_size"])).amax(-1)
+    if layout.startswith("mx"):
+        scales = {"weight_scale": 2.0 ** (amax / 6).log2().ceil()}
+    else:
+        above = 448 * 6 / weight.abs().max()
+        rounded = (amax / 6 * above).to(torch.float8_e4m3fn).float()
+        scales = {"weight_scale": rounded, "weight_global_scale": above.reshape(1)}
+    compressor = compressors.BaseCompressor.get_value_from_registry(layout)
+    held = compressor.compress({"weight": weight, **scales}, scheme)
+    found = numbers(compressed.read(held, {"format": layout, "weights": weights}))
+    # a quotient there is a product with the inverse here; and it decompresses to bfloat16
+    theirs = compressor.decompress(held, scheme)["weight"].float()
+    assert ((found - theirs).abs() <= 2**-8 * theirs.abs()).all()
+    assert (found - weight).norm() < 0.2 * weight.norm()
+
+
 def _qparams(weight: Tensor, weights: Mapping[str, Any]) -> dict[str, Tensor]:
     """Scales and zero points in the shapes of the library; the codes may reach both ends."""
     N, K = weight.shape
@@ -242,6 +271,18 @@ def test_a_module_finds_its_scheme() -> None:
     schemes = [compressed.scheme_of(name, config) for name in ("layers.0.q", "layers.1.down_proj", "layers.0.up")]
     assert [scheme["weights"]["num_bits"] for scheme in schemes] == [4, 8, 3]
     assert [scheme["format"] for scheme in schemes] == ["pack-quantized", "int-quantized", "mixed-precision"]
+
+
+@pytest.mark.parametrize(
+    ("given", "spec"),
+    [
+        ({"strategy": "group", "group_size": 32, "dynamic": True}, "fp4_e2m1/b32/e8m0"),
+        ({"strategy": "tensor_group", "group_size": 16, "dynamic": "local"}, "fp4_e2m1/b16/fp8_e4m3"),
+    ],
+)
+def test_inputs_of_four_bit_floats(given: dict[str, Any], spec: str) -> None:
+    found = compressed.input_of({"input_activations": {"type": "float", "num_bits": 4, **given}}, "fc")
+    assert str(found) == spec
 
 
 def test_what_is_not_read_says_so() -> None:
