@@ -79,12 +79,12 @@ def check(
     return broken
 
 
-def _guilty(items: list[Item], distance: float, moved: Callable[[Sequence[Item]], float]) -> tuple[list[Item], float]:
+def _guilty(items: list[Item], distance: float, far: Callable[[Sequence[Item]], float]) -> tuple[list[Item], float]:
     """The fewest of these items that halving finds to move the outputs by themselves, and how far."""
     while len(items) > 1:
         middle = len(items) // 2
-        halves = ((half, moved(half)) for half in (items[:middle], items[middle:]))
-        found = next(((half, far) for half, far in halves if far > 1), None)
+        halves = ((half, far(half)) for half in (items[:middle], items[middle:]))
+        found = next(((half, by) for half, by in halves if by > 1), None)
         if found is None:
             break
         items, distance = found
