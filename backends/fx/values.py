@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from qcompile.backends.fx.targets import CASTS, argument, is_call, spelling, writes_to
@@ -51,7 +52,8 @@ def infer(target: Any, args: tuple[Any, ...], mode: FakeTensorMode | None) -> An
     fx.map_arg(args, nodes.append)
     if mode is None or any(example(node) is None for node in nodes):
         return None
-    with torch.no_grad(), mode:
+    # aten.linear without a bias asks in C++ for sizes, which symbols have not in torch 2.11
+    with torch.no_grad(), mode, enable_python_dispatcher():
         return target(*fx.map_arg(args, example))
 
 
