@@ -15,8 +15,9 @@ from qcompile.backends.fx.door import open_dynamo
 from qcompile.backends.fx.dynamo import Parameter, is_whole
 from qcompile.backends.fx.graph import FxGraph
 from qcompile.backends.fx.kernels import Kernel, Problem, packed, tail
-from qcompile.backends.fx.lower import Codes, Lowered, Target, lower
+from qcompile.backends.fx.lower import Lowered, Target, lower
 from qcompile.backends.fx.packs import Key, Pack, PackMissingError, PackStore, Stamp, freed_error, weight_stamp
+from qcompile.backends.fx.runs import Codes
 from qcompile.backends.fx.sources import weight_source, without_parameter
 from qcompile.binding import require_values
 from qcompile.errors import OptionsError, PlanError

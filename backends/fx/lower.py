@@ -1,7 +1,7 @@
 """Lowering on torch.fx: each quantized linear becomes one op of the kernel that runs it best."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -11,23 +11,12 @@ from torch.fx import Node
 from qcompile.backends.fx.fuse import fuse
 from qcompile.backends.fx.graph import FxGraph
 from qcompile.backends.fx.kernels import Kernel, Problem, choose, embedding, llm_int8, tail
+from qcompile.backends.fx.runs import Codes, Run, Weight, side_by_side, together, whole
 from qcompile.backends.fx.targets import aten
 from qcompile.graph import Op
-from qcompile.numerics import QParams, quantize
+from qcompile.numerics import QParams
 from qcompile.sites import constant_name, tail_owner
 from qcompile.spec import Spec
-
-
-@dataclass(frozen=True, kw_only=True)
-class Codes:
-    """A weight's codes, made when they are asked for: those of a whole model at once would take half its memory.
-
-    at_hand: its values are, not their shape alone.
-    """
-
-    make: Callable[[], Tensor]
-    qparams: QParams
-    at_hand: bool
 
 
 class PackSource(Protocol):
@@ -66,40 +55,6 @@ class Lowered:
     refused: Mapping[str, str]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Weight:
-    """A quantized weight [N, K]: what makes its codes, a constant or the quantize of one."""
-
-    codes: Node
-    source: Tensor
-    qparams: QParams
-
-    def read(self) -> Codes:
-        """For packs."""
-        floats = self.source.is_floating_point()
-        return Codes(
-            make=lambda: quantize(self.source, self.qparams) if floats else self.source,
-            qparams=self.qparams,
-            at_hand=not self.source.is_meta,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Run:
-    """A linear and the kernel that will run it.
-
-    site: whose weight it reads.  beside: it is the linear of outliers beside that site's own.
-    """
-
-    linear: Node
-    site: str
-    beside: bool
-    weight: _Weight
-    problem: Problem
-    kernel: Kernel
-    refused: Mapping[str, str]
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Split:
     """total = linear + `thin`, the linear of outlier channels beside it.
@@ -111,7 +66,7 @@ class _Split:
     linear: Node
     thin: Node
     outliers: Node
-    weight: _Weight
+    weight: Weight
 
 
 def lower(graph: FxGraph, target: Target, packs: PackSource) -> list[Lowered]:
@@ -129,8 +84,8 @@ def lower(graph: FxGraph, target: Target, packs: PackSource) -> list[Lowered]:
             _lower_tail(graph, value, packs)
         elif graph.op(value) is Op.EMBEDDING:
             lowered += _lower_embedding(graph, value, target, packs)
-    for together in _together(graph, runs):
-        lowered += _lower_linears(graph, together, packs)
+    for groups in side_by_side(graph, together(graph, runs)):
+        lowered += _lower_linears(graph, groups, packs)
     for value in list(graph.values()):
         if graph.op(value) is Op.SELECT:
             _lower_select(graph, value)
@@ -159,7 +114,7 @@ def _wait_for_packs(target: Target) -> None:
         torch.cuda.synchronize()
 
 
-def _quantized_weight(graph: FxGraph, linear: Node) -> _Weight | None:
+def _quantized_weight(graph: FxGraph, linear: Node) -> Weight | None:
     weight = graph.inputs(linear)[1]
     if weight is None or graph.op(weight) is not Op.DEQUANTIZE:
         return None
@@ -169,16 +124,16 @@ def _quantized_weight(graph: FxGraph, linear: Node) -> _Weight | None:
         return None
     made_of = graph.inputs(codes)[0] if graph.op(codes) is Op.QUANTIZE else codes
     source = None if made_of is None else graph.constant(made_of)
-    return None if source is None else _Weight(codes=codes, source=source, qparams=qparams)
+    return None if source is None else Weight(codes=codes, source=source, qparams=qparams)
 
 
-def _codes_name(graph: FxGraph, weight: _Weight) -> str:
+def _codes_name(graph: FxGraph, weight: Weight) -> str:
     """As `freeze_weights` names them."""
     name = constant_name(graph, weight.codes)
     return f"{name}_codes" if graph.op(weight.codes) is Op.QUANTIZE else name
 
 
-def _problem(graph: FxGraph, linear: Node, weight: _Weight, target: Target) -> Problem:
+def _problem(graph: FxGraph, linear: Node, weight: Weight, target: Target) -> Problem:
     x = graph.inputs(linear)[0]
     assert x is not None
     return Problem(
@@ -194,13 +149,13 @@ def _problem(graph: FxGraph, linear: Node, weight: _Weight, target: Target) -> P
     )
 
 
-def _run(graph: FxGraph, linear: Node, weight: _Weight, target: Target) -> _Run:
+def _run(graph: FxGraph, linear: Node, weight: Weight, target: Target) -> Run:
     problem = _problem(graph, linear, weight, target)
     kernel, refused = choose(problem)
     x = graph.inputs(linear)[0]
     # the linear of outliers that are found while running reads the weight of the site beside it
     owner = tail_owner(graph.name(linear)) if x is not None and graph.op(x) is Op.OUTLIERS else None
-    return _Run(
+    return Run(
         linear=linear,
         site=graph.name(linear) if owner is None else owner,
         beside=owner is not None,
@@ -211,58 +166,45 @@ def _run(graph: FxGraph, linear: Node, weight: _Weight, target: Target) -> _Run:
     )
 
 
-def _together(graph: FxGraph, runs: Sequence[_Run]) -> list[list[_Run]]:
-    """The linears in groups, each to be one matmul: of one module, that read one input, without biases.
-
-    A bias would have to be added behind, where it is rounded twice. What several modules read, as all cross-attention
-    reads an encoder's output, would have to be kept for the last of them.
-    """
-    groups: dict[object, list[_Run]] = {}
-    for run in runs:
-        x, _, bias = graph.inputs(run.linear)
-        module = run.site.rpartition(".")[0]
-        problem = run.problem
-        before = None if problem.lowered is None else (problem.lowered.narrow.spec, problem.lowered.shift)
-        alike = (x, module, run.kernel.name, problem.weight, before, problem.input, problem.dtype)
-        alone = run.kernel.joins is None or bias is not None or run.beside
-        groups.setdefault(run if alone else alike, []).append(run)
-    found: list[list[_Run]] = []
-    for group in groups.values():
-        joins = group[0].kernel.joins
-        different = len({run.weight.codes for run in group}) == len(group)
-        fits = len(group) > 1 and different and joins is not None and joins([run.problem for run in group])
-        found += [group] if fits else [[run] for run in group]
-    return found
-
-
-def _lower_linears(graph: FxGraph, runs: Sequence[_Run], packs: PackSource) -> list[Lowered]:
-    """One op for linears that read one input."""
+def _lower_linears(graph: FxGraph, groups: Sequence[Sequence[Run]], packs: PackSource) -> list[Lowered]:
+    """One op for linears that read one input; those of a group have joined packs."""
+    runs = [run for group in groups for run in group]
     first = runs[0]
     x, _, bias = graph.inputs(first.linear)
     assert x is not None
-    names = [_codes_name(graph, run.weight) for run in runs]
-    tensors = [
-        packs.quantized(run.site, name, run.kernel, run.problem, run.weight.read())
-        for run, name in zip(runs, names, strict=True)
-    ]
+    packed = [_packed_group(graph, group, packs) for group in groups]
     taken = tuple(x.args[:3]) if first.kernel.takes_codes else (x,)
-    if len(runs) == 1:
-        packed = _constants(graph, first.weight, first.kernel, tensors[0])
-        arguments = first.kernel.arguments(first.problem, taken, packed, bias)
-        _replace(graph, first.linear, first.kernel.op, arguments)
+    if len(groups) == 1:
+        op, arguments = first.kernel.op, first.kernel.arguments(whole(groups[0]), taken, packed[0], bias)
     else:
-        sites = [run.site for run in runs]
-        whole_pack = packs.joined(list(zip(sites, names, strict=True)), first.kernel, first.problem)
-        packed = _constants(graph, first.weight, first.kernel, whole_pack)
-        problem = replace(first.problem, N=sum(run.problem.N for run in runs))
-        arguments = first.kernel.arguments(problem, taken, packed, None)
+        assert first.kernel.several is not None
+        op = first.kernel.several.op
+        arguments = first.kernel.several.arguments([whole(group) for group in groups], taken, packed)
+    if len(runs) == 1:
+        _replace(graph, first.linear, op, arguments)
+    else:
         with first.linear.graph.inserting_before(first.linear):
-            whole = first.linear.graph.call_function(first.kernel.op, arguments)
+            made = first.linear.graph.call_function(op, arguments)
         start = 0
         for run in runs:
-            _replace_by_columns(graph, run.linear, whole, start, start + run.problem.N)
+            _replace_by_columns(graph, run.linear, made, start, start + run.problem.N)
             start += run.problem.N
     return [Lowered(site=run.site, kernel=run.kernel.name, refused=run.refused) for run in runs if not run.beside]
+
+
+def _packed_group(graph: FxGraph, group: Sequence[Run], packs: PackSource) -> dict[str, Node]:
+    """The pack of a group's weights, those of several one behind the other."""
+    first = group[0]
+    names = [_codes_name(graph, run.weight) for run in group]
+    tensors = [
+        packs.quantized(run.site, name, run.kernel, run.problem, run.weight.read())
+        for run, name in zip(group, names, strict=True)
+    ]
+    if len(group) == 1:
+        return _constants(graph, first.weight, first.kernel, tensors[0])
+    sites = [run.site for run in group]
+    whole = packs.joined(list(zip(sites, names, strict=True)), first.kernel, first.problem)
+    return _constants(graph, first.weight, first.kernel, whole)
 
 
 def _replace_by_columns(graph: FxGraph, value: Node, whole: Node, start: int, end: int) -> None:
@@ -367,13 +309,13 @@ def _lower_select(graph: FxGraph, selected: Node) -> None:
 
 
 def _packed(
-    graph: FxGraph, site: str, weight: _Weight, kernel: Kernel, problem: Problem, packs: PackSource
+    graph: FxGraph, site: str, weight: Weight, kernel: Kernel, problem: Problem, packs: PackSource
 ) -> dict[str, Node]:
     tensors = packs.quantized(site, _codes_name(graph, weight), kernel, problem, weight.read())
     return _constants(graph, weight, kernel, tensors)
 
 
-def _constants(graph: FxGraph, weight: _Weight, kernel: Kernel, tensors: Mapping[str, Tensor]) -> dict[str, Node]:
+def _constants(graph: FxGraph, weight: Weight, kernel: Kernel, tensors: Mapping[str, Tensor]) -> dict[str, Node]:
     """A pack in the graph, by the names of its tensors."""
     constant = _codes_name(graph, weight)
     return {name: graph.add_constant(f"{constant}.{kernel.name}.{name}", tensor) for name, tensor in tensors.items()}

@@ -26,12 +26,13 @@ def reduce_kernel(
     y_ptr,
     size,
     N,
+    stride,
     PARTS: tl.constexpr,
     BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """y = sum of the parts, first to last, + bias."""
+    """y = sum of the parts, first to last, + bias.  stride: from a row of y to the next one."""
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
@@ -42,16 +43,17 @@ def reduce_kernel(
         acc += tl.load(parts_ptr + part * size + i, mask=inside, other=0.0)
     if BIAS:
         acc += tl.load(bias_ptr + i % N, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + i, acc.to(y_ptr.dtype.element_ty), mask=inside)
+    to = i // N * stride + i % N
+    tl.store(y_ptr + to, acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def add_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """Write the sum of parts [P, M, N] and bias [N] to y [M, N]."""
+    """Write the sum of contiguous parts [P, M, N] and bias [N] to y [M, N], columns of which are neighbours."""
     dependent = is_dependent(y.device)
     launch(
         reduce_kernel,
         (triton.cdiv(y.numel(), BLOCK), 1, 1),
-        (parts, y if bias is None else bias, y, y.numel(), y.shape[1]),
+        (parts, y if bias is None else bias, y, y.numel(), y.shape[1], y.stride(0)),
         {"PARTS": parts.shape[0], "BIAS": bias is not None, "DEPENDENT": dependent, "SIZE": BLOCK},
         num_warps=4,
         **({"launch_pdl": True} if dependent else {}),

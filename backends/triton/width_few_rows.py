@@ -17,7 +17,12 @@ times the sums of that.
 A program keeps one slice of K of x in shared memory and walks over tiles of N. Slices are added by a second kernel in
 a fixed order, so the result is deterministic. A program fetches its first weights before it waits for the kernel
 before it (programmatic dependent launch): they never change.
+
+Weights of several kinds under one x (`few_rows`) are a kernel each, which run at the same time: one that follows
+another starts when all programs of that have what they wait for, and so waits for nothing itself until it ends.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -32,7 +37,7 @@ from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import processors_of
 from qcompile.backends.triton.width_inputs import take
 from qcompile.backends.triton.width_loads import load_integers, load_scales, load_table, load_words
-from qcompile.backends.triton.width_table import FewRows
+from qcompile.backends.triton.width_table import FewRows, Member
 from qcompile.backends.triton.width_tiles import (
     center_of,
     group_minimum,
@@ -44,24 +49,13 @@ from qcompile.backends.triton.width_tiles import (
     scale_of,
     zero_code,
 )
-from qcompile.backends.triton.widths import Packed
 
 
 @gluon.jit
 def _block(
-    words_ptr,
-    scales_ptr,
-    unit,
-    block,
-    B,
-    UNITS: gl.constexpr,
-    WIDTH: gl.constexpr,
-    GROUPS: gl.constexpr,
-    WIDE: gl.constexpr,
-    ZERO: gl.constexpr,
-    MINIMUM: gl.constexpr,
-    INTEGERS: gl.constexpr,
-):
+    words_ptr, scales_ptr, unit, block, B, UNITS: gl.constexpr, WIDTH: gl.constexpr, GROUPS: gl.constexpr,
+    WIDE: gl.constexpr, ZERO: gl.constexpr, MINIMUM: gl.constexpr, INTEGERS: gl.constexpr,
+):  # fmt: skip
     """Words of units unit.. at a block of columns, and the scales of its groups."""
     words = load_words(words_ptr, unit.to(gl.int64) * B + block, B, UNITS, WIDTH)
     if GROUPS == 0:
@@ -73,17 +67,9 @@ def _block(
 
 @gluon.jit
 def _scales(
-    scales_ptr,
-    unit,
-    block,
-    B,
-    UNITS: gl.constexpr,
-    GROUPS: gl.constexpr,
-    WIDE: gl.constexpr,
-    ZERO: gl.constexpr,
-    MINIMUM: gl.constexpr,
-    INTEGERS: gl.constexpr,
-):
+    scales_ptr, unit, block, B, UNITS: gl.constexpr, GROUPS: gl.constexpr, WIDE: gl.constexpr, ZERO: gl.constexpr,
+    MINIMUM: gl.constexpr, INTEGERS: gl.constexpr,
+):  # fmt: skip
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [gl.num_warps(), 1], [16, 8])
     row = gl.arange(0, 64 * UNITS, layout=gl.SliceLayout(1, mma))
     if INTEGERS:
@@ -104,6 +90,7 @@ def few_rows_kernel(
     M,
     N,
     K,
+    stride,
     B,
     tiles,
     ROWS_OF_X: gl.constexpr,
@@ -120,10 +107,12 @@ def few_rows_kernel(
     WHOLE: gl.constexpr,
     BIAS: gl.constexpr,
     DEPENDENT: gl.constexpr,
+    FOLLOWS: gl.constexpr,
 ):
     """Tiles pid, pid + programs, ... of N on slice program_id(1) of K; to y if WHOLE, else to its part of y.
 
-    ONE: x has one row, and nothing is done to those that it is padded with.
+    stride: from a row of y to the next one.  ONE: x has one row, and nothing is done to those that it is padded with.
+    FOLLOWS: the kernel before reads the same x, and no program of it lets this one start before that is written.
     """
     W: gl.constexpr = gl.num_warps()
     TILE: gl.constexpr = 64 * UNITS
@@ -162,7 +151,8 @@ def few_rows_kernel(
         row_scales, row_zeros = _scales(scales_ptr, tile * UNITS, 0, B, UNITS, GROUPS, WIDE, ZERO, False, False)
 
     if DEPENDENT:
-        gdc_wait()
+        if not FOLLOWS:
+            gdc_wait()
         gdc_launch_dependents()
     xs = gl.allocate_shared_memory(dtype, [BLOCKS, ROWS_OF_X, 128], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     PADDED: gl.constexpr = triton.next_power_of_2(BLOCKS) * SPANS
@@ -233,7 +223,7 @@ def few_rows_kernel(
                 acc *= scale_of(row_scales[0], WIDE)[:, None]
             if BIAS and WHOLE:
                 acc += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-            to = (part * M + row).to(gl.int64)[None, :] * N + n[:, None]
+            to = (part * M + row).to(gl.int64)[None, :] * stride + n[:, None]
             gl.store(y_ptr + to, acc.to(y_ptr.dtype.element_ty), mask=inside)
             acc = gl.zeros([TILE, ROWS_OF_X], gl.float32, layout=mma)
             at_x = 0
@@ -242,28 +232,50 @@ def few_rows_kernel(
                 next_unit = gl.minimum(done, tiles - 1) * UNITS
                 row_scales, row_zeros = _scales(scales_ptr, next_unit, 0, B, UNITS, GROUPS, WIDE, ZERO, False, False)
 
+    if DEPENDENT and FOLLOWS:
+        # who waits for this kernel waits for all of them
+        gdc_wait()
 
-def few_rows(x: Tensor, weight: Packed, bias: Tensor | None, N: int, config: FewRows) -> Tensor:
-    """y [M, N] for contiguous x [M, K], 1 <= M <= config.rows."""
+
+def few_rows(x: Tensor, members: Sequence[Member[FewRows]], bias: Tensor | None, y: Tensor) -> None:
+    """Write to y [M, sum of all N] the products of contiguous x [M, K], 1 <= M <= rows of each configuration.
+
+    bias: None where there are several members, of whose configurations `blocks` and `depth` are the least.
+    """
+    B = members[0].weight.words.shape[1]
+    blocks = min(member.config.blocks for member in members)
+    parts = triton.cdiv(B, blocks)
+    to = y[None] if parts == 1 else x.new_empty(parts, *y.shape, dtype=torch.float32)
+    resident = min(member.config.resident for member in members)
+    tiles = sum(len(member.weight.words) // member.config.units for member in members)
+    each = triton.cdiv(tiles * parts, processors_of(x.device) * resident)
+    for i, (member, columns) in enumerate(zip(members, to.split([m.N for m in members], dim=2), strict=True)):
+        _few_rows(x, member, bias, columns, blocks, each, follows=i > 0)
+    if parts > 1:
+        add_parts(to, bias, y)
+
+
+def _few_rows(
+    x: Tensor, member: Member[FewRows], bias: Tensor | None, to: Tensor, blocks: int, each: int, *, follows: bool
+) -> None:
+    """Write one member's product, [P, M, N], by slices of `blocks` blocks and programs of `each` tiles."""
     M, K = x.shape
+    weight, config = member.weight, member.config
     units, B = weight.words.shape[:2]
     dependent = is_dependent(x.device)
-    tiles, parts = units // config.units, triton.cdiv(B, config.blocks)
-    each = triton.cdiv(tiles * parts, processors_of(x.device) * config.resident)
-    y = x.new_empty(M, N)
-    to = y if parts == 1 else x.new_empty(parts, M, N, dtype=torch.float32)
+    tiles, parts = units // config.units, len(to)
     given = x if bias is None else bias
     levels = weight.words if weight.levels is None else weight.levels
     launch(
         few_rows_kernel,
         (triton.cdiv(tiles, each), parts, 1),
-        (x, weight.words, weight.scales, levels, given, to, M, N, K, B, tiles),
+        (x, weight.words, weight.scales, levels, given, to, M, member.N, K, to.stride(1), B, tiles),
         {
             "ROWS_OF_X": config.rows,
             "ONE": M == 1,
             "UNITS": config.units,
-            "DEPTH": config.depth,
-            "BLOCKS": config.blocks,
+            "DEPTH": min(config.depth, blocks),
+            "BLOCKS": blocks,
             "WIDTH": weight.width,
             "GROUPS": weight.groups,
             "WIDE": weight.wide,
@@ -273,10 +285,8 @@ def few_rows(x: Tensor, weight: Packed, bias: Tensor | None, N: int, config: Few
             "WHOLE": parts == 1,
             "BIAS": bias is not None,
             "DEPENDENT": dependent,
+            "FOLLOWS": follows,
         },
         num_warps=config.warps,
         **({"launch_pdl": True} if dependent else {}),
     )
-    if parts > 1:
-        add_parts(to, bias, y)
-    return y

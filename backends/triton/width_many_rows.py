@@ -34,9 +34,8 @@ from qcompile.backends.triton.width_loads import (
     scales_by_rows,
     spread,
 )
-from qcompile.backends.triton.width_table import ManyRows
+from qcompile.backends.triton.width_table import ManyRows, Member
 from qcompile.backends.triton.width_tiles import scale_of, weight_operand
-from qcompile.backends.triton.widths import Packed
 
 # columns of x in one stage: a row of them is the 128 bytes of the widest swizzle
 STAGE = 64
@@ -245,9 +244,12 @@ def many_rows_kernel(
     tma.store_wait(0)
 
 
-def many_rows(x: Tensor, weight: Packed, bias: Tensor | None, N: int, config: ManyRows) -> Tensor:
-    """y [M, N] for contiguous x [M, K], M >= 1, and a weight whose scales, if many a row, x's dtype can hold."""
-    M = x.shape[0]
+def many_rows(x: Tensor, member: Member[ManyRows], bias: Tensor | None, y: Tensor) -> None:
+    """Write y [M, N] for contiguous x [M, K], M >= 1, and a weight whose scales, if many a row, x's dtype can hold.
+
+    y: its rows start at multiples of 16 bytes.
+    """
+    (M, N), weight, config = y.shape, member.weight, member.config
     units, B = weight.words.shape[:2]
     tile = 64 * config.units
     tiles_n, tiles_m = units // config.units, triton.cdiv(M, config.rows)
@@ -255,7 +257,6 @@ def many_rows(x: Tensor, weight: Packed, bias: Tensor | None, N: int, config: Ma
     parts = max(1, min(config.slices, B, programs // (tiles_n * tiles_m)))
     blocks = triton.cdiv(B, parts)
     parts = triton.cdiv(B, blocks)
-    y = x.new_empty(M, N)
     to = y if parts == 1 else x.new_empty(parts, M, N, dtype=torch.float32)
     descriptors = (described(x, [config.rows, STAGE]), described(y, [config.rows, tile]))
     levels = weight.words if weight.levels is None else weight.levels
@@ -286,4 +287,3 @@ def many_rows(x: Tensor, weight: Packed, bias: Tensor | None, N: int, config: Ma
     )
     if parts > 1:
         add_parts(to, bias, y)
-    return y

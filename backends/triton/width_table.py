@@ -6,6 +6,7 @@ what is chosen.
 """
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
@@ -54,6 +55,18 @@ class Unpack:
 
 
 Config = FewRows | ManyRows | Unpack
+C = TypeVar("C", bound=Config, covariant=True)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Member(Generic[C]):
+    """A weight of N rows, one of those that multiply an x, and the configuration that runs it."""
+
+    weight: Packed
+    N: int
+    config: C
+
+
 # rows of y, of 16-bit floats, start at multiples of 16 bytes (CUDA driver API, cuTensorMapEncodeTiled)
 TMA_MULTIPLE = 8
 # from so many columns on, tiles of N are few in the models that have them, and K is cut into slices
@@ -190,14 +203,23 @@ def tuned_name(width: str) -> str:
 
 
 def choose(
-    width: str, M: int, N: int, K: int, capability: int, *, exact: bool, first: tuple[Entry[Config], ...] = ()
+    width: str,
+    M: int,
+    N: int,
+    K: int,
+    capability: int,
+    *,
+    exact: bool,
+    first: tuple[Entry[Config], ...] = (),
+    total: int | None = None,
 ) -> Config:
     """The configuration for x [M, K] and a weight [N, K].
 
     capability: 90 for 9.0.  first: entries that come before the table's.
     exact: numbers of x's dtype can hold what many rows multiply, see `rounds_twice`.
+    total: rows of all weights that multiply x at once, which keep the device as busy as one of so many.
     """
-    found = fitting(first + TABLES[width], M, N, K, capability)
+    found = fitting(first + TABLES[width], M, total or N, K, capability)
     return next(config for config in found if can_run(config, M, N, exact=exact))
 
 

@@ -5,7 +5,6 @@ Computed in float32 and rounded once to the dtype of x, as `qcompile.numerics.de
 `widths`. For many rows of x, where reading and writing the weight once costs little beside the product.
 """
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -83,10 +82,9 @@ def unpack_kernel(
             gl.store(y_ptr + n[:, None] * K + k[None, :], value.to(dtype), mask=inside)
 
 
-def unpack(weight: Packed, N: int, K: int, dtype: torch.dtype, config: Unpack) -> Tensor:
-    """The weight [N, K] in `dtype`."""
-    units, B = weight.words.shape[:2]
-    y = torch.empty(N, K, dtype=dtype, device=weight.words.device)
+def unpack(weight: Packed, y: Tensor, config: Unpack) -> None:
+    """Write the weight to y [N, K], contiguous, in the dtype of that."""
+    (N, K), (units, B) = y.shape, weight.words.shape[:2]
     levels = weight.words if weight.levels is None else weight.levels
     launch(
         unpack_kernel,
@@ -103,4 +101,3 @@ def unpack(weight: Packed, N: int, K: int, dtype: torch.dtype, config: Unpack) -
         },
         num_warps=WARPS,
     )
-    return y

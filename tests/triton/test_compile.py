@@ -53,7 +53,8 @@ def test_configuration_compiles(config: Config, capability: int, width: str) -> 
 @pytest.mark.parametrize(("config", "capability", "width"), CASES)
 def test_one_row_compiles(config: Config, capability: int, width: str) -> None:
     if isinstance(config, FewRows):
-        assert cubin(config, capability, torch.bfloat16, FORMS[width], one=True)[:4] == b"\x7fELF"
+        # and behind another kernel of its x
+        assert cubin(config, capability, torch.bfloat16, FORMS[width], one=True, follows=True)[:4] == b"\x7fELF"
 
 
 @pytest.mark.parametrize("config", configs_of(TABLES["int4"], 90), ids=name_of)

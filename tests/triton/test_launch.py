@@ -28,7 +28,7 @@ from qcompile.backends.triton import launch as module
 from qcompile.backends.triton.eight_bit import Operands
 from qcompile.backends.triton.eight_bit_table import FEW_ROWS, MANY_ROWS, SAFE
 from qcompile.backends.triton.launch import launch
-from qcompile.backends.triton.width_table import TABLES, FewRows, ManyRows, Unpack
+from qcompile.backends.triton.width_table import TABLES, FewRows, ManyRows, Member, Unpack
 from qcompile.backends.triton.widths import Packed
 from qcompile.spec import parse_spec
 
@@ -152,8 +152,10 @@ def int4(kind: type) -> tuple[Any, ...]:
     weight = Packed(words=words, scales=scales, width="int4")
     config = next(e.config for e in TABLES["int4"] if isinstance(e.config, kind))
     if kind is Unpack:
-        return weight, 256, 384, torch.bfloat16, config
-    return torch.ones(2, 384).bfloat16(), weight, None, 256, config
+        return weight, torch.empty(256, 384, dtype=torch.bfloat16), config
+    member = Member(weight=weight, N=256, config=config)
+    x, y = torch.ones(2, 384).bfloat16(), torch.empty(2, 256, dtype=torch.bfloat16)
+    return x, [member, member] if kind is FewRows else member, None, y.repeat(1, 2) if kind is FewRows else y
 
 
 def w4a8() -> int4_int8_linear.Operands:

@@ -33,18 +33,32 @@ class Form:
 
 
 def cubin(
-    config: Config, capability: int, dtype: torch.dtype, form: Form, *, parts: int = 1, one: bool = False
+    config: Config,
+    capability: int,
+    dtype: torch.dtype,
+    form: Form,
+    *,
+    parts: int = 1,
+    one: bool = False,
+    follows: bool = False,
 ) -> bytes:
     """The binary of the configuration's kernel, as its launcher would have it compiled for K in that many slices."""
-    return kernel(config, capability, dtype, form, parts=parts, one=one).asm["cubin"]
+    return kernel(config, capability, dtype, form, parts=parts, one=one, follows=follows).asm["cubin"]
 
 
 def kernel(
-    config: Config, capability: int, dtype: torch.dtype, form: Form, *, parts: int = 1, one: bool = False
+    config: Config,
+    capability: int,
+    dtype: torch.dtype,
+    form: Form,
+    *,
+    parts: int = 1,
+    one: bool = False,
+    follows: bool = False,
 ) -> CompiledKernel:
     """What `cubin` is the binary of."""
     if isinstance(config, FewRows):
-        return _few_rows(config, capability, NAMES[dtype], form, parts, one)
+        return _few_rows(config, capability, NAMES[dtype], form, parts, one, follows)
     if isinstance(config, ManyRows):
         return _many_rows(config, capability, dtype, form, parts)
     pointers = {"words_ptr": "*i32", "scales_ptr": "*i32", "levels_ptr": "*i32", "y_ptr": f"*{NAMES[dtype]}"}
@@ -59,7 +73,9 @@ def reduce_cubin(capability: int, dtype: torch.dtype) -> bytes:
     return _compiled(ASTSource, kernel, pointers, constants, capability, 4).asm["cubin"]
 
 
-def _few_rows(config: FewRows, capability: int, name: str, form: Form, parts: int, one: bool) -> CompiledKernel:
+def _few_rows(
+    config: FewRows, capability: int, name: str, form: Form, parts: int, one: bool, follows: bool
+) -> CompiledKernel:
     x = {"x_ptr": f"*{name}"} | dict.fromkeys(("words_ptr", "scales_ptr", "levels_ptr"), "*i32")
     x |= {"bias_ptr": f"*{name}", "y_ptr": "*fp32" if parts > 1 else f"*{name}"}
     constants = {
@@ -72,6 +88,7 @@ def _few_rows(config: FewRows, capability: int, name: str, form: Form, parts: in
         "WHOLE": parts == 1,
         "BIAS": parts == 1,
         "DEPENDENT": capability >= 90,
+        "FOLLOWS": follows,
     }
     kernel = width_few_rows.few_rows_kernel
     return _compiled(GluonASTSource, kernel, x, constants, capability, config.warps)

@@ -31,6 +31,19 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Several:
+    """One op for problems that read one input and differ, whose results are columns of its own: those of the first
+    problem before those of the second.
+    """
+
+    op: Any
+    # (problems, input, packed of each) -> the op's arguments, as `Kernel.arguments` makes them
+    arguments: Callable[[Sequence[Problem], tuple[Any, ...], Sequence[Mapping[str, Any]]], tuple[Any, ...]]
+    # whether this may be one of the problems
+    takes: Callable[[Problem], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Kernel:
     """One way to run some problems, as one op of the lowered graph."""
 
@@ -52,3 +65,5 @@ class Kernel:
     # whether problems that read one input may run as one, their packs one behind the other along the first dimension,
     # which is that of N; None if they never do
     joins: Callable[[Sequence[Problem]], bool] | None = None
+    # None where each problem that differs from others is an op of its own
+    several: Several | None = None

@@ -2,7 +2,8 @@
 
 x: [..., K] bfloat16 or float16, as it is or of numbers with scales for blocks of a row (MXFP4, NVFP4), whose codes
 nothing multiplies; words, scales and levels as `qcompile.backends.triton.widths` packs them. One opaque op that chooses
-its kernel by the number of rows at each call, so that no number of rows compiles a graph anew.
+its kernel by the number of rows at each call, so that no number of rows compiles a graph anew. Weights of several kinds
+that multiply one x are one op, too, whose kernels run side by side: mixed bits follow their bits only so.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.backends.fx.kernels.problem import Kernel, Problem
+from qcompile.backends.fx.kernels.problem import Kernel, Problem, Several
 from qcompile.backends.fx.registry import REGISTRY
 from qcompile.backends.triton.ready import missing
 from qcompile.backends.triton.width_packs import kind_of, no_groups, pack_weight
@@ -32,6 +33,11 @@ _ARGUMENTS = (
 )
 REGISTRY.define(f"weight_mm({_ARGUMENTS}) -> Tensor")
 REGISTRY.define(f"linear_weight({_ARGUMENTS}) -> Tensor")
+_SEVERAL = (
+    "Tensor x, Tensor[] words, Tensor[] scales, Tensor?[] levels, int[] N, str[] width, bool[] minimum, int[] integers"
+)
+REGISTRY.define(f"weights_mm({_SEVERAL}) -> Tensor")
+REGISTRY.define(f"linear_weights({_SEVERAL}) -> Tensor")
 
 
 def _weight_mm(
@@ -68,9 +74,36 @@ def _linear_weight(
     return y.reshape(*x.shape[:-1], N)
 
 
+def _weights_mm(
+    x: Tensor,
+    words: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    levels: Sequence[Tensor | None],
+    N: Sequence[int],
+    width: Sequence[str],
+    minimum: Sequence[bool],
+    integers: Sequence[int],
+) -> Tensor:
+    from qcompile.backends.triton.width_linear import width_linears
+
+    weights = [
+        Packed(words=w, scales=s, levels=table, width=name, minimum=has_minimum, integers=groups)
+        for w, s, table, name, has_minimum, groups in zip(words, scales, levels, width, minimum, integers, strict=True)
+    ]
+    return width_linears(x, weights, N)
+
+
+def _linear_weights(x: Tensor, words: Any, scales: Any, levels: Any, N: Sequence[int], *kind: Any) -> Tensor:
+    y = torch.ops.qcompile.weights_mm(x.reshape(-1, x.shape[-1]), words, scales, levels, N, *kind)
+    return y.reshape(*x.shape[:-1], sum(N))
+
+
 REGISTRY.impl("weight_mm", _weight_mm, "CUDA")
 REGISTRY.impl("weight_mm", lambda x, words, scales, levels, bias, N, *kind: x.new_empty(x.shape[0], N), "Meta")
 REGISTRY.impl("linear_weight", _linear_weight, "CompositeImplicitAutograd")
+REGISTRY.impl("weights_mm", _weights_mm, "CUDA")
+REGISTRY.impl("weights_mm", lambda x, words, scales, levels, N, *kind: x.new_empty(x.shape[0], sum(N)), "Meta")
+REGISTRY.impl("linear_weights", _linear_weights, "CompositeImplicitAutograd")
 
 
 def why_not(p: Problem) -> str | None:
@@ -153,10 +186,21 @@ def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: 
     return (*x, packed["words"], packed["scales"], packed.get("levels"), bias, p.N, *kind_of(read_as(p.weight)))
 
 
+def _several(problems: Sequence[Problem], x: tuple[Any, ...], packed: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+    each = [_arguments(p, (), pack, None) for p, pack in zip(problems, packed, strict=True)]
+    words, scales, levels, _, *kind = (list(of) for of in zip(*each, strict=True))
+    return (*x, words, scales, levels, *kind)
+
+
+def _is_whole(p: Problem) -> bool:
+    """Whether a pack is whole units of rows, so that nothing stands behind it."""
+    return p.N % ROWS == 0
+
+
 def _joins(problems: Sequence[Problem]) -> bool:
-    """Packs are whole units of rows; of tables, one behind the other, the first is read."""
+    """Of tables, one behind the other, the first is read."""
     learned = any(isinstance(p.weight.format, CodeBook) and p.weight.format.levels is None for p in problems)
-    return not learned and all(p.N % ROWS == 0 for p in problems)
+    return not learned and all(map(_is_whole, problems))
 
 
 KERNEL = Kernel(
@@ -167,4 +211,5 @@ KERNEL = Kernel(
     arguments=_arguments,
     device="cuda",
     joins=_joins,
+    several=Several(op=torch.ops.qcompile.linear_weights.default, arguments=_several, takes=_is_whole),
 )

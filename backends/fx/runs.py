@@ -1,0 +1,101 @@
+"""Quantized linears between the choice of their kernels and the ops that they become, and which become one op."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from torch.fx import Node
+
+from qcompile.backends.fx.graph import FxGraph
+from qcompile.backends.fx.kernels import Kernel, Problem
+from qcompile.numerics import QParams, quantize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codes:
+    """A weight's codes, made when they are asked for: those of a whole model at once would take half its memory.
+
+    at_hand: its values are, not their shape alone.
+    """
+
+    make: Callable[[], Tensor]
+    qparams: QParams
+    at_hand: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Weight:
+    """A quantized weight [N, K]: what makes its codes, a constant or the quantize of one."""
+
+    codes: Node
+    source: Tensor
+    qparams: QParams
+
+    def read(self) -> Codes:
+        """For packs."""
+        floats = self.source.is_floating_point()
+        return Codes(
+            make=lambda: quantize(self.source, self.qparams) if floats else self.source,
+            qparams=self.qparams,
+            at_hand=not self.source.is_meta,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """A linear and the kernel that will run it.
+
+    site: whose weight it reads.  beside: it is the linear of outliers beside that site's own.
+    """
+
+    linear: Node
+    site: str
+    beside: bool
+    weight: Weight
+    problem: Problem
+    kernel: Kernel
+    refused: Mapping[str, str]
+
+
+def together(graph: FxGraph, runs: Sequence[Run]) -> list[list[Run]]:
+    """The linears in groups, each to be one matmul of joined packs."""
+    groups: dict[object, list[Run]] = {}
+    for run in runs:
+        problem = run.problem
+        before = None if problem.lowered is None else (problem.lowered.narrow.spec, problem.lowered.shift)
+        alike = (problem.weight, before, _one_op(graph, run))
+        groups.setdefault(run if run.kernel.joins is None else alike, []).append(run)
+    found: list[list[Run]] = []
+    for group in groups.values():
+        joins = group[0].kernel.joins
+        different = len({run.weight.codes for run in group}) == len(group)
+        fits = len(group) > 1 and different and joins is not None and joins([run.problem for run in group])
+        found += [group] if fits else [[run] for run in group]
+    return found
+
+
+def side_by_side(graph: FxGraph, groups: Sequence[list[Run]]) -> list[list[list[Run]]]:
+    """The matmuls by op: several are one although their weights differ in kind, what `together` cannot join."""
+    ops: dict[object, list[list[Run]]] = {}
+    for group in groups:
+        several = group[0].kernel.several
+        alone = several is None or not several.takes(whole(group))
+        ops.setdefault(id(group) if alone else _one_op(graph, group[0]), []).append(group)
+    return list(ops.values())
+
+
+def _one_op(graph: FxGraph, run: Run) -> object:
+    """Equal for linears that may be one op: of one module and kernel, that read one input, without biases.
+
+    A bias would have to be added behind, where it is rounded twice. What several modules read, as all cross-attention
+    reads an encoder's output, would have to be kept for the last of them.
+    """
+    x, _, bias = graph.inputs(run.linear)
+    if bias is not None or run.beside:
+        return run
+    return x, run.site.rpartition(".")[0], run.kernel.name, run.problem.input, run.problem.dtype
+
+
+def whole(group: Sequence[Run]) -> Problem:
+    """The problem that joined packs are."""
+    return replace(group[0].problem, N=sum(run.problem.N for run in group))

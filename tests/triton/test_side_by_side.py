@@ -1,0 +1,167 @@
+"""Weights of several kinds under one x are one op, with the results of each alone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, library, nn
+
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+
+import qcompile
+from qcompile.backends.triton import width_linear as module
+from qcompile.backends.triton.width_linear import width_linear, width_linears
+from qcompile.backends.triton.width_table import FewRows, ManyRows, Unpack
+from qcompile.backends.triton.widths import WIDTHS, Packed, unpack_codes
+from qcompile.spec import parse_spec
+from tests.triton.on_cpu import lowered_for_hopper, on_cpu
+from tests.triton.test_weight_linear import check, packed
+
+K = 256
+SPECS = {
+    "q": "int4/g64/asym/bf16",
+    "k": "int2/g64/asym/bf16",
+    "v": "int4/g64/asym/bf16",
+    "o": "nf4/g64",
+    "biased": "int3/g64/asym/bf16",
+    "narrow": "int3/g64/asym/bf16",
+}
+
+
+class Block(nn.Module):
+    """Linears of one input; one has a bias, one a number of rows that fills no unit of a pack."""
+
+    def __init__(self, narrow: int = 40) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(K, n, bias=False) for n in (128, 64, 192, 64))
+        self.biased, self.narrow = nn.Linear(K, 64), nn.Linear(K, narrow, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([linear(x) for linear in (self.q, self.k, self.narrow, self.v, self.biased, self.o)], -1)
+
+
+def floats(words: Tensor, scales: Tensor, levels: Tensor | None, width: str, dtype: torch.dtype) -> Tensor:
+    """The weight that a pack with groups of 64 holds."""
+    N = 64 * len(words)
+    codes = unpack_codes(words, WIDTHS[width], N, K)
+    by_row = scales if scales.dim() == 4 else torch.stack([scales & ~0xFFFF, scales & 0xFFFF], 2)
+    scale, *zero = (by_row[:, :, i].mT.reshape(N, -1).repeat_interleave(64, 1) for i in range(by_row.shape[2]))
+    numbers = codes - zero[0] if levels is None else levels.view(dtype)[:32:2][codes.long()]
+    return numbers.double() * scale.contiguous().view(torch.float32).double()
+
+
+def one(x: Tensor, words: Tensor, scales: Tensor, levels: Tensor | None, bias: Tensor | None, N: int, width: str, *_):
+    y = x.double() @ floats(words, scales, levels, width, x.dtype)[:N].T
+    return (y if bias is None else y + bias.double()).to(x.dtype)
+
+
+def several(
+    x: Tensor, words: Sequence[Tensor], scales: Sequence[Tensor], levels: Sequence[Tensor | None], N: Sequence[int],
+    width: Sequence[str], *_: object,
+) -> Tensor:  # fmt: skip
+    each = zip(words, scales, levels, [None] * len(N), N, width, strict=True)
+    return torch.cat([one(x, *weight) for weight in each], -1)
+
+
+@pytest.fixture
+def ops_on_cpu() -> Iterator[None]:
+    with on_cpu(weight_mm=one, weights_mm=several):
+        yield
+
+
+@pytest.mark.usefixtures("ops_on_cpu")
+def test_a_graph_lowered_for_hopper_has_one_op_for_all_that_fit() -> None:
+    model, x = Block().bfloat16().eval(), torch.randn(3, 5, K).bfloat16()
+    plan = qcompile.calibrate(model, [x], recipe={"rules": [{"weight": SPECS["q"]}]}, progress=False)
+    decisions = {name: replace(d, weight=parse_spec(SPECS[name])) for name, d in plan.decisions.items()}
+    text, error = lowered_for_hopper(replace(plan, decisions=decisions), model, x)
+    # q with v, k and o; the others have a bias, or rows that something stands behind in packs
+    assert text.count("linear_weights") == 1
+    assert text.count("linear_weight ") == 2
+    assert error < 1e-2
+
+
+@pytest.mark.usefixtures("ops_on_cpu")
+def test_linears_of_one_kind_need_no_op_for_several() -> None:
+    model, x = Block(narrow=64).bfloat16().eval(), torch.randn(3, 5, K).bfloat16()
+    plan = qcompile.calibrate(model, [x], recipe={"rules": [{"weight": SPECS["q"]}]}, progress=False)
+    text, error = lowered_for_hopper(plan, model, x)
+    assert text.count("linear_weights") == 0
+    # that with a bias is one of them
+    assert text.count("linear_weight ") == 2
+    assert error < 1e-2
+
+
+TEXTS = ["int4/g128/asym/bf16", "nf4/g64", "int2/g64/asym/bf16", "int6/g128/asym/bf16", "int4/b32/min/u6x8"]
+TEXTS += ["int3/g128/asym/bf16", "int8/channel", "int5/g128/asym/bf16"]
+ROWS = [128, 64, 320, 64, 192, 64, 256, 64]
+
+
+def weights(columns: int) -> tuple[list[Packed], list[Tensor]]:
+    made = [packed(text, n, columns, torch.bfloat16) for text, n in zip(TEXTS, ROWS, strict=True)]
+    return [weight for weight, _ in made], [oracle for _, oracle in made]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [0, 1, 3, 8, 9, 16, 17, 33, 257, 600, 3000])
+@pytest.mark.parametrize("columns", [256, 1152, 4096])
+def test_all_kinds_together(M: int, columns: int) -> None:
+    x = torch.randn(M, columns, device="cuda").bfloat16()
+    kinds, oracles = weights(columns)
+    torch.full((max(M, 1) * sum(ROWS) * 8,), torch.nan, device="cuda")
+    y = width_linears(x, kinds, ROWS)
+    check(y, x, torch.cat(oracles), None)
+    assert torch.equal(y, width_linears(x, kinds, ROWS)), "the result is not deterministic"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 12])
+def test_who_reads_the_results_waits_for_all(M: int) -> None:
+    """The longest first: those behind it have ended long before."""
+    columns = 4096
+    x = torch.randn(M, columns, device="cuda").bfloat16()
+    pairs = [packed(text, n, columns, torch.bfloat16) for text, n in ((TEXTS[0], 28672), (TEXTS[2], 64))]
+    kinds, rows = [weight for weight, _ in pairs], [28672, 64]
+    width_linears(x, kinds, rows)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = []
+        for _ in range(20):
+            y = width_linears(x, kinds, rows)
+            outputs.append(width_linears(y[:, :columns].contiguous(), kinds, rows))
+            x = x.roll(1, dims=1)
+    for _ in range(3):
+        for y in outputs:
+            y.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        given = x.roll(-20, dims=1)
+        for y in outputs:
+            h = torch.cat([width_linear(given, weight, None, n) for weight, n in zip(kinds, rows, strict=True)], 1)
+            h = h[:, :columns].contiguous()
+            check(y, h, torch.cat([oracle for _, oracle in pairs]), None)
+            given = given.roll(1, dims=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("M", "kinds"), [(1, {FewRows}), (20, {FewRows, ManyRows}), (3000, {Unpack})])
+def test_each_has_the_kernel_of_its_width(M: int, kinds: set[type], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[type] = set()
+    run = module._run
+    monkeypatch.setattr(
+        module, "_run", lambda x, ms, *more: seen.update(type(m.config) for m in ms) or run(x, ms, *more)
+    )
+    width_linears(torch.randn(M, K, device="cuda").bfloat16(), weights(K)[0], ROWS)
+    assert seen & kinds
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [0, 3, 40])
+def test_the_op_is_clean(M: int) -> None:
+    found, _ = weights(K)
+    names = ("words", "scales", "levels")
+    tensors = [[getattr(weight, name) for weight in found] for name in names]
+    kinds = [[getattr(weight, name) for weight in found] for name in ("width", "minimum", "integers")]
+    x = torch.randn(M, K, device="cuda").bfloat16()
+    library.opcheck(torch.ops.qcompile.weights_mm.default, (x, *tensors, ROWS, *kinds))
