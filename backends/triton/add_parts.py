@@ -1,22 +1,14 @@
 """y[M, N] = the sum of float32 parts [P, M, N], first to last, + bias: what kernels that cut K leave to do."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qcompile.backends.triton.dependent import is_dependent
 from qcompile.backends.triton.launch import launch
-from qcompile.backends.triton.table import capability_of
 
 BLOCK = 512
-# first compute capability that has programmatic dependent launch (PTX ISA, griddepcontrol)
-DEPENDENT_CAPABILITY = 90
-
-
-def is_dependent(device: torch.device) -> bool:
-    """Whether kernels on the device may start before the one before them has ended, and wait inside."""
-    return device.type == "cuda" and capability_of(device) >= DEPENDENT_CAPABILITY
 
 
 @triton.jit

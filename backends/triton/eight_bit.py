@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qcompile.backends.triton.add_parts import is_dependent
+from qcompile.backends.triton.dependent import is_dependent
 from qcompile.backends.triton.eight_bit_table import Tiles
 from qcompile.backends.triton.launch import launch
 

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qcompile.backends.triton.add_parts import is_dependent
 from qcompile.backends.triton.before_rows import BEFORE, LAYER_NORM, RMS_NORM, combined, moments, normalized, weighted
+from qcompile.backends.triton.dependent import is_dependent, prefetch
 from qcompile.backends.triton.eight_bit_table import TAIL_MULTIPLE, tail_width
 from qcompile.backends.triton.float_grid import ROUNDER, on_grid, power_of_two
 from qcompile.backends.triton.launch import launch
@@ -113,6 +113,11 @@ def quantize_rows_kernel(
     columns, places = tl.arange(0, BLOCK), tl.arange(0, TAIL)
     inside, is_outlier = columns < K, places < outliers
     if DEPENDENT:
+        # what a layer has of its own is in no cache, and a row that waits for it is all that runs
+        prefetch(weight, K, BLOCK)
+        prefetch(bias, K, BLOCK)
+        prefetch(shift, K, BLOCK)
+        prefetch(keep, K, BLOCK)
         gdc_wait()
         gdc_launch_dependents()
     x += row * stride_x

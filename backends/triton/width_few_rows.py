@@ -32,7 +32,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qcompile.backends.triton.add_parts import add_parts, is_dependent
+from qcompile.backends.triton.add_parts import add_parts
+from qcompile.backends.triton.dependent import is_dependent
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import processors_of
 from qcompile.backends.triton.width_inputs import take
