@@ -72,7 +72,7 @@ def check(y: Tensor, codes: Tensor, qparams: QParams, weight: Tensor, bias: Tens
 
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("given", ["fp8_e4m3/token", "fp4_e2m1/token", "fp4_e1m2/tensor", "fp4_e3m0/token"])
-@pytest.mark.parametrize(("M", "N", "K"), [(1, 64, 128), (7, 200, 272), (16, 1024, 512), (40, 72, 4096)])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 64, 128), (7, 200, 272), (40, 72, 4096), (2, 128, 28672)])
 def test_products(fmt: str, given: str, M: int, N: int, K: int) -> None:
     pack, weight = packed(fmt, N, K)
     codes, qparams = inputs(M, K, given)
@@ -178,6 +178,36 @@ def test_unpacked_weights_are_exact(fmt: str, N: int, K: int) -> None:
     form = parse_format(fmt)
     floats = unpack(pack["words"], None, N, K, form.mantissa, 4).double() * pack["scale"].double()
     torch.testing.assert_close(floats, weight, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("given", ["fp8_e4m3/token", "fp4_e2m1/token"])
+@pytest.mark.parametrize("M", [4, 16, 48, 130, 1300])
+@pytest.mark.parametrize("octaves", [0, 3])
+def test_rows_are_alone(given: str, M: int, octaves: int) -> None:
+    N, K, spec = 192, 1024, parse_spec(given)
+    if octaves:
+        made, found, _ = container("fp4_e2m1", N, tuple(torch.randint(0, octaves + 1, (K,)).tolist()))
+        lowered_pack = {name: t.cuda() for name, t in fp4_lowered.pack(made, found, BFLOAT16).items()}
+    plain, _ = packed("fp4_e2m1", N, K)
+
+    def linear(x: Tensor) -> Tensor:
+        qparams = find_qparams(x, spec)
+        codes = quantize(x, qparams)
+        if octaves:
+            return run_lowered(codes, qparams, lowered_pack, "fp4_e2m1")
+        return run(codes, qparams, plain, "fp4_e2m1")
+
+    x = torch.randn(M, K, device="cuda")
+    clean, poisoned = linear(x), x.clone()
+    poisoned[0], poisoned[1, 3], poisoned[2, 5] = 0, torch.nan, torch.inf
+    y = linear(poisoned)
+    assert torch.equal(y[3:], clean[3:])
+    assert (y[0] == 0).all()
+    assert y[1].isnan().all()
+    assert not y[2].isfinite().any()
+    # the same rows elsewhere in x of the same length
+    order = torch.randperm(M, device="cuda")
+    assert torch.equal(linear(x[order]), clean[order])
 
 
 def test_a_bias_and_strides() -> None:

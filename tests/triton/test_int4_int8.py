@@ -68,7 +68,7 @@ def check_shape(M: int, N: int, K: int, text: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("M", [1, 3, 16, 17, 33, 64, 65, 257])
-@pytest.mark.parametrize(("N", "K"), [(48, 64), (400, 352), (256, 2208), (12, 128)])
+@pytest.mark.parametrize(("N", "K"), [(48, 64), (400, 352), (256, 2208), (12, 128), (64, 28672)])
 @pytest.mark.parametrize("text", ["int4/g32/asym/bf16", "int4/g32"])
 @pytest.mark.parametrize("dtype", [BFLOAT16, torch.float16], ids=str)
 def test_odd_shapes(M: int, N: int, K: int, text: str, dtype: torch.dtype) -> None:

@@ -14,6 +14,8 @@ from qcompile.backends.triton.eight_bit_table import FP8, INT8, Config, HopperTi
 from qcompile.backends.triton.fp8_matmul import fp8_matmul
 from qcompile.backends.triton.int8_matmul import int8_matmul
 from qcompile.backends.triton.table import capability_of, configs_of
+from qcompile.numerics import find_qparams, quantize
+from qcompile.spec import parse_spec
 from tests.triton.compiled import name_of
 from tests.triton.needs import require_fp8
 
@@ -162,7 +164,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 
 
 @pytest.mark.parametrize("M", [1, 17, 64])
-@pytest.mark.parametrize(("N", "K"), [(400, 352), (12, 130), (8192, 4096)])
+@pytest.mark.parametrize(("N", "K"), [(400, 352), (12, 130), (8192, 4096), (128, 28672)])
 def test_fp8(M: int, N: int, K: int) -> None:
     require_fp8()
     x, w = random(M, K).to(torch.float8_e4m3fn), random(N, K).to(torch.float8_e4m3fn)
@@ -181,6 +183,28 @@ def test_fp8(M: int, N: int, K: int) -> None:
         assert ((y.double() - reference).abs() <= limit).all(), name_of(config)
         assert torch.equal(y, fp8_matmul(o, config)), name_of(config)
         assert torch.equal(y[:1], fp8_matmul(replace(o, x=x[:1], scale_x=o.scale_x[:1]), config)), name_of(config)
+
+
+@pytest.mark.parametrize("M", [4, 17, 64, 130, 1300])
+def test_rows_of_fp8_are_alone(M: int) -> None:
+    require_fp8()
+    N, K, spec = 192, 1024, parse_spec("fp8_e4m3/token")
+    w, scale_w = random(N, K).to(torch.float8_e4m3fn), random(N, 1).abs()
+
+    def linear(x: Tensor) -> Tensor:
+        qparams = find_qparams(x, spec)
+        codes = quantize(x, qparams).view(torch.float8_e4m3fn)
+        poison(M * N)
+        return fp8_matmul(Operands(x=codes, w=w, scale_x=qparams.scale, scale_w=scale_w, dtype=BFLOAT16))
+
+    x = random(M, K)
+    clean, poisoned = linear(x), x.clone()
+    poisoned[0], poisoned[1, 3], poisoned[2, 5] = 0, torch.nan, torch.inf
+    y = linear(poisoned)
+    assert torch.equal(y[3:], clean[3:])
+    assert (y[0] == 0).all()
+    assert y[1].isnan().all()
+    assert not y[2].isfinite().any()
 
 
 @pytest.mark.parametrize("M", [1, 65])
