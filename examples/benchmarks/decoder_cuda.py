@@ -170,7 +170,7 @@ def rotations(places: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compiled(model: Decoder, name: str, **options: Any) -> Callable[..., Tensor]:
-    torch._dynamo.reset()
+    """The model under a recipe.  Dynamo must not be reset while graphs of it replay: they read the code's constants."""
     if name == FLOAT:
         return torch.compile(model, dynamic=False)
     recipe = parse_recipe(name.removesuffix(SHIFTED))

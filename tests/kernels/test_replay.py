@@ -12,7 +12,12 @@ from torch.profiler import ProfilerActivity, profile
 
 import qcompile
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),
+    # what the profiler says of any second use
+    pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning"),
+]
 
 K, LAYERS = 2048, 4
 RECIPES = ["int4-weight", "nf4", "int8", "fp8", "w4a8", "fp4-token", "int8-split"]
