@@ -322,11 +322,9 @@ def test_tables_hold_their_numbers(name: str) -> None:
 @pytest.mark.parametrize(
     ("weight", "more", "reason"),
     [
-        ("int8/channel", {"input": parse_spec("int8/token")}, "input is quantized"),
         ("int4/g16", {}, "multiples of 128"),
         ("fp4_e2m1/g8", {}, "16, 32, 64 or multiples of 128"),
         ("int3/g16", {}, "group of 32, 64 or multiples of 128"),
-        ("fp4_e2m1/channel", {"input": parse_spec("fp4_e2m1/token")}, "input is quantized"),
         ("e6m1/channel", {}, "of exponent and mantissa"),
         ("e1m6/b32/i6x8", {}, "of exponent and mantissa"),
         ("quantile5/g64", {}, "table of 16"),
@@ -347,12 +345,40 @@ def test_refusals_say_why(weight: str, more: dict[str, object], reason: str) -> 
     assert reason in str(weight_triton.why_not(Problem(weight=parse_spec(weight), **(fields | more))))
 
 
-@pytest.mark.parametrize("text", ["fp4_e2m1/b32/e8m0", "fp4_e2m1/b16/fp8_e4m3"])
-def test_inputs_in_blocks_are_multiplied_as_numbers(text: str) -> None:
+@pytest.mark.parametrize(
+    ("weight", "given"),
+    [
+        ("fp4_e2m1/b32/e8m0", "fp4_e2m1/b32/e8m0"),
+        ("fp4_e2m1/b16/fp8_e4m3", "fp4_e2m1/b16/fp8_e4m3"),
+        # what no kernel multiplies code by code
+        ("fp4_e2m1/b32/e8m0", "fp8_e4m3/token"),
+        ("fp4_e2m1/b16/fp8_e4m3", "fp4_e2m1/token"),
+        ("int4/g128/asym/bf16", "fp8_e4m3/token"),
+        ("nf4/g64", "int8/token"),
+        ("int8/g64", "int8/tensor"),
+    ],
+)
+def test_inputs_are_multiplied_as_numbers(weight: str, given: str) -> None:
     pytest.importorskip("triton")
-    spec = parse_spec(text)
     fields = {"N": 64, "K": 256, "dtype": torch.bfloat16, "device": "cuda", "capability": (9, 0)}
-    assert choose(Problem(weight=spec, input=spec, **fields))[0] is weight_triton.KERNEL  # type: ignore[arg-type]
+    p = Problem(weight=parse_spec(weight), input=parse_spec(given), **fields)  # type: ignore[arg-type]
+    assert choose(p)[0] is weight_triton.KERNEL
+
+
+@pytest.mark.parametrize(
+    ("weight", "given", "kernel"),
+    [
+        ("int8/channel", "int8/token", "int8-triton"),
+        ("int4/g128/asym/bf16", "int8/token/asym", "int4-int8"),
+        ("fp4_e2m1/channel", "fp4_e2m1/token", "fp4"),
+        ("fp6_e3m2/channel", "fp8_e4m3/token", "fp8-triton"),
+    ],
+)
+def test_codes_are_multiplied_where_a_kernel_does(weight: str, given: str, kernel: str) -> None:
+    pytest.importorskip("triton")
+    fields = {"N": 64, "K": 256, "dtype": torch.bfloat16, "device": "cuda", "capability": (9, 0)}
+    p = Problem(weight=parse_spec(weight), input=parse_spec(given), **fields)  # type: ignore[arg-type]
+    assert choose(p)[0].name == kernel
 
 
 @pytest.mark.parametrize(("name", "bits"), [("int4/b32/min/u6x8", 4.75), ("int6/b16/full/i8x16", 6.75)])

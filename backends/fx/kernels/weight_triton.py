@@ -1,9 +1,9 @@
 """Integers, floats and code books of 16 numbers under 16-bit inputs, on NVIDIA GPUs: `width_linear`.
 
-x: [..., K] bfloat16 or float16, as it is or of numbers with scales for blocks of a row (MXFP4, NVFP4), whose codes
-nothing multiplies; words, scales and levels as `qcompile.backends.triton.widths` packs them. One opaque op that chooses
-its kernel by the number of rows at each call, so that no number of rows compiles a graph anew. Weights of several kinds
-that multiply one x are one op, too, whose kernels run side by side: mixed bits follow their bits only so.
+x: [..., K] bfloat16 or float16, as it is or, where no kernel multiplies its codes, of the numbers that they stand for,
+as those of MXFP4 and NVFP4; words, scales and levels as `qcompile.backends.triton.widths` packs them. One opaque op
+that chooses its kernel by the number of rows at each call, so that no number of rows compiles a graph anew. Weights of
+several kinds that multiply one x are one op, too, whose kernels run side by side: mixed bits follow their bits only so.
 """
 
 from collections.abc import Mapping, Sequence
@@ -108,8 +108,6 @@ REGISTRY.impl("linear_weights", _linear_weights, "CompositeImplicitAutograd")
 
 def why_not(p: Problem) -> str | None:
     """None if the kernels can run `p`, else the reason."""
-    if p.input is not None and p.input.granularity.columns == ALL:
-        return "the input is quantized, with one scale a token or tensor"
     width, minimum, integers = kind_of(read_as(p.weight))
     if width is None:
         return (
