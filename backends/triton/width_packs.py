@@ -66,13 +66,26 @@ def kind_of(spec: Spec) -> tuple[str | None, bool, int]:
 
 
 def no_groups(spec: Spec) -> str | None:
-    """None if scales of a weight stand by rows and in groups that blocks have, else the reason."""
-    rows, columns = spec.granularity.rows, spec.granularity.columns
+    """None if scales of a weight are for groups of columns that blocks have, else the reason."""
+    columns = spec.granularity.columns
     small = (SMALLEST_GROUP, *SMALL_GROUPS) if width_of(spec.format) == "book" else SMALL_GROUPS
-    if rows == 1 and (columns in (ALL, *small) or columns % COLUMNS == 0):
+    if columns in (ALL, *small) or columns % COLUMNS == 0:
         return None
     sizes = ", ".join(map(str, small))
-    return f"weight {spec} is not by channel or group of {sizes} or multiples of {COLUMNS} columns"
+    return f"weight {spec} is not by tensor, channel or group of {sizes} or multiples of {COLUMNS} columns"
+
+
+def by_rows(qparams: QParams, N: int) -> QParams:
+    """Those of a weight [N, K], with a scale and a zero for each row where a tensor or a block of rows has one."""
+    rows = qparams.spec.granularity.rows
+
+    def of_rows(values: Tensor) -> Tensor:
+        return values.reshape(1, 1).expand(N, 1) if rows == ALL else values.repeat_interleave(rows, 0)
+
+    if rows == 1:
+        return qparams
+    zero = None if qparams.zero is None else of_rows(qparams.zero)
+    return replace(qparams, scale=of_rows(qparams.scale), zero=zero)
 
 
 def pack_weight(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -80,7 +93,7 @@ def pack_weight(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str
 
     codes [N, K], of a spec that `kind_of` and `no_groups` let pass.  dtype: of x.
     """
-    fmt = qparams.spec.format
+    fmt, qparams = qparams.spec.format, by_rows(qparams, len(codes))
     name, minimum, integers = kind_of(qparams.spec)
     assert name is not None
     width = WIDTHS[name]

@@ -76,7 +76,7 @@ def problem(text: str, **more: object) -> Problem:
     ("text", "more", "reason"),
     [
         ("dynamic8/g64", {"small": False}, "takes longer than a float matmul"),
-        ("dynamic8/g64", {"input": parse_spec("int8/token")}, "input is quantized"),
+        ("dynamic8/b2x64", {"input": parse_spec("int8/token")}, "by channel or group"),
         ("dynamic8/g64", {"capability": (7, 5)}, "sm_75"),
         ("dynamic8/g64", {"dtype": torch.float32}, "float32"),
         ("dynamic8/g48", {}, "multiples of 32"),

@@ -51,6 +51,7 @@ def test_a_code_stands_where_the_module_says() -> None:
     "text",
     [
         *("int4/g32", "int4/g64/asym/bf16", "int4/g128/asym/bf16", "int4/g256", "int4/channel"),
+        *("int4/tensor/asym", "int4/b2x64"),
         *("int4/g64/asym/u4row", "int4/g256/u4row"),
     ],
 )

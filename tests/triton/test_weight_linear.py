@@ -36,6 +36,7 @@ OTHERS += [
     "fp8_e4m3/channel",
 ]
 OTHERS += ["fp8_e5m2/g64/bf16", "fp8_e3m4/g32", "fp8_e2m5/channel", "fp6_e3m2/g128", "e2m2/b32/e8m0", "e1m1/g64"]
+OTHERS += ["int8/tensor", "fp8_e4m3/b64x128", "int4/b2x64/asym/bf16"]
 # of ggml's blocks
 OTHERS += [
     "int4/b32/full/fp16",

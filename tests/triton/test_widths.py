@@ -232,6 +232,8 @@ SPECS += [
 SPECS += ["int3/channel", "int3/g128/asym/bf16", "int3/g64", "int2/g256/asym/bf16", "int2/g32"]
 SPECS += ["fp8_e4m3/channel", "fp8_e5m2/g64/bf16", "fp8_e3m4/g32", "fp8_e2m5/channel", "fp8_e4m3fnuz/channel"]
 SPECS += ["fp6_e3m2/g128", "fp6_e2m3/b32/e8m0", "e3m3/g64", "e5m1/channel", "e2m2/g64", "e1m3/channel"]
+# scales of a tensor, and of blocks of rows
+SPECS += ["int8/tensor", "int4/tensor/asym", "fp8_e4m3/b2x128", "int4/b2x64/asym/bf16"]
 # those of ggml's blocks; integers under one float16 keep so
 SPECS += ["int4/b32/min/fp16", "int5/b32/full/fp16", "int5/b32/min/fp16", "int8/b32/fp16", "int3/g128/min/bf16"]
 INTEGERS = [
@@ -252,7 +254,7 @@ BOOKS = [
     "e2m0/channel",
     "lloyd3/g64",
 ]
-BOOKS += ["fp4_e2m1/b16/fp8_e4m3", "fp4_e3m0/channel"]
+BOOKS += ["fp4_e2m1/b16/fp8_e4m3", "fp4_e3m0/channel", "fp4_e2m1/tensor", "nf4/b2x64"]
 
 
 SHAPES = [(80, 256), (64, 768), (70, 384)]
@@ -272,7 +274,8 @@ def test_packs_hold_the_weight(text: str, N: int, K: int) -> None:
     assert (packed.integers > 0) == (text in INTEGERS)
     narrow = qparams.spec.scale in ("bf16", "e8m0") and not minimum and text not in LINEAR
     assert packed.wide == (not narrow and text not in INTEGERS)
-    assert packed.groups == (0 if "channel" in text else 128 // min(qparams.spec.granularity.columns, 128))
+    columns = qparams.spec.granularity.columns
+    assert packed.groups == (128 // min(columns, 128) if columns else 0)
     expected = dequantize(codes, qparams)
     # numbers of a table are rounded to the dtype of x
     limit = torch.finfo(torch.bfloat16).eps / 2 * expected.abs() if packed.levels is not None else 0.0 * expected
@@ -332,7 +335,7 @@ def test_tables_hold_their_numbers(name: str) -> None:
         ("int5/channel/min", {}, "minima by channel"),
         ("int5/b16/full/fp16", {}, "multiples of 128"),
         ("int5/g8", {}, "multiples of 128"),
-        ("int8/b64x64", {}, "by channel or group"),
+        ("int8/b64x48", {}, "by tensor, channel or group"),
         ("nf4/g64", {"device": "cpu"}, "NVIDIA"),
         ("nf4/g64", {"dtype": torch.float32}, "float32"),
         ("int3/g128", {"capability": (7, 5)}, "sm_75"),
@@ -356,6 +359,8 @@ def test_refusals_say_why(weight: str, more: dict[str, object], reason: str) -> 
         ("int4/g128/asym/bf16", "fp8_e4m3/token"),
         ("nf4/g64", "int8/token"),
         ("int8/g64", "int8/tensor"),
+        ("fp8_e4m3/b64x128", "fp8_e4m3/token"),
+        ("e2m5/tensor", "fp8_e4m3/token"),
     ],
 )
 def test_inputs_are_multiplied_as_numbers(weight: str, given: str) -> None:

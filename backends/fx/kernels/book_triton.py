@@ -57,8 +57,6 @@ REGISTRY.impl("linear_book", _linear_book, "CompositeImplicitAutograd")
 
 def why_not(p: Problem) -> str | None:
     """None if the kernel can run `p` and is worth it, else the reason."""
-    if p.input is not None:
-        return "the input is quantized"
     fmt, granularity = p.weight.format, p.weight.granularity
     if isinstance(fmt, Integer) or fmt.bits < FEWEST_BITS or granularity.rows != 1:
         return f"weight {p.weight} is not a table of {2**FEWEST_BITS} to {LEVELS} numbers, by channel or group"
