@@ -7,7 +7,7 @@ FAST = not slow and not gpu
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help torch install install-test install-dev minilm demo test test-slow gpu check format bench
+.PHONY: help torch install install-test install-dev minilm demo test test-slow kernels gpu check format bench
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,12 @@ test: install-test minilm  ## all tests that need neither a GPU nor patience
 
 test-slow: install-dev minilm  ## the slow tests: real models, wheels, fresh environments
 	$(PYTHON) -m pytest -m 'slow and not gpu'
+
+# where it is out of torch's sight: Inductor would look for devices with it
+KERNELS = build/triton
+kernels: install-test  ## compile and interpret the GPU kernels without a GPU (installs Triton in build/)
+	@test -d $(KERNELS)/triton || $(PIP) --no-deps -c constraints.txt --target $(KERNELS) triton
+	PYTHONPATH=$(CURDIR)/$(KERNELS) OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) -m '$(FAST)' tests/triton
 
 gpu:  ## the tests that need a CUDA device; installs nothing
 	$(PYTHON) -m pytest -m gpu
