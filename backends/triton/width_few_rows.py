@@ -23,6 +23,7 @@ another starts when all programs of that have what they wait for, and so waits f
 """
 
 from collections.abc import Sequence
+from math import gcd
 
 import torch
 import triton
@@ -165,6 +166,8 @@ def few_rows_kernel(
         xs, sums._reinterpret(gl.float32, [PADDED, ROWS_OF_X], flat),
         starts._reinterpret(gl.float32, [PADDED, ROWS_OF_X], flat),
         x_ptr, first, M, K, 1 if ONE else ROWS_OF_X, SPANS, SUMS, STARTS, OFFSET, CENTER, POWERS,
+        # who has not waited may find what was there before x in the cache of its multiprocessor
+        ".cg" if FOLLOWS else "",
     )  # fmt: skip
     gl.thread_barrier()
 
@@ -241,10 +244,10 @@ def few_rows_kernel(
 def few_rows(x: Tensor, members: Sequence[Member[FewRows]], bias: Tensor | None, y: Tensor) -> None:
     """Write to y [M, sum of all N] the products of contiguous x [M, K], 1 <= M <= rows of each configuration.
 
-    bias: None where there are several members, of whose configurations `blocks` and `depth` are the least.
+    bias: None where there are several members, which cut K alike: as all their configurations do, or finer.
     """
     B = members[0].weight.words.shape[1]
-    blocks = min(member.config.blocks for member in members)
+    blocks = gcd(*(member.config.blocks for member in members))
     parts = triton.cdiv(B, blocks)
     to = y[None] if parts == 1 else x.new_empty(parts, *y.shape, dtype=torch.float32)
     resident = min(member.config.resident for member in members)
@@ -275,7 +278,7 @@ def _few_rows(
             "ROWS_OF_X": config.rows,
             "ONE": M == 1,
             "UNITS": config.units,
-            "DEPTH": min(config.depth, blocks),
+            "DEPTH": gcd(config.depth, blocks),
             "BLOCKS": blocks,
             "WIDTH": weight.width,
             "GROUPS": weight.groups,

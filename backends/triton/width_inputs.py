@@ -7,12 +7,12 @@ from triton.experimental.gluon import language as gl
 @gluon.jit
 def take(
     xs, sums, starts, x_ptr, first, M, K, ROWS: gl.constexpr, GROUPS: gl.constexpr, SUMS: gl.constexpr,
-    STARTS: gl.constexpr, OFFSET: gl.constexpr, CENTER: gl.constexpr, POWERS: gl.constexpr,
+    STARTS: gl.constexpr, OFFSET: gl.constexpr, CENTER: gl.constexpr, POWERS: gl.constexpr, CACHE: gl.constexpr,
 ):  # fmt: skip
     """Store the first ROWS rows of a slice of x, less POWERS, in xs [BLOCKS, ROWS_OF_X, 128].
 
     And of each group, in [BLOCKS * GROUPS, ROWS_OF_X], the sum if SUMS, and if STARTS what products begin at: less what
-    OFFSET, that of planes, and CENTER, the code of 0, add.
+    OFFSET, that of planes, and CENTER, the code of 0, add.  CACHE: where x may come from, as of `gl.load`.
     """
     BLOCKS: gl.constexpr = xs.shape[0]
     ROWS_OF_X: gl.constexpr = xs.shape[1]
@@ -31,7 +31,7 @@ def take(
     for i in gl.static_range(BLOCKS // CHUNK):
         m = row % ROWS
         column = (first + i * CHUNK + row // ROWS) * 128 + k
-        x = gl.load(x_ptr + m * K + column, mask=(m < M) & (column < K), other=0.0)
+        x = gl.load(x_ptr + m * K + column, mask=(m < M) & (column < K), other=0.0, cache_modifier=CACHE)
         total = _by_group(x, CHUNK, GROUPS)
         start = total * -CENTER
         if SUMS:

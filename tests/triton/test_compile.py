@@ -93,7 +93,7 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize("form", BLOCKS, ids=str)
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_minima_and_integer_scales_compile(form: Form, capability: int) -> None:
     for config in configs_of(TABLES[form.width], capability):
         if not isinstance(config, ManyRows):

@@ -117,12 +117,14 @@ def test_all_kinds_together(M: int, columns: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("M", [1, 12])
-def test_who_reads_the_results_waits_for_all(M: int) -> None:
-    """The longest first: those behind it have ended long before."""
+@pytest.mark.parametrize("order", [1, -1])
+def test_who_reads_the_results_waits_for_all(M: int, order: int) -> None:
+    """The longest first: those behind it have ended long before.  Last: most find no cache that the first cleared."""
     columns = 4096
     x = torch.randn(M, columns, device="cuda").bfloat16()
     pairs = [packed(text, n, columns, torch.bfloat16) for text, n in ((TEXTS[0], 28672), (TEXTS[2], 64))]
-    kinds, rows = [weight for weight, _ in pairs], [28672, 64]
+    pairs, rows = pairs[::order], [28672, 64][::order]
+    kinds = [weight for weight, _ in pairs]
     whole = torch.cat([oracle for _, oracle in pairs])
     width_linears(x, kinds, rows)
     graph, between, outputs = torch.cuda.CUDAGraph(), [], []
