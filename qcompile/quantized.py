@@ -204,8 +204,7 @@ class Quantized:
         # what lowers its columns is folded into a weight of another spec
         is_stored = problem.weight == stored.spec
         if kernel.pack is packed.pack and is_stored:
-            tensors = {name: tensor.to(device) for name, tensor in stored.stored.items()}
-            return Pack(tensors=tensors, snr_db=stored.snr_db)
+            return Pack(tensors=stored.tensors(device), snr_db=stored.snr_db)
         qparams = stored.read(device)
         assert qparams.codes is not None
         codes, qparams = (qparams.codes, qparams) if is_stored else lowered_codes(qparams.codes, qparams, shift)

@@ -10,7 +10,7 @@ import typer
 from qcompile import artifact
 from qcompile.cli.tables import Markdown, show_table
 from qcompile.errors import PlanError
-from qcompile.manifest import Manifest, read_floats, read_manifest, sha256
+from qcompile.manifest import Manifest, read_floats, read_manifest, require_unchanged
 from qcompile.plan import Decision, Plan
 from qcompile.readers import is_checkpoint, read_checkpoint
 from qcompile.shifts import lowers_columns
@@ -95,10 +95,5 @@ def _verified(folder: Path, manifest: Manifest | None) -> str:
     """Says that every file is as it was saved.  Raises PlanError for one that is not."""
     if manifest is None:
         raise PlanError(f"{str(folder)!r} has no manifest with checksums; those of qcompile.save(model, folder) have")
-    for name, (_, digest) in manifest.files.items():
-        if (found := sha256(folder / name)) != digest:
-            raise PlanError(
-                f"{str(folder / name)!r} has SHA-256 {found}, and {digest} when it was saved: it changed since; "
-                "copy it again, or save the model again with qcompile.save"
-            )
+    require_unchanged(manifest, folder, manifest.files)
     return "all files are as they were saved"
