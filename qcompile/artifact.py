@@ -6,7 +6,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -297,8 +296,9 @@ def _plan(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
 
 
 def _decision(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Decision:
-    decision = Decision(
-        name=table["name"],
+    name = table["name"]
+    return Decision(
+        name=name,
         op=Op(table["op"]),
         shape=tuple(table["shape"]),
         weight=parse_spec(table["weight"]) if "weight" in table else None,
@@ -308,13 +308,10 @@ def _decision(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Decisi
         outliers=tuple(table.get("outliers", ())),
         shift=tuple(table.get("shift", ())),
         threshold=table.get("threshold"),
-        importance=tensors[_importance_name(table["name"])] if table.get("importance") else None,
-    )
-    return replace(
-        decision,
-        input_qparams=_stored_qparams(decision.name, "input", table, tensors),
-        output=_stored_qparams(decision.name, "output", table, tensors),
-        solved=_solved(decision.name, table, tensors),
+        importance=tensors[_importance_name(name)] if table.get("importance") else None,
+        input_qparams=_stored_qparams(name, "input", table, tensors),
+        output=_stored_qparams(name, "output", table, tensors),
+        solved=_solved(name, table, tensors),
     )
 
 

@@ -66,7 +66,7 @@ def save_model(compiled: Any, folder: str | Path, layout: str = OWN) -> None:
     floats = frozenset[int]().union(*(graph.floats for graph in graphs))
     coded = frozenset[int]().union(*(graph.coded for graph in graphs)) - floats
     plan = _joined([graph.plan for graph in graphs])
-    decisions = {name: replace(d, solved=taken.get(name, d.solved)) for name, d in plan.decisions.items()}
+    decisions = {name: _coded(decision, taken.get(name)) for name, decision in plan.decisions.items()}
     plan = replace(plan, decisions=decisions, binding=None)
     if layout == OWN:
         artifact.write_folder(folder, partial(write_model, plan=plan, model=model, coded=coded), artifact.MODEL_FILES)
@@ -74,6 +74,12 @@ def save_model(compiled: Any, folder: str | Path, layout: str = OWN) -> None:
     folded = {name: tensor for graph in graphs for name, tensor in graph.folded.items()}
     write = partial(write_compressed, plan=plan, model=model, coded=coded, folded=folded)
     artifact.write_folder(folder, write, WRITTEN)
+
+
+def _coded(decision: Decision, found: Solved | None) -> Decision:
+    """With what its weight became; what its columns cost is not asked for again, and budgets do not count it."""
+    stored = decision.solved if found is None else found
+    return replace(decision, solved=stored, importance=decision.importance if stored is None else None)
 
 
 def load_model(folder: str | Path, model: nn.Module, device: str | torch.device = "cpu") -> Plan:

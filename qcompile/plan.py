@@ -51,7 +51,8 @@ class Decision:
     output: of a convolution's result, and of what is added to it; None leaves them float.
     outliers: channels of the input that stay in the model's dtype, with their columns of the weight.
     threshold: instead, the channels are found in each input: those in which any magnitude reaches it (LLM.int8).
-    importance: float32 [K], what errors in each column of the weight cost, for solvers that ask for it.
+    importance: float32 [K], what errors in each column of the weight cost, for solvers that ask for it, until its codes
+        are solved.
     solved: the weight as it is stored, from a solver that looks at data or from a file; None to find it from floats.
     shift: octaves by which columns of the weight are raised before its numbers are chosen, and their exponents lowered
         then: as far as folds raise channels of the input, or to fit the weight's grid.
@@ -81,7 +82,8 @@ class Decision:
                 f"the outliers of {self.name!r} must be distinct channels from 0 to {self.shape[-1] - 1}, got "
                 f"{list(self.outliers[:8])}; calibrate again with qcompile.calibrate"
             )
-        weighed = self.op is Op.LINEAR and self.weight is not None and self.solver in WEIGHTED
+        # codes that are there were chosen by it
+        weighed = self.weighs_columns and self.solved is None
         channels = None if self.importance is None else list(self.importance.shape)
         if channels != [self.shape[-1]] and (weighed or channels is not None):
             raise PlanError(
@@ -103,6 +105,11 @@ class Decision:
         return all(
             special.get(f.name, operator.eq)(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
         )
+
+    @property
+    def weighs_columns(self) -> bool:
+        """Whether the solver of its weight asks, or asked, what errors in each column cost."""
+        return self.op is Op.LINEAR and self.weight is not None and self.solver in WEIGHTED
 
     def qparams_of(self, weight: Tensor) -> QParams:
         """Those of the weight [N, K], raised by the shift.  Raises PlanError for codes that the plan should hold."""
