@@ -13,6 +13,7 @@ from qcompile.errors import PlanError
 from qcompile.manifest import Manifest, read_floats, read_manifest, require_unchanged
 from qcompile.plan import Decision, Plan
 from qcompile.readers import is_checkpoint, read_checkpoint
+from qcompile.sharing import kept_apart
 from qcompile.shifts import lowers_columns
 from qcompile.sizes import stored_bytes
 
@@ -72,12 +73,19 @@ def _head(folder: Path, plan: Plan, manifest: Manifest | None, *, foreign: bool)
         yield "files: " + ", ".join(f"{name} {size} bytes" for name, (size, _) in manifest.files.items())
         tied = [" = ".join(entry.names) for entry in manifest.entries if entry.parameter and len(entry.names) > 1]
         yield from (f"one tensor: {names}" for names in tied)
+        weight_of = {site: entry.names for entry in manifest.entries for name in entry.names for site in _sites(name)}
+        yield from kept_apart(plan.decisions.values(), weight_of)
     elif foreign:
         yield f"a checkpoint of {plan.recipe.name}"
     else:
         yield f"a plan, recipe {plan.recipe.name!r}, schema {artifact.schema_of(folder)}; weights come from the model"
     yield f'to load it: plan = qcompile.load("{folder}", model)'
     yield 'to run it: torch.compile(model, backend="qcompile", options={"plan": plan})'
+
+
+def _sites(parameter: str) -> tuple[str, str]:
+    """What sites that read it as their weight may be called."""
+    return parameter, parameter.removesuffix(".weight")
 
 
 def _total(plan: Plan, floats: int) -> Iterator[str]:

@@ -67,6 +67,20 @@ def test_a_model_is_shown_site_by_site(saved: Path) -> None:
     assert "2 weights, 7296 numbers" in text
 
 
+@pytest.mark.parametrize(("head", "noted"), [("int8/channel", True), ("int4/g64/asym/bf16", False)])
+def test_a_tied_weight_that_is_stored_twice_is_noted(head: str, noted: bool, ids: Tensor, tmp_path: Path) -> None:
+    int4 = qcompile.parse_spec("int4/g64/asym/bf16")
+    fc = qcompile.Rule(match="fc", weight=qcompile.parse_spec(head))
+    rules = (fc, qcompile.Rule(ops=(Op.LINEAR, Op.EMBEDDING), weight=int4))
+    with torch.no_grad():
+        recipe = qcompile.Recipe(name="mine", rules=rules)
+        fast = torch.compile(Net().eval(), backend="qcompile", options={"recipe": recipe})
+        fast(ids)
+    qcompile.save(fast, tmp_path / "m")
+    said = "one weight is kept 2 times, as int4/g64/asym/bf16 for 'table', as int8/channel for 'fc'"
+    assert (said in inspect(tmp_path / "m")) is noted
+
+
 def test_a_plan_is_shown(ids: Tensor, tmp_path: Path) -> None:
     plan = qcompile.calibrate(Net(), [ids], "int8-static", progress=False)
     qcompile.save(plan, tmp_path / "p")

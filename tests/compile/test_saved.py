@@ -1,4 +1,4 @@
-"""What a folder holds of a model: damage is found."""
+"""What a folder holds of a model: weights of two specs are told, and damage is found."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import qcompile
 from qcompile.errors import PlanError
+from qcompile.graph import Op
+from qcompile.recipe import Recipe
 
 
 class Words(nn.Module):
@@ -36,6 +39,28 @@ def empty_words() -> Words:
 
 def compiled(model: nn.Module, plan: qcompile.Plan) -> Any:
     return torch.compile(model, backend="qcompile", options={"plan": plan})
+
+
+@pytest.mark.usefixtures("graphs_only")
+@pytest.mark.parametrize(("head", "times"), [("int4/g32/asym", 2), ("int8/channel", 0)])
+def test_a_tied_weight_of_two_specs_is_counted_and_noted(head: str, times: int, ids: Tensor, tmp_path: Path) -> None:
+    table = qcompile.Rule(ops=(Op.EMBEDDING,), weight=qcompile.parse_spec("int8/channel"))
+    recipe = Recipe(name="two", rules=(table, qcompile.Rule(weight=qcompile.parse_spec(head))))
+    fast = torch.compile(Words().eval(), backend="qcompile", options={"recipe": recipe})
+    fast(ids)
+    report = qcompile.report(fast)
+    notes = [note for note in report.notes if "one weight is kept" in note]
+    assert notes == [
+        f"one weight is kept {times} times, as int8/channel for 'table', as {head} for 'head': give these sites one "
+        "spec to keep it once"
+    ] * bool(times)
+    # the kernels of both keep their own packs
+    sizes = {site.name: site.bytes_after for site in report.sites}
+    assert sizes["table"] > 0
+    assert sizes["head"] >= 50 * 128 // 2
+    qcompile.save(fast, tmp_path / "m")
+    codes = [name for name in load_file(tmp_path / "m" / "plan.safetensors") if name.endswith(".solved.weight")]
+    assert len(codes) == max(times, 1) + 1
 
 
 @pytest.mark.usefixtures("graphs_only")
