@@ -156,6 +156,7 @@ def write_plan(plan: Plan, folder: Path) -> None:
         "schema": SCHEMA,
         "recipe": recipe_to_table(plan.recipe),
         "notes": list(plan.notes),
+        "shared": [list(names) for names in plan.shared],
         "folds": [_fold_table(fold, number, tensors) for number, fold in enumerate(plan.folds)],
         "outliers": None if plan.outliers is None else plan.outliers.to_table(),
         "beside": _sum_beside(decisions, tensors),
@@ -291,6 +292,7 @@ def _plan(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
         decisions={d.name: d for d in decisions},
         folds=tuple(folds),
         notes=tuple(data.get("notes", ())),
+        shared=tuple(tuple(names) for names in data.get("shared", ())),
         outliers=None if outliers is None else Outliers.from_table(outliers),
     )
 

@@ -1,6 +1,6 @@
 """`qcompile inspect`: what a folder holds: a plan, a model that was saved with its codes, or a checkpoint of others."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Annotated
@@ -73,24 +73,33 @@ def _head(folder: Path, plan: Plan, manifest: Manifest | None, *, foreign: bool)
         yield "files: " + ", ".join(f"{name} {size} bytes" for name, (size, _) in manifest.files.items())
         tied = [" = ".join(entry.names) for entry in manifest.entries if entry.parameter and len(entry.names) > 1]
         yield from (f"one tensor: {names}" for names in tied)
-        weight_of = {site: entry.names for entry in manifest.entries for name in entry.names for site in _sites(name)}
+        named = {name: entry.names for entry in manifest.entries for name in entry.names}
+        weight_of = {site: names for name, names in named.items() for site in (name, name.removesuffix(".weight"))}
+        # a module without a weight runs with one of those
+        sources = {d.name: d.solved.source for d in plan.decisions.values() if d.solved is not None}
+        weight_of |= {site: named[source] for site, source in sources.items() if source in named}
         yield from kept_apart(plan.decisions.values(), weight_of)
     elif foreign:
         yield f"a checkpoint of {plan.recipe.name}"
     else:
         yield f"a plan, recipe {plan.recipe.name!r}, schema {artifact.schema_of(folder)}; weights come from the model"
+        yield from (f"one weight: {' = '.join(names)}" for names in plan.shared)
+        yield from kept_apart(plan.decisions.values(), _weight_of(plan))
     yield f'to load it: plan = qcompile.load("{folder}", model)'
     yield 'to run it: torch.compile(model, backend="qcompile", options={"plan": plan})'
 
 
-def _sites(parameter: str) -> tuple[str, str]:
-    """What sites that read it as their weight may be called."""
-    return parameter, parameter.removesuffix(".weight")
+def _weight_of(plan: Plan) -> Mapping[str, str]:
+    """What tells weights apart, by site, of sites that share theirs: who reads it first."""
+    return {name: names[0] for names in plan.shared for name in names}
 
 
 def _total(plan: Plan, floats: int) -> Iterator[str]:
-    # a table that two sites read is stored once
-    owners = {d.solved.digest if d.solved else d.name: d for d in plan.decisions.values()}
+    # a table that two sites read is stored once, under each of its specs
+    weight_of = _weight_of(plan)
+    owners = {
+        (d.solved.digest if d.solved else weight_of.get(d.name, d.name), d.weight): d for d in plan.decisions.values()
+    }
     quantized = [(prod(d.shape), size) for d in owners.values() if (size := _bytes(d)) is not None]
     if quantized:
         count, size = (sum(numbers) for numbers in zip(*quantized, strict=True))
