@@ -53,8 +53,9 @@ def _all_quantized(graph: Graph[V], plan: Plan, way: Way[V]) -> bool:
 def _agree(graph: Graph[V], plan: Plan, way: Way[V]) -> bool:
     """Whether all that read the channels mean the same outliers, and nothing in the plan goes by their numbers."""
     decisions = [plan.decisions[graph.name(value)] for value in way.consumers]
+    # a plan that stores codes is without the importance that they were chosen by, and says the same of them
     unnumbered = all(
-        (d.input_qparams is None or d.input_qparams.scale.numel() == 1) and d.importance is None for d in decisions
+        (d.input_qparams is None or d.input_qparams.scale.numel() == 1) and not d.weighs_columns for d in decisions
     )
     return unnumbered and len({frozenset(d.outliers) for d in decisions if d.outliers}) == 1
 

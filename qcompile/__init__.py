@@ -64,6 +64,7 @@ def load(folder: str | Path, model: Any = None, device: Any = None) -> Plan:
     device: of its tensors; None: the CPU, or for a GGUF file, where they are.
     folder: of `save`, or a checkpoint of GPTQ, AWQ or compressed-tensors in a folder of Hugging Face, or a GGUF file; a
         model is needed for these, for the last one with memory of its own.
+    What is not as `save` wrote it is refused: codes when the model is compiled, which reads them, everything else here.
     See `qcompile.artifact.load`, `qcompile.checkpoint.load_model`, `qcompile.checkpoint.load_checkpoint` and
     `qcompile.gguf.load_gguf`.
     """

@@ -196,6 +196,13 @@ def _is_quantized(decision: Decision | None) -> bool:
     return decision is not None and (decision.weight is not None or decision.input is not None)
 
 
+def _importance(decision: Decision, stats: Stats, channels: Sequence[int]) -> Tensor | None:
+    """As in the plan; one that stores codes is without, and then it is what the data here show."""
+    if decision.importance is None and decision.weighs_columns:
+        return without(stats, channels).importance
+    return decision.importance
+
+
 def _treatment(decision: Decision, stats: Stats) -> Treatment:
     channels = decision.outliers
     if not channels and decision.threshold is not None:
@@ -207,7 +214,7 @@ def _treatment(decision: Decision, stats: Stats) -> Treatment:
         solver=decision.solver,
         # only a weight that is quantized is split
         channels=channels if decision.weight is not None else (),
-        importance=decision.importance,
+        importance=_importance(decision, stats, channels),
         raised=exact_exp2(torch.tensor(decision.shift, device=stats.low.device)) if decision.shift else None,
     )
 

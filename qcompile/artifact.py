@@ -1,11 +1,11 @@
 """Plans on disk: plan.json for people and tools, plan.safetensors for the tensors that it names."""
 
+import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from qcompile.folds import Fold
 from qcompile.graph import Op
 from qcompile.numerics import QParams, code_dtype
 from qcompile.outliers import Outliers
-from qcompile.packing import unpack
+from qcompile.packing import as_bytes, unpack
 from qcompile.plan import Decision, Plan
 from qcompile.recipe import recipe_from_table, recipe_to_table
 from qcompile.solved import Solved, stored_as
@@ -156,8 +156,10 @@ def write_plan(plan: Plan, folder: Path) -> None:
         "schema": SCHEMA,
         "recipe": recipe_to_table(plan.recipe),
         "notes": list(plan.notes),
+        "shared": [list(names) for names in plan.shared],
         "folds": [_fold_table(fold, number, tensors) for number, fold in enumerate(plan.folds)],
         "outliers": None if plan.outliers is None else plan.outliers.to_table(),
+        "beside": _sum_beside(decisions, tensors),
     }
     (folder / _JSON).write_text(_json(head, decisions), encoding="utf-8")
     write_tensors(folder / _TENSORS, tensors)
@@ -173,6 +175,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         held[name] = here.clone() if here.untyped_storage().data_ptr() in places else here
         places.add(held[name].untyped_storage().data_ptr())
     save_file(held, path)
+
+
+def _sum_beside(decisions: Iterable[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all tensors but codes and their scales, which have digests of their own, looked at when they are read.
+
+    These few are small.
+    """
+    solved = [table["solved"] for table in decisions if "solved" in table]
+    digested = {f"{held['of']}.solved.{part}" for held in solved for part in held["parts"]}
+    found = hashlib.sha256()
+    for name in sorted(tensors.keys() - digested):
+        tensor = tensors[name].detach().cpu()
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        found.update(as_bytes(tensor.reshape(1, -1)).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _json(head: Mapping[str, Any], decisions: list[dict[str, Any]]) -> str:
@@ -266,19 +283,24 @@ def _plan(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
         Fold(sites=tuple(t["sites"]), scale=tensors[_fold_name(number)], into=t["into"], method=t["method"])
         for number, t in enumerate(data.get("folds", ()))
     ]
+    # nor do some say what they hold beside codes
+    if data.get("beside", found := _sum_beside(data["decisions"], tensors)) != found:
+        raise ValueError(f"what it holds beside codes has SHA-256 {found}, and {data['beside']} when it was saved")
     outliers = data.get("outliers")
     return Plan(
         recipe=recipe_from_table(data["recipe"]),
         decisions={d.name: d for d in decisions},
         folds=tuple(folds),
         notes=tuple(data.get("notes", ())),
+        shared=tuple(tuple(names) for names in data.get("shared", ())),
         outliers=None if outliers is None else Outliers.from_table(outliers),
     )
 
 
 def _decision(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Decision:
-    decision = Decision(
-        name=table["name"],
+    name = table["name"]
+    return Decision(
+        name=name,
         op=Op(table["op"]),
         shape=tuple(table["shape"]),
         weight=parse_spec(table["weight"]) if "weight" in table else None,
@@ -288,13 +310,10 @@ def _decision(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Decisi
         outliers=tuple(table.get("outliers", ())),
         shift=tuple(table.get("shift", ())),
         threshold=table.get("threshold"),
-        importance=tensors[_importance_name(table["name"])] if table.get("importance") else None,
-    )
-    return replace(
-        decision,
-        input_qparams=_stored_qparams(decision.name, "input", table, tensors),
-        output=_stored_qparams(decision.name, "output", table, tensors),
-        solved=_solved(decision.name, table, tensors),
+        importance=tensors[_importance_name(name)] if table.get("importance") else None,
+        input_qparams=_stored_qparams(name, "input", table, tensors),
+        output=_stored_qparams(name, "output", table, tensors),
+        solved=_solved(name, table, tensors),
     )
 
 

@@ -74,6 +74,14 @@ class Binding:
         matrices = (p for p in parameters.values() if p.dim() > 1)
         return next((p for p in matrices if sorted(p.flatten(1).shape) == sorted(shape)), None)
 
+    def sharing(self, sites: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, ...], ...]:
+        """Names of sites that read one weight, where several do.  sites: shapes by name, see `weight_at`."""
+        names: dict[int, list[str]] = {}
+        for name, shape in sites.items():
+            if (weight := self.weight_at(name, shape)) is not None:
+                names.setdefault(id(weight), []).append(name)
+        return tuple(tuple(several) for several in names.values() if len(several) > 1)
+
     def site_name(self, tensor: Tensor, op: Op) -> str | None:
         """Name of the site where an op of that kind reads `tensor` as its weight; None if it is no parameter.
 

@@ -21,7 +21,7 @@ from qcompile.errors import OptionsError, PlanError, nearest
 from qcompile.folds import FOLDED
 from qcompile.frame import Bound, Frame
 from qcompile.graph import Op
-from qcompile.manifest import put, read_floats, read_manifest, require_fit, tensors_of, write_model
+from qcompile.manifest import put, read_floats, read_manifest, require_fit, require_unchanged, tensors_of, write_model
 from qcompile.plan import Decision, Plan
 from qcompile.quantized import PACKS, decided, target_of
 from qcompile.readers import read_checkpoint
@@ -66,7 +66,7 @@ def save_model(compiled: Any, folder: str | Path, layout: str = OWN) -> None:
     floats = frozenset[int]().union(*(graph.floats for graph in graphs))
     coded = frozenset[int]().union(*(graph.coded for graph in graphs)) - floats
     plan = _joined([graph.plan for graph in graphs])
-    decisions = {name: replace(d, solved=taken.get(name, d.solved)) for name, d in plan.decisions.items()}
+    decisions = {name: _coded(decision, taken.get(name)) for name, decision in plan.decisions.items()}
     plan = replace(plan, decisions=decisions, binding=None)
     if layout == OWN:
         artifact.write_folder(folder, partial(write_model, plan=plan, model=model, coded=coded), artifact.MODEL_FILES)
@@ -76,18 +76,28 @@ def save_model(compiled: Any, folder: str | Path, layout: str = OWN) -> None:
     artifact.write_folder(folder, write, WRITTEN)
 
 
+def _coded(decision: Decision, found: Solved | None) -> Decision:
+    """With what its weight became; what its columns cost is not asked for again, and budgets do not count it."""
+    stored = decision.solved if found is None else found
+    return replace(decision, solved=stored, importance=decision.importance if stored is None else None)
+
+
 def load_model(folder: str | Path, model: nn.Module, device: str | torch.device = "cpu") -> Plan:
     """Put the tensors of a folder in place of those of `model`, which may be on meta; returns the plan, bound to it.
 
     device: where tensors go.  Quantized weights get no memory: their codes are read from the file, which is mapped into
-    memory, when the model is compiled with the plan.  Raises PlanError if files are missing, broken, cut short or of a
-    newer schema, or the model is not the one that was saved; then it is as it was.
+    memory, when the model is compiled with the plan.  Raises PlanError if files are missing, broken, cut short, not as
+    they were saved or of a newer schema, or the model is not the one that was saved; then it is as it was.
+    Codes are compared with what was saved when they are read first, which is then an error of compiling; everything
+    else here, and so what stays float is read once.
     """
     folder, device = Path(folder), torch.device(device)
     model = getattr(model, "_orig_mod", model)
     manifest = read_manifest(folder)
     require_fit(manifest, model, folder)
     plan, floats = artifact.load(folder), read_floats(folder)
+    # the largest of the files is left: its codes have digests
+    require_unchanged(manifest, folder, (artifact.PLAN_FILES[0], artifact.FLOATS))
     if missing := [e.names[0] for e in manifest.entries if not e.coded and e.names[0] not in floats]:
         raise PlanError(
             f"the files in {str(folder)!r} lack {missing[0]!r}: they are of several models; save it again with "

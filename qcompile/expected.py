@@ -9,6 +9,7 @@ from qcompile.folds import fold_notes, scale_before
 from qcompile.numerics import dequantize, exact_exp2, quantize, snr_db
 from qcompile.plan import Decision, Plan
 from qcompile.report import Report, SiteReport
+from qcompile.sharing import kept_apart
 from qcompile.shifts import lowered_importance
 from qcompile.sites import CHANNEL_AXIS, LeftOver, Site
 from qcompile.sizes import stored_bytes
@@ -32,17 +33,21 @@ def expected_report(
     positions = {site.name: site.positions for site in sites if site.op in CHANNEL_AXIS}
     weights = {site.name: site.weight.detach() for site in sites}
     weights |= {one.name: one.weight.detach() for one in left}
+    memory = {name: _memory(name, weight) for name, weight in weights.items()}
     owners: dict[Hashable, Decision] = {}
+    firsts: dict[Hashable, Decision] = {}
     # a weight that several sites read counts where it is quantized
     for decision in sorted(plan.decisions.values(), key=lambda d: d.weight is None):
-        owners.setdefault(_memory(decision.name, weights[decision.name]), decision)
+        owners.setdefault(memory[decision.name], decision)
+        firsts.setdefault((memory[decision.name], decision.weight), decision)
     reports = tuple(
         _site(
             d,
             weights[d.name],
-            owners[_memory(d.name, weights[d.name])],
+            owners[memory[d.name]],
             _snr_db(d, weights[d.name], plan) if noise is None else noise.get(d.name),
             positions.get(d.name, 0),
+            first=firsts[memory[d.name], d.weight],
         )
         for d in plan.decisions.values()
     )
@@ -50,7 +55,7 @@ def expected_report(
         recipe=plan.recipe.name,
         device=device,
         sites=reports,
-        notes=(*plan.notes, *fold_notes(plan.folds, plan.decisions)),
+        notes=(*plan.notes, *fold_notes(plan.folds, plan.decisions), *kept_apart(plan.decisions.values(), memory)),
     )
 
 
@@ -74,13 +79,16 @@ def _snr_db(decision: Decision, weight: Tensor, plan: Plan) -> float | None:
     return snr_db(coded, dequantize(quantize(raised, qparams), qparams) / factor)
 
 
-def _site(decision: Decision, weight: Tensor, owner: Decision, snr: float | None, positions: int) -> SiteReport:
+def _site(
+    decision: Decision, weight: Tensor, owner: Decision, snr: float | None, positions: int, *, first: Decision
+) -> SiteReport:
+    """owner: the first that reads the weight; first: under the spec of this one, which is stored there."""
     before = weight.nbytes if decision is owner else 0
     # who reads it as float beside one who does not needs it, too
     after = weight.nbytes if decision is owner or owner.weight is not None else 0
     if decision.weight is not None:
         tail = weight.element_size() * weight.shape[0] * len(decision.outliers)
-        after = stored_bytes(decision.weight, *decision.shape) + tail if decision is owner else 0
+        after = stored_bytes(decision.weight, *decision.shape) + tail if decision is first else 0
     return SiteReport(
         name=decision.name,
         op=decision.op.value,

@@ -7,9 +7,10 @@ Tensors are called as the model calls its parameters, or as llama.cpp does for t
 Source: the GGUF specification (ggml, docs/gguf.md) and llama.cpp's convert_hf_to_gguf.py, through the package `gguf`.
 """
 
+import logging
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ try:
     import numpy as np
 except ImportError as e:
     raise UnsupportedError("GGUF files need the package gguf: pip install 'qcompile[gguf]'") from e
+
+_LOG = logging.getLogger(__name__)
 
 # Those whose tensors llama.cpp stores as the model has them, save for rows of the named projections, which it puts into
 # another order; numbers of heads are in the file
@@ -120,6 +123,8 @@ def save_gguf(plan: Plan, model: nn.Module, path: str | Path, *, architecture: s
 
     architecture: one of `ARCHITECTURES`, to name and order tensors as llama.cpp does; None: as the model does.
     The file holds tensors and the numbers of the model's config, no vocabulary. It appears whole or not at all.
+    A weight of several names is one tensor, as llama.cpp has it, under the first: a tied head has the table's type, and
+    the log warns where the plan says another.
     Raises SpecError for a spec that no type of block holds, UnsupportedError for another architecture.
     """
     path = Path(path)
@@ -133,6 +138,8 @@ def save_gguf(plan: Plan, model: nn.Module, path: str | Path, *, architecture: s
                 add(f"{architecture}.{key}", value)
         if architecture is not None and (theta := _rope_theta(model)) is not None:
             writer.add_float32(f"{architecture}.rope.freq_base", theta)
+        for note in _as_others(plan, model):
+            _LOG.warning("%s", note)
         for name, parameter in model.named_parameters():
             data, kind = _data(plan.decisions.get(name.removesuffix(".weight")), name, parameter.detach().cpu())
             called = names.call(name)
@@ -146,6 +153,26 @@ def save_gguf(plan: Plan, model: nn.Module, path: str | Path, *, architecture: s
         os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def _as_others(plan: Plan, model: nn.Module) -> Iterator[str]:
+    """A note for each site that reads a tensor which is written as another site's spec says."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
+    for first, *others in names.values():
+        written = _spec_text(plan, first)
+        for name in others:
+            if name in plan.decisions and _spec_text(plan, name) != written:
+                yield (
+                    f"{name!r} shares the weight of {first!r}, and files hold it once: it is written as {written}, not "
+                    f"as {_spec_text(plan, name)}; give both one spec"
+                )
+
+
+def _spec_text(plan: Plan, site: str) -> str:
+    decision = plan.decisions.get(site)
+    return "float" if decision is None or decision.weight is None else str(decision.weight)
 
 
 def _opened(path: str | Path) -> Any:

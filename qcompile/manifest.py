@@ -6,7 +6,7 @@ memory.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -139,6 +139,17 @@ def read_manifest(folder: Path) -> Manifest:
                 "whole; copy it again, or save the model again with qcompile.save"
             )
     return manifest
+
+
+def require_unchanged(manifest: Manifest, folder: Path, names: Iterable[str]) -> None:
+    """Raise PlanError if one of these files is not as it was saved; reads them whole."""
+    for name in names:
+        digest = manifest.files[name][1]
+        if (found := sha256(folder / name)) != digest:
+            raise PlanError(
+                f"{str(folder / name)!r} has SHA-256 {found}, and {digest} when it was saved: it changed since; "
+                "copy it again, or save the model again with qcompile.save"
+            )
 
 
 def read_floats(folder: Path) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from qcompile.outliers import Outliers
 from qcompile.ranges import parse_observer
 from qcompile.recipe import Recipe, Rule
 from qcompile.shifts import lowered_importance
-from qcompile.sites import CHANNEL_AXIS, LeftOver, Site, digest
+from qcompile.sites import CHANNEL_AXIS, LeftOver, Site, digest, same_weight
 from qcompile.solved import Solved, equal_qparams, equal_tensors
 from qcompile.solvers import IN_TURN, SOLVERS, WEIGHTED
 from qcompile.spec import ALL, Spec
@@ -51,7 +51,8 @@ class Decision:
     output: of a convolution's result, and of what is added to it; None leaves them float.
     outliers: channels of the input that stay in the model's dtype, with their columns of the weight.
     threshold: instead, the channels are found in each input: those in which any magnitude reaches it (LLM.int8).
-    importance: float32 [K], what errors in each column of the weight cost, for solvers that ask for it.
+    importance: float32 [K], what errors in each column of the weight cost, for solvers that ask for it, until its codes
+        are solved.
     solved: the weight as it is stored, from a solver that looks at data or from a file; None to find it from floats.
     shift: octaves by which columns of the weight are raised before its numbers are chosen, and their exponents lowered
         then: as far as folds raise channels of the input, or to fit the weight's grid.
@@ -81,7 +82,8 @@ class Decision:
                 f"the outliers of {self.name!r} must be distinct channels from 0 to {self.shape[-1] - 1}, got "
                 f"{list(self.outliers[:8])}; calibrate again with qcompile.calibrate"
             )
-        weighed = self.op is Op.LINEAR and self.weight is not None and self.solver in WEIGHTED
+        # codes that are there were chosen by it
+        weighed = self.weighs_columns and self.solved is None
         channels = None if self.importance is None else list(self.importance.shape)
         if channels != [self.shape[-1]] and (weighed or channels is not None):
             raise PlanError(
@@ -103,6 +105,11 @@ class Decision:
         return all(
             special.get(f.name, operator.eq)(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
         )
+
+    @property
+    def weighs_columns(self) -> bool:
+        """Whether the solver of its weight asks, or asked, what errors in each column cost."""
+        return self.op is Op.LINEAR and self.weight is not None and self.solver in WEIGHTED
 
     def qparams_of(self, weight: Tensor) -> QParams:
         """Those of the weight [N, K], raised by the shift.  Raises PlanError for codes that the plan should hold."""
@@ -149,7 +156,8 @@ class Plan:
     folds: factors that move between weights before anything is quantized. notes: what calibration has to say.
     outliers: what it found in the float model's activations; None without calibration. Emergent features are sought
         only for recipes that smooth or split (and by `qcompile analyze`): others do not look at the model's graph.
-    binding: names of the parameters of the model that the plan was bound to; no part of the data.
+    shared: names of sites that read one weight, of the model that the plan was bound to last; no part of the data, nor
+        are the names of its parameters, binding.
     """
 
     recipe: Recipe
@@ -157,6 +165,7 @@ class Plan:
     folds: tuple[Fold, ...] = ()
     notes: tuple[str, ...] = ()
     outliers: Outliers | None = None
+    shared: tuple[tuple[str, ...], ...] = field(default=(), compare=False, repr=False)
     binding: Binding | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -182,7 +191,8 @@ class Plan:
                 "Bind it to the model it was made for, or calibrate this one with qcompile.calibrate"
             )
         good = {name: decision for name, decision in decisions.items() if isinstance(decision, Decision)}
-        return replace(self, decisions=good, binding=binding)
+        shared = binding.sharing({name: decision.shape for name, decision in good.items()})
+        return replace(self, decisions=good, shared=shared, binding=binding)
 
 
 def make_plan(
@@ -224,7 +234,7 @@ def make_plan(
             first[site.name] = site
             seen = _Seen(inputs=stats or {}, results=results or {}, ranges=ranges)
             decisions[site.name] = _decide(site, number, recipe, seen, prepared)
-        elif not _same_weight(first[site.name], site):
+        elif not same_weight(first[site.name], site):
             reason = "ops with different weights have this name, and a plan goes by names"
             decisions[site.name] = replace(_left_alone(first[site.name]), reason=reason)
     if whole:
@@ -246,16 +256,6 @@ def unreached(left: Iterable[LeftOver]) -> dict[str, Decision]:
 
 def _left_alone(site: Site) -> Decision:
     return Decision(name=site.name, op=site.op, shape=tuple(site.weight.shape))
-
-
-def _same_weight(a: Site, b: Site) -> bool:
-    if a.op is not b.op or a.weight.shape != b.weight.shape or a.weight.is_meta is not b.weight.is_meta:
-        return False
-    # a square weight and its transpose
-    if a.weight.stride() != b.weight.stride():
-        return False
-    # a view of one parameter is a new tensor each time it is taken
-    return a.weight.is_meta or a.weight.data_ptr() == b.weight.data_ptr()
 
 
 def _decide(site: Site, number: int | None, recipe: Recipe, seen: _Seen, prepared: Preparation) -> Decision:

@@ -30,6 +30,7 @@ from qcompile.plan import Decision, Plan
 from qcompile.presets import default_recipe, parse_recipe
 from qcompile.recipe import Recipe
 from qcompile.report import Report, SiteReport
+from qcompile.sharing import kept_apart
 from qcompile.shifts import lowered_codes
 from qcompile.sites import find_sites, left_over
 from qcompile.solved import Solved, require_source
@@ -145,10 +146,11 @@ class Quantized:
         ordered = sorted(self.plan.decisions.values(), key=lambda d: d.weight is None)
         source = {d.name: self._weight_of[d.name].name if d.name in self._weight_of else d.name for d in ordered}
         owners = {source[d.name]: d.name for d in reversed(ordered)}
+        packs = {id(pack): d.name for d in reversed(ordered) for pack in self._packs.get(d.name, {}).values()}
         sites = tuple(
-            self._site_report(d, runs.get(d.name), owners[source[d.name]]) for d in self.plan.decisions.values()
+            self._site_report(d, runs.get(d.name), owners[source[d.name]], packs) for d in self.plan.decisions.values()
         )
-        notes = (*self._notes, *self._storage())
+        notes = (*self._notes, *self._storage(), *kept_apart(self.plan.decisions.values(), source))
         return Report(recipe=self.plan.recipe.name, device=self._device, sites=sites, notes=notes)
 
     def _storage(self) -> Iterator[str]:
@@ -162,11 +164,15 @@ class Quantized:
             bits = 8 * nbytes / sum(self._canonical[site].numel() for site in sites)
             yield f"{len(sites)} weights with lowered columns are stored in {bits:.1f} bits a number ({kernel})"
 
-    def _site_report(self, decision: Decision, run: Lowered | None, owner: str) -> SiteReport:
+    def _site_report(
+        self, decision: Decision, run: Lowered | None, owner: str, counted: Mapping[int, str]
+    ) -> SiteReport:
+        """counted: by identity of a pack, at which site it counts."""
         weight = self._canonical[decision.name]
         packs, owned = list(self._packs.get(decision.name, {}).values()), decision.name == owner
         float_bytes = weight.nbytes if owned or owner in self._packs else 0
-        packed_bytes = sum(pack.nbytes for pack in packs) if owned else 0
+        # what sites of one weight read under several specs are several packs
+        packed_bytes = sum(pack.nbytes for pack in packs if counted[id(pack)] == decision.name)
         return SiteReport(
             name=decision.name,
             op=decision.op.value,
@@ -205,8 +211,7 @@ class Quantized:
         # what lowers its columns is folded into a weight of another spec
         is_stored = problem.weight == stored.spec
         if kernel.pack is packed.pack and is_stored:
-            tensors = {name: tensor.to(device) for name, tensor in stored.stored.items()}
-            return Pack(tensors=tensors, snr_db=stored.snr_db)
+            return Pack(tensors=stored.tensors(device), snr_db=stored.snr_db)
         qparams = stored.read(device)
         assert qparams.codes is not None
         codes, qparams = (qparams.codes, qparams) if is_stored else lowered_codes(qparams.codes, qparams, shift)

@@ -10,7 +10,7 @@ still in host memory.
 
 import logging
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -54,16 +54,19 @@ class Weights:
     """What is known of a model's weights before they are solved; no statistics, which would fill a GPU meanwhile.
 
     sites: by name.  read: by name, a number of the activation that a site reads; sites that share one are alike.
+    again: see `Seen`.
     """
 
     sites: Mapping[str, Site]
     read: Mapping[str, int]
+    again: Collection[str] = ()
 
     @classmethod
     def of(cls, seen: Seen) -> "Weights":
         """Those that running the float model on the batches showed."""
         numbers = {id(stats): number for number, stats in enumerate(seen.stats.values())}
-        return cls(sites=seen.sites, read={name: numbers[id(stats)] for name, stats in seen.stats.items()})
+        read = {name: numbers[id(stats)] for name, stats in seen.stats.items()}
+        return cls(sites=seen.sites, read=read, again=seen.again)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +99,8 @@ def solve_in_turn(
     weights: see there.  divided: by site, what the plan's folds divide the rows of its weight by, float64 [N].
     kept: what an earlier run solved is taken from there, and what this one solves is put there.
     Whatever the plan quantizes is quantized on the way, inputs too, behind its folds. A site that is called several
-    times is solved on its first call. Sites with fewer rows of data than channels are noted: what they show of the
-    channels is not all. The log has the error of each site.
+    times is solved on its first call, as later ones read what its codes made, and is noted. So are sites with fewer
+    rows of data than channels: what they show of the channels is not all. The log has the error of each site.
     Raises CalibrationError if a site is not reached, or its moments are NaN or Inf; and what the model raises.
     """
     run = _Run(model, plan, weights, divided or {}, kept)
@@ -111,7 +114,8 @@ def solve_in_turn(
             "which batches of the float model did: give more batches, or a rule with solver 'imatrix' to these sites"
         )
     decisions = {name: replace(d, solved=run.solved.get(name)) for name, d in plan.decisions.items()}
-    return replace(plan, decisions=decisions, notes=(*plan.notes, *_scarce(run.rows, decisions)))
+    notes = (*plan.notes, *_scarce(run.rows, decisions), *_again([name for name in run.rows if name in weights.again]))
+    return replace(plan, decisions=decisions, notes=notes)
 
 
 def _scarce(rows: Mapping[str, int], decisions: Mapping[str, Decision]) -> Iterator[str]:
@@ -122,6 +126,14 @@ def _scarce(rows: Mapping[str, int], decisions: Mapping[str, Decision]) -> Itera
             f"{len(few)} sites were solved on fewer rows of data than they have channels, such as {few[0]!r} on "
             f"{rows[few[0]]}: codes may follow chance; calibrate with {most} rows or more, several times as many if "
             "there are"
+        )
+
+
+def _again(called: Sequence[str]) -> Iterator[str]:
+    if called:
+        yield (
+            f"{len(called)} sites are called several times in one run, such as {called[0]!r}, and were solved on what "
+            "their first call reads: a rule with solver 'imatrix' to these sites goes by all of it"
         )
 
 
@@ -238,7 +250,7 @@ class _Run:
         count = sum(len(part) for part in rows) if known else 0
         output_db = {}
         if not known:
-            moments = _moments(rows, self._sites[names[0]].weight.shape[1])
+            moments = Moments.over(rows, self._sites[names[0]].weight.shape[1])
             count = moments.rows
             for name in names:
                 known[name], output_db[name] = self._solve_one(name, moments, last=name == names[-1])
@@ -270,16 +282,6 @@ def _rows(waiting: Iterable["_BatchThread"]) -> Iterator[Tensor]:
     for thread in waiting:
         with thread.rows() as rows:
             yield rows
-
-
-def _moments(parts: Iterable[Tensor], k: int) -> Moments:
-    """The mean of x x^T over all rows of these [rows, K], float32 [K, K], and how many they are.  k: K."""
-    total, count = torch.zeros(k, k), 0
-    for part in parts:
-        rows = part.float()
-        total = total.to(rows.device).addmm_(rows.t(), rows)
-        count += len(rows)
-    return Moments(matrix=total.div_(max(count, 1)), rows=count)
 
 
 class _BatchThread(threading.Thread):

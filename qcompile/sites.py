@@ -151,3 +151,14 @@ def _readers(graph: Graph[V], value: V) -> Iterator[V]:
             yield from _readers(graph, user)
         else:
             yield user
+
+
+def same_weight(a: Site, b: Site) -> bool:
+    """Whether both read one tensor for one kind of op; told by its shape where it has no values."""
+    if a.op is not b.op or a.weight.shape != b.weight.shape or a.weight.is_meta is not b.weight.is_meta:
+        return False
+    # a square weight and its transpose
+    if a.weight.stride() != b.weight.stride():
+        return False
+    # a view of one parameter is a new tensor each time it is taken
+    return a.weight.is_meta or a.weight.data_ptr() == b.weight.data_ptr()

@@ -1,7 +1,8 @@
 """Qparams as a plan keeps them: alike or not, and weights that became codes: of which weight, and how stored."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from qcompile.stored import restore, store
 # in dB, what codes may lose on a weight: it may have moved by a third of what rounding it to them cost, so that a
 # model may change its dtype
 SLACK = 0.5
+# bytes that are hashed at a time: a mapped table may be larger than what memory is left
+HASHED = 2**22
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,10 +62,27 @@ class Solved:
         return sum(t.nbytes for t in (*self.stored.values(), self.columns, self.order) if t is not None)
 
     def read(self, device: torch.device) -> QParams:
-        """With codes [N, K], on that device; only shapes on meta."""
-        there = {name: tensor.to(device) for name, tensor in self.stored.items()}
-        codes, qparams = restore(there, self.spec, self.shape[-1])
+        """With codes [N, K], on that device; only shapes on meta.  Raises PlanError as `tensors` does."""
+        codes, qparams = restore(self.tensors(device), self.spec, self.shape[-1])
         return replace(qparams, codes=codes)
+
+    def tensors(self, device: torch.device) -> Mapping[str, Tensor]:
+        """What is stored, on that device; only shapes on meta.
+
+        Raises PlanError if it is not what was stored once: a file was damaged. That is looked at on the first read.
+        """
+        if device.type != "meta" and not self.digest.startswith(self._found):
+            raise PlanError(
+                f"the codes {list(self.shape)} of {self.source or 'a weight'!r} are not those that were stored: their "
+                f"digest is {self._found}, and was {self.digest} then; copy the files again, or save it again with "
+                "qcompile.save"
+            )
+        return {name: tensor.to(device) for name, tensor in self.stored.items()}
+
+    @cached_property
+    def _found(self) -> str:
+        """What the digest of the tensors here begins with; that of the order, which is read without them, follows."""
+        return _digest([self.stored[name] for name in sorted(self.stored)])
 
     def of_weight(self, weight: Tensor, name: str) -> QParams:
         """The qparams for `weight` [N, K], the weight that they were made for; of shapes only where it is on meta.
@@ -120,16 +140,23 @@ def stored_as(
 ) -> Solved:
     """What is stored like this, on any device, moved to the CPU, with its digest; see `Solved`."""
     held = {name: tensor.cpu() for name, tensor in stored.items()}
-    parts = [held[name] for name in sorted(held)] + ([] if order is None else [order])
-    digest = "".join(f"{_hash(part) & (2**64 - 1):016x}" for part in parts)
+    digest = _digest([*(held[name] for name in sorted(held)), *([] if order is None else [order])])
     return Solved(spec=spec, shape=shape, stored=held, digest=digest, snr_db=snr_db, order=order, source=source)
+
+
+def _digest(parts: Iterable[Tensor]) -> str:
+    return "".join(f"{_hash(part) & (2**64 - 1):016x}" for part in parts)
 
 
 def _hash(tensor: Tensor) -> int:
     rows = as_bytes(tensor.reshape(len(tensor) if tensor.dim() > 1 else 1, -1))
+    hashes = [_hashes(part) for part in rows.split(max(HASHED // max(rows.shape[1], 1), 1))]
+    return int(row_hashes(torch.cat(hashes).view(torch.float32)[None]))
+
+
+def _hashes(rows: Tensor) -> Tensor:
     # eight bytes are read as two floats
-    words = pad(rows, (0, -rows.shape[1] % 8)).view(torch.float32)
-    return int(row_hashes(row_hashes(words).view(torch.float32)[None]))
+    return row_hashes(pad(rows, (0, -rows.shape[1] % 8)).view(torch.float32))
 
 
 def equal_qparams(a: QParams | Spec | None, b: QParams | Spec | None) -> bool:

@@ -5,10 +5,11 @@ GPT-2's Conv1D alike, and the same linears that a compiler finds in the model's 
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import count
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class Seen:
     sites: by name. stats: of their inputs, by name; sites that always read one activation share them.
     left: weights that no site reads. batches: how many ran. example: the first that is not empty.
     features: what errors of each output feature cost, float32 [N] by site; only for recipes that ask for it.
+    again: names of linears that read several activations in one run of the model.
     """
 
     sites: Mapping[str, Site]
@@ -43,6 +45,7 @@ class Seen:
     batches: int
     example: Any
     features: Mapping[str, Tensor] = field(default_factory=dict)
+    again: Collection[str] = ()
 
 
 def watch(model: nn.Module, batches: Iterable[Any], parts: Part, *, progress: bool = True) -> Seen:
@@ -57,15 +60,22 @@ def watch(model: nn.Module, batches: Iterable[Any], parts: Part, *, progress: bo
     for name, parameter in model.named_parameters():
         require_values(name, parameter)
     watching = _Watch(Binding(model), parts)
-    example, count = None, 0
+    example, ran = None, 0
     with evaluating(model), torch.no_grad():
-        for count, batch in enumerate(shown(batches, progress=progress), start=1):
+        for ran, batch in enumerate(shown(batches, progress=progress), start=1):
             # what is checked on an empty batch would always hold
             example = example if _holds_numbers(example) else batch
-            watching.start(count - 1, mask_of(batch))
+            watching.start(ran - 1, mask_of(batch))
             with watching:
-                run_batch(model, batch, count - 1)
-    return Seen(sites=watching.sites, stats=watching.stats(), left=watching.left_over(), batches=count, example=example)
+                run_batch(model, batch, ran - 1)
+    return Seen(
+        sites=watching.sites,
+        stats=watching.stats(),
+        left=watching.left_over(),
+        batches=ran,
+        example=example,
+        again=tuple(watching.again),
+    )
 
 
 def require_several(batches: Iterable[Any]) -> None:
@@ -165,7 +175,11 @@ class _Watch(Calls):
         self._readers: dict[str, str] = {}
         # whether some parameter is left of which no reader is known: to look at every call for them takes time
         self._asks = True
-        # of each activation: its version, and the site that read it first
+        self.again: dict[str, None] = {}
+        # of what each linear read last: the batch, and the number of the activation
+        self._last: dict[str, tuple[int, int]] = {}
+        self._numbers = count()
+        # of each activation: its version, the site that read it first, and a number
         self._first: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         # what a site read first, and for each site the sites that read its inputs first
         self._seen: dict[str, Gathering] = {}
@@ -210,8 +224,12 @@ class _Watch(Calls):
             first = self._reader_of(x)
             self._shared.setdefault(name, {})[first or name] = None
             if first is None:
-                self._first[x] = (_version(x), name)
+                self._first[x] = (_version(x), name, next(self._numbers))
                 self._observe(name, x)
+            read = (self._index, self._first[x][2])
+            if self._last.setdefault(name, read) != read and self._last[name][0] == self._index:
+                self.again[name] = None
+            self._last[name] = read
 
     def stats(self) -> dict[str, Stats]:
         """Of each site's input; sites that always read the same share one object."""
@@ -227,7 +245,7 @@ class _Watch(Calls):
 
     def _reader_of(self, x: Tensor) -> str | None:
         """The site that read this activation first, None if none did since it was last written to."""
-        version, name = self._first.get(x, (None, None))
+        version, name, _ = self._first.get(x, (None, None, None))
         return name if version == _version(x) else None
 
     def _observe(self, name: str, x: Tensor) -> None:

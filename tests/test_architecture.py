@@ -60,6 +60,7 @@ CORE = (
     "methods",
     "solved",
     "plan",
+    "sharing",
     "analysis",
     "calls",
     "watch",

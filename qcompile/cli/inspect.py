@@ -1,6 +1,6 @@
 """`qcompile inspect`: what a folder holds: a plan, a model that was saved with its codes, or a checkpoint of others."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Annotated
@@ -10,9 +10,10 @@ import typer
 from qcompile import artifact
 from qcompile.cli.tables import Markdown, show_table
 from qcompile.errors import PlanError
-from qcompile.manifest import Manifest, read_floats, read_manifest, sha256
+from qcompile.manifest import Manifest, read_floats, read_manifest, require_unchanged
 from qcompile.plan import Decision, Plan
 from qcompile.readers import is_checkpoint, read_checkpoint
+from qcompile.sharing import kept_apart
 from qcompile.shifts import lowers_columns
 from qcompile.sizes import stored_bytes
 
@@ -72,17 +73,33 @@ def _head(folder: Path, plan: Plan, manifest: Manifest | None, *, foreign: bool)
         yield "files: " + ", ".join(f"{name} {size} bytes" for name, (size, _) in manifest.files.items())
         tied = [" = ".join(entry.names) for entry in manifest.entries if entry.parameter and len(entry.names) > 1]
         yield from (f"one tensor: {names}" for names in tied)
+        named = {name: entry.names for entry in manifest.entries for name in entry.names}
+        weight_of = {site: names for name, names in named.items() for site in (name, name.removesuffix(".weight"))}
+        # a module without a weight runs with one of those
+        sources = {d.name: d.solved.source for d in plan.decisions.values() if d.solved is not None}
+        weight_of |= {site: named[source] for site, source in sources.items() if source in named}
+        yield from kept_apart(plan.decisions.values(), weight_of)
     elif foreign:
         yield f"a checkpoint of {plan.recipe.name}"
     else:
         yield f"a plan, recipe {plan.recipe.name!r}, schema {artifact.schema_of(folder)}; weights come from the model"
+        yield from (f"one weight: {' = '.join(names)}" for names in plan.shared)
+        yield from kept_apart(plan.decisions.values(), _weight_of(plan))
     yield f'to load it: plan = qcompile.load("{folder}", model)'
     yield 'to run it: torch.compile(model, backend="qcompile", options={"plan": plan})'
 
 
+def _weight_of(plan: Plan) -> Mapping[str, str]:
+    """What tells weights apart, by site, of sites that share theirs: who reads it first."""
+    return {name: names[0] for names in plan.shared for name in names}
+
+
 def _total(plan: Plan, floats: int) -> Iterator[str]:
-    # a table that two sites read is stored once
-    owners = {d.solved.digest if d.solved else d.name: d for d in plan.decisions.values()}
+    # a table that two sites read is stored once, under each of its specs
+    weight_of = _weight_of(plan)
+    owners = {
+        (d.solved.digest if d.solved else weight_of.get(d.name, d.name), d.weight): d for d in plan.decisions.values()
+    }
     quantized = [(prod(d.shape), size) for d in owners.values() if (size := _bytes(d)) is not None]
     if quantized:
         count, size = (sum(numbers) for numbers in zip(*quantized, strict=True))
@@ -95,10 +112,5 @@ def _verified(folder: Path, manifest: Manifest | None) -> str:
     """Says that every file is as it was saved.  Raises PlanError for one that is not."""
     if manifest is None:
         raise PlanError(f"{str(folder)!r} has no manifest with checksums; those of qcompile.save(model, folder) have")
-    for name, (_, digest) in manifest.files.items():
-        if (found := sha256(folder / name)) != digest:
-            raise PlanError(
-                f"{str(folder / name)!r} has SHA-256 {found}, and {digest} when it was saved: it changed since; "
-                "copy it again, or save the model again with qcompile.save"
-            )
+    require_unchanged(manifest, folder, manifest.files)
     return "all files are as they were saved"

@@ -3,6 +3,7 @@
 Weights that read the same share one object, so that it is factored once.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf, log10
 
@@ -36,6 +37,16 @@ class Moments:
         if importance is None:
             importance = weight.new_ones(weight.shape[1], dtype=torch.float64)
         return cls(matrix=torch.diag(importance) if importance.dim() == 1 else importance)
+
+    @classmethod
+    def over(cls, parts: Iterable[Tensor], k: int) -> "Moments":
+        """Of all rows of these [rows, K], float32 [K, K].  k: K."""
+        total, count = torch.zeros(k, k), 0
+        for part in parts:
+            rows = part.float()
+            total = total.to(rows.device).addmm_(rows.t(), rows)
+            count += len(rows)
+        return cls(matrix=total.div_(max(count, 1)), rows=count)
 
     def blocks(self, columns: int) -> Tensor:
         """What errors cost together in each tile of so many columns, with a mean diagonal of 1.

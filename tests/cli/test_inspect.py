@@ -67,12 +67,48 @@ def test_a_model_is_shown_site_by_site(saved: Path) -> None:
     assert "2 weights, 7296 numbers" in text
 
 
+@pytest.mark.parametrize(("head", "noted"), [("int8/channel", True), ("int4/g64/asym/bf16", False)])
+def test_a_tied_weight_that_is_stored_twice_is_noted(head: str, noted: bool, ids: Tensor, tmp_path: Path) -> None:
+    int4 = qcompile.parse_spec("int4/g64/asym/bf16")
+    fc = qcompile.Rule(match="fc", weight=qcompile.parse_spec(head))
+    rules = (fc, qcompile.Rule(ops=(Op.LINEAR, Op.EMBEDDING), weight=int4))
+    with torch.no_grad():
+        recipe = qcompile.Recipe(name="mine", rules=rules)
+        fast = torch.compile(Net().eval(), backend="qcompile", options={"recipe": recipe})
+        fast(ids)
+    qcompile.save(fast, tmp_path / "m")
+    said = "one weight is kept 2 times, as int4/g64/asym/bf16 for 'table', as int8/channel for 'fc'"
+    assert (said in inspect(tmp_path / "m")) is noted
+
+
 def test_a_plan_is_shown(ids: Tensor, tmp_path: Path) -> None:
     plan = qcompile.calibrate(Net(), [ids], "int8-static", progress=False)
     qcompile.save(plan, tmp_path / "p")
     text = inspect(tmp_path / "p", "--markdown")
     assert "| up | 64 x 64 | int8/channel | int8/tensor/asym | 8.500 | 4352 | round |" in text
     assert "a plan, recipe 'int8-static', schema 3; weights come from the model" in text
+
+
+def test_a_weight_of_several_modules_counts_once_under_each_spec(ids: Tensor, tmp_path: Path) -> None:
+    model = Net()
+    model.up = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model.up[1].weight = model.up[0].weight
+    int8, int4 = (qcompile.Rule(weight=qcompile.parse_spec(spec)) for spec in ("int8/channel", "int4/g64/asym/bf16"))
+    both = (Op.EMBEDDING, Op.LINEAR)
+    rules = (replace(int4, match="up*"), replace(int8, ops=both))
+    plan = qcompile.calibrate(model, [ids], qcompile.Recipe(name="mine", rules=rules), progress=False)
+    assert {name for name, d in plan.decisions.items() if d.weight is not None} == {"table", "fc", "up.0", "up.1"}
+    qcompile.save(plan, tmp_path / "p")
+    assert "2 weights, 7296 numbers, 5640 bytes" in inspect(tmp_path / "p")
+    assert "one weight: up.0 = up.1" in inspect(tmp_path / "p")
+    # what is loaded without a model still knows
+    qcompile.save(qcompile.load(tmp_path / "p"), tmp_path / "again")
+    assert "2 weights, 7296 numbers, 5640 bytes" in inspect(tmp_path / "again")
+    apart = qcompile.Recipe(name="apart", rules=(replace(int4, match="fc"), *rules))
+    qcompile.save(qcompile.calibrate(model, [ids], apart, progress=False), tmp_path / "a")
+    text = inspect(tmp_path / "a")
+    assert "3 weights, 10496 numbers, 7390 bytes" in text
+    assert "one weight is kept 2 times, as int8/channel for 'table', as int4/g64/asym/bf16 for 'fc'" in text
 
 
 def test_what_is_broken_ends_in_one_line(saved: Path, tmp_path: Path) -> None:

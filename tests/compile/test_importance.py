@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 import qcompile
+from qcompile.budget import parse_budget
 from qcompile.errors import CalibrationError
 from qcompile.graph import Graph, Op
 from qcompile.observers import observe
@@ -138,6 +140,29 @@ def test_a_loaded_plan_gives_the_same_outputs(net: Net, tmp_path: Path) -> None:
     loaded = qcompile.load(tmp_path / "plan", net)
     assert loaded == plan
     assert torch.equal(run(net, loaded, x), run(net, plan, x))
+
+
+@pytest.mark.usefixtures("graphs_only")
+@pytest.mark.parametrize("outliers", [(), (3, 70)])
+def test_a_saved_model_is_as_large_as_its_budget_says(outliers: tuple[int, ...], net: Net, tmp_path: Path) -> None:
+    bits, spec = 4.5, parse_spec("int4/g32/asym/bf16")
+    rule = Rule(weight=spec, solver="imatrix", budget=parse_budget(f"{bits} bits"))
+    plan, x = calibrated(net, Recipe(name="mine", rules=(rule,))), data(seed=3)
+    # channels between two linears, which a pass may put into another order
+    decisions = plan.decisions | {"down": replace(plan.decisions["down"], outliers=outliers)}
+    plan = replace(plan, decisions=decisions).bind(net)
+    fast = torch.compile(net, backend="qcompile", dynamic=False, options={"plan": plan})
+    y = fast(x)
+    qcompile.save(fast, tmp_path / "m")
+    stored = {n: t for n, t in load_file(tmp_path / "m" / "plan.safetensors").items() if not n.endswith(".columns")}
+    numbers = sum(m.weight.numel() for m in (net.up, net.side, net.down))
+    assert 8 * sum(t.nbytes for t in stored.values()) <= bits * numbers
+    with torch.device("meta"):
+        other = Net().eval()
+    loaded = qcompile.load(tmp_path / "m", other)
+    assert torch.equal(run(other, loaded, x), y)
+    # and once more on a model that has its weights
+    assert torch.equal(run(net, qcompile.load(tmp_path / "m").bind(net), x), y)
 
 
 @pytest.mark.usefixtures("graphs_only")

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qcompile.errors import PlanError
 from qcompile.folds import rescaled, scale_before
 from qcompile.graph import Op
 from qcompile.numerics import dequantize, fake_quantize
+from qcompile.observers import observe
 from qcompile.pipeline import quantize
 from qcompile.plan import Plan
 from qcompile.recipe import Recipe, Rule
@@ -174,6 +176,42 @@ def test_a_weight_that_is_an_embedding_too_is_solved_for_the_linear_alone() -> N
     assert plan.decisions["model.embed_tokens"].solved is None
     ids = tokens(2, 8)
     assert_close(outputs(model, plan, ids), outputs(model, plan, ids, lower=False))
+
+
+class Shared(nn.Module):
+    """A weight of two modules, which read what the other made of it, or the same."""
+
+    def __init__(self, *, alike: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.last = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        self.b.weight, self.alike = self.a.weight, alike
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.a(x))
+        return self.last(y + self.b(x if self.alike else y))
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_that_a_weight_of_several_modules_is_solved_for_the_first_is_noted(last: bool) -> None:
+    # the run ends with the last weight that is solved, and what comes behind it is noted, too
+    rules = gptq().rules if last else (replace(gptq().rules[0], match="a"),)
+    recipe, x = Recipe(name="r", rules=rules), data(rows=400)
+    plan = calibrated(Shared(alike=False).eval(), recipe, *x.split(200))
+    (note,) = plan.notes
+    assert note.startswith(
+        "1 sites are called several times in one run, such as 'a', and were solved on what their first"
+    )
+    # what both read was looked at once, and nothing is missing
+    assert calibrated(Shared(alike=True).eval(), recipe, *x.split(200)).notes == ()
+    weighed = Recipe(name="i", rules=(Rule(weight=parse_spec(SPEC), solver="imatrix"),))
+    # as the note says, its statistics are of all calls
+    model = Shared(alike=False).eval()
+    plan = calibrated(model, weighed, x)
+    with torch.no_grad():
+        read = torch.cat([x, torch.tanh(model.a(x))])
+    assert_close(plan.decisions["a"].importance, observe(read).importance)
+    assert plan.notes == ()
 
 
 class _InterruptedError(Exception):

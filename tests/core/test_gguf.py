@@ -194,6 +194,31 @@ def test_what_does_not_fit_is_refused(tmp_path):
         files.load_gguf(path, Net())
 
 
+@pytest.mark.parametrize(
+    ("table", "head", "said"),
+    [("Q6_K", "Q4_K", "it is written as int6"), (None, "Q4_K", "it is written as float"), ("Q4_K", "Q4_K", None)],
+)
+def test_a_tied_head_is_written_as_the_table_and_that_is_said(tmp_path, caplog, table, head, said):
+    torch.manual_seed(0)
+    model, path = Net().eval(), tmp_path / "net.gguf"
+    given = {"embed": (Op.EMBEDDING, table), "head": (Op.LINEAR, head)}
+    decisions = {
+        name: Decision(name=name, op=op, shape=(50, 256), weight=kind and TYPES[kind].spec, solver="kquant")
+        for name, (op, kind) in given.items()
+    }
+    plan = Plan(recipe=parse_recipe("int8"), decisions=decisions)
+    files.save_gguf(plan, model, path)
+    kinds = {one.name: one.tensor_type.name for one in library.GGUFReader(path).tensors}
+    assert kinds["embed.weight"] == (table or "F32")
+    assert "head.weight" not in kinds
+    if said is None:
+        assert caplog.messages == []
+    else:
+        (message,) = caplog.messages
+        assert message.startswith(f"'head' shares the weight of 'embed', and files hold it once: {said}")
+        assert message.endswith(f"not as {TYPES[head].spec}; give both one spec")
+
+
 def llama(**more):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
