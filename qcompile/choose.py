@@ -14,13 +14,13 @@ from torch import Tensor
 
 from qcompile.cases import Case, Choice
 from qcompile.channels import tied
-from qcompile.formats import FORMATS, Float, Integer
+from qcompile.formats import FORMATS, Float, Format, Integer, parse_format
 from qcompile.noise import Probe, Treatment
 from qcompile.numerics import QParams, exact_exp2, qparams_of_range, widened
 from qcompile.observers import Stats, importance_of
 from qcompile.ranges import parse_observer
 from qcompile.recipe import FLOAT
-from qcompile.shifts import COARSE, FINE, floor_shift, lowers_columns, shift_of
+from qcompile.shifts import COARSE, FINE, floor_shift, lowers_columns, scales_alone, shift_of
 from qcompile.smooth import AWQ, awq_scale, smooth_scale
 from qcompile.solvers import IN_TURN
 from qcompile.spec import ALL, Spec
@@ -37,6 +37,8 @@ RESCUE_DB, RESCUE_GAIN = 34.0, 3.0
 LEAST_RID = 6e-5
 # dB that a split and that smoothing must gain: less is within what other rows would show
 LEAST_GAIN, LEAST_SMOOTHING = 0.3, 0.5
+# bits of exponent that are tried, as in LLM-FP4's code: more reach further than any tensor does
+MOST_EXPONENT = 5
 # octaves by which a static range may be wider than the observer finds it, if that gains as much as a split must; no
 # more, as rows that reach far are rare among those that are sampled
 CLIPS = tuple(i / 4 for i in range(-4, 5) if i)
@@ -54,12 +56,20 @@ def choose(case: Case) -> Choice:
 
 
 def rivals(spec: Spec) -> Iterator[Spec]:
-    """The spec, and those of other floats of as many bits."""
+    """The spec, and those of other floats of as many bits: one of each split into exponent and mantissa."""
     yield spec
     if isinstance(spec.format, Float):
-        for fmt in FORMATS.values():
-            if isinstance(fmt, Float) and fmt.bits == spec.format.bits and fmt != spec.format and not fmt.reserved:
-                yield replace(spec, format=fmt)
+        bits, own = spec.format.bits, spec.format.exponent
+        for exponent in range(1, min(bits - 1, MOST_EXPONENT) + 1):
+            if exponent != own:
+                yield replace(spec, format=_split_format(exponent, bits - 1 - exponent))
+
+
+def _split_format(exponent: int, mantissa: int) -> Format:
+    """The float of so many bits that has a name, which memory or units may be made for, else the free one."""
+    named = (f for f in FORMATS.values() if isinstance(f, Float) and not f.negative_zero_is_nan)
+    alike = (f for f in named if (f.exponent, f.mantissa) == (exponent, mantissa))
+    return next(alike, None) or parse_format(f"e{exponent}m{mantissa}")
 
 
 def prepared_stats(stats: Stats, choice: Choice) -> Stats:
@@ -116,14 +126,14 @@ def _of_power(case: Case, spec: Spec | None, power: float) -> Choice:
 def _shifted(case: Case, spec: Spec, most: int | None) -> Choice:
     """The shift of least noise, or none."""
     plain = _measured(case, Choice(input=spec))
-    after = lowers_columns(case.rule.weight)
-    if most is None or (not after and case.channels is None):
+    alone = scales_alone(case.rule.weight)
+    if most is None or (not alone and case.channels is None):
         return plain
 
     def measured(shift: Tensor) -> Choice:
         if not bool(shift.any()):
             return plain
-        return _measured(case, replace(plain, shift=shift) if after else replace(plain, scale=exact_exp2(-shift)))
+        return _measured(case, replace(plain, shift=shift) if alone else replace(plain, scale=exact_exp2(-shift)))
 
     shifts = partial(shift_of, case.stats.amax, case.channels, most)
     coarse = {left_out: measured(shifts(left_out)) for left_out in COARSE}
@@ -149,12 +159,13 @@ def _measured(case: Case, choice: Choice) -> Choice:
     """The choice with the signal-to-noise ratio of the outputs; a static range is found as it will be in the end."""
     probe, rule = case.probe, case.rule
     # what is lowered after its numbers were chosen has the same noise under every shift
-    alone = lowers_columns(rule.weight)
-    weighs = rule.weighs_columns and not alone
+    after = lowers_columns(rule.weight)
+    stats = case.stats if choice.scale is None else case.stats.divided(choice.scale)
     treatment = Treatment(
-        weight=None if alone else rule.weight,
+        weight=None if after else rule.weight,
         solver=rule.solver,
-        importance=prepared_stats(case.stats, choice).importance.to(probe.weight.device) if weighs else None,
+        importance=stats.importance.to(probe.weight.device) if rule.weighs_columns and not after else None,
+        raised=None if after or choice.shift is None else exact_exp2(-choice.shift).to(probe.weight.device),
         **input_of(case, choice),
     )
     probe = probe if choice.scale is None else probe.scaled(choice.scale.to(probe.weight.device))

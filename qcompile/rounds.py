@@ -15,7 +15,7 @@ from qcompile.choose import LEAST_GAIN, choose, input_of, rivals
 from qcompile.noise import Probe, Treatment, treated
 from qcompile.numerics import exact_exp2, snr_db
 from qcompile.recipe import FLOAT, WEIGHT
-from qcompile.shifts import lowers_columns, raised_columns, within
+from qcompile.shifts import lowers_columns, most_lowered, raised_columns, within
 from qcompile.spec import Spec
 
 # in a single one, the input is chosen for the weights in float, and these for the input in float; row "fp4, three
@@ -103,10 +103,12 @@ def _options(case: Case, probe: Probe, choice: Choice) -> _Options:
     shift = torch.zeros(probe.weight.shape[1], dtype=torch.int64) if choice.shift is None else choice.shift.cpu()
     found: _Options = []
     for spec in rivals(rule.weight) if rule.format == FLOAT else [rule.weight]:
-        tried = [(shift, 0.0)]
-        if rule.shift is not None and lowers_columns(spec):
+        # what the weight cannot follow of the shift, it is multiplied by before its numbers are chosen
+        most = most_lowered(spec, rule.shift or 0)
+        tried = [(shift.clamp(max=most), 0.0)]
+        if most > 0:
             octaves = raised_columns(probe.weight, spec, importance).cpu()
-            tried.append((within(shift + octaves, rule.shift), LEAST_GAIN))
+            tried.append((within(shift + octaves, most), LEAST_GAIN))
         for lowered, handicap in tried:
             factor = exact_exp2(lowered - shift).to(probe.weight.device)
             treatment = Treatment(weight=spec, solver=rule.solver, importance=importance, raised=factor)

@@ -6,8 +6,9 @@ so that all channels reach about as far into a grid that one scale serves. Multi
 factor moves into what makes the activation, and its inverse into the exponents of the weight's numbers, after these
 were chosen: nothing is left to do while the model runs. What lowers exponents then serves the weight, too: each of its
 columns is raised, before its numbers are chosen, to where the grid of its rows fits it best.
-A block of numbers under a scale of few bits has no room for an exponent of each column: there the weight is divided
-before it is quantized, which is SmoothQuant by powers of two.
+A block of numbers under a scale of few bits has no room for an exponent of each column, and E4M3 none, or for a few
+octaves alone, for floats of much mantissa or exponent: by the rest the weight is divided before it is quantized, which
+is SmoothQuant by powers of two.
 Source: LLM-FP4 (Liu 2023), section 3.3, pre-shifted exponent bias; the paper's limit is 2**e - 1 octaves, and its
 weights keep their columns as they are.
 """
@@ -66,9 +67,22 @@ def within(octaves: Tensor, most: int) -> Tensor:
     return octaves - low if int(octaves.amax() - low) <= most else octaves.clamp(0, most)
 
 
+def scales_alone(spec: Spec | None) -> bool:
+    """Whether a weight of this spec has scales that nothing rounds, none of them shared by several of its rows."""
+    return spec is not None and spec.scale == "fp32" and spec.granularity.rows == 1
+
+
 def lowers_columns(spec: Spec | None) -> bool:
     """Whether columns of a weight of this spec can be lowered by octaves after their numbers were chosen."""
-    return spec is not None and spec.scale == "fp32" and spec.granularity.rows == 1
+    return spec is not None and scales_alone(spec) and folds_octaves(spec, 1)
+
+
+def most_lowered(spec: Spec | None, most: int) -> int:
+    """By how many octaves, at most, columns of a weight of this spec are lowered after its numbers were chosen."""
+    if spec is None or not lowers_columns(spec):
+        return 0
+    # beyond, no kernel would read the weight: it would be made anew from its numbers at each call
+    return min(most, room(spec.format))
 
 
 def raised_columns(weight: Tensor, spec: Spec, importance: Tensor | None = None) -> Tensor:

@@ -145,9 +145,12 @@ def test_an_embedding_is_chosen_by_its_weight() -> None:
     ("first", "flat", "heavy"),
     [
         ("fp4_e2m1/channel", "fp4_e1m2/channel", "fp4_e3m0/channel"),
-        ("fp6_e2m3/tensor", "fp6_e2m3/tensor", "fp6_e3m2/tensor"),
-        ("fp6_e3m2/channel", "fp6_e2m3/channel", "fp6_e3m2/channel"),
-        ("fp8_e4m3/channel", "fp8_e2m5/channel", "fp8_e3m4/channel"),
+        ("fp6_e2m3/tensor", "e1m4/tensor", "fp6_e3m2/tensor"),
+        ("fp6_e3m2/channel", "e1m4/channel", "fp6_e3m2/channel"),
+        ("fp8_e4m3/channel", "e1m6/channel", "fp8_e3m4/channel"),
+        ("e2m0/channel", "e1m1/channel", "e2m0/channel"),
+        ("e2m2/tensor", "e1m3/tensor", "e3m1/tensor"),
+        ("e3m3/channel", "e1m5/channel", "e3m3/channel"),
     ],
 )
 def test_tables_take_the_float_that_fits_their_rows(first: str, flat: str, heavy: str, solver: str) -> None:

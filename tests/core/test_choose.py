@@ -16,12 +16,13 @@ from qcompile.choose import (
     RESCUE_GAIN,
     choose,
     prepared_stats,
+    rivals,
 )
 from qcompile.numerics import QParams, dequantize, qparams_of_range, quantize
 from qcompile.observers import observe
 from qcompile.recipe import FLOAT, Rule
 from qcompile.rounds import choose_weight
-from qcompile.shifts import floor_shift
+from qcompile.shifts import floor_shift, folds_octaves
 from qcompile.smooth import AWQ, Smooth, parse_smooth
 from qcompile.solvers import SOLVERS
 from qcompile.spec import Spec, parse_spec
@@ -339,7 +340,46 @@ def test_columns_stay_where_nothing_is_gained() -> None:
     assert (spec, lowered) == (NVFP4, None)
 
 
+@pytest.mark.parametrize(("fmt", "most"), [("fp4_e2m1", 14), ("fp4_e3m0", 11), ("fp6_e2m3", 11), ("fp8_e3m4", 0)])
+def test_a_weight_is_lowered_as_far_as_e4m3_holds_its_numbers(fmt: str, most: int) -> None:
+    shift = torch.linspace(14, 0, K).round().long()
+    weight = torch.randn(48, K, generator=torch.Generator().manual_seed(1))
+    rule = Rule(weight=parse_spec(f"{fmt}/channel"), input=TOKEN, solver="imatrix", shift=14)
+    spec, lowered = weighed(weight, rows(1.0), rule, shift)
+    assert (0 if lowered is None else int(lowered.max())) == most
+    assert most == 0 or folds_octaves(spec, most)
+
+
 def test_weights_take_the_float_that_fits_them() -> None:
     powers = torch.randint(-3, 4, (48, K), generator=torch.Generator().manual_seed(1)).float().exp2()
     rule = Rule(weight=E2M1, input=parse_spec("fp4_e2m1/token"), format=FLOAT)
     assert weighed(powers, rows(1.0), rule, None)[0] == parse_spec("fp4_e3m0/channel")
+
+
+@pytest.mark.parametrize(
+    ("first", "others"),
+    [
+        ("e2m0", ["e1m1"]),
+        ("fp4_e2m1", ["fp4_e1m2", "fp4_e3m0"]),
+        ("e2m2", ["e1m3", "e3m1", "e4m0"]),
+        ("fp6_e3m2", ["e1m4", "fp6_e2m3", "e4m1", "e5m0"]),
+        ("e3m3", ["e1m5", "e2m4", "e4m2", "e5m1"]),
+        # what units are made for, not what merely reserves fewer codes, and nothing twice
+        ("fp8_e4m3", ["e1m6", "fp8_e2m5", "fp8_e3m4", "fp8_e5m2"]),
+        ("e4m3", ["e1m6", "fp8_e2m5", "fp8_e3m4", "fp8_e5m2"]),
+        ("int4", []),
+    ],
+)
+def test_every_split_of_the_bits_is_tried(first: str, others: list[str]) -> None:
+    assert [spec.format.name for spec in rivals(parse_spec(f"{first}/channel"))] == [first, *others]
+
+
+@pytest.mark.parametrize("fmt", ["e3m3", "e2m2", "fp6_e3m2"])
+def test_floats_of_any_width_are_chosen_among(fmt: str) -> None:
+    flat = torch.rand(48, K, generator=torch.Generator().manual_seed(1)) - 0.5
+    rule = Rule(weight=parse_spec(f"{fmt}/channel"), input=parse_spec(f"{fmt}/tensor"), format=FLOAT, solver="mse")
+    bits = rule.weight.format.bits if rule.weight is not None else 0
+    assert weighed(flat, rows(1.0), rule, None)[0] == parse_spec(f"e1m{bits - 2}/channel")
+    given = choose(case(rows(1.0), rule, flat)).input
+    assert given is not None
+    assert given.format.name in (f"e2m{bits - 3}", f"fp6_e2m{bits - 3}", f"e1m{bits - 2}")

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qcompile.calibrate import calibrate
 from qcompile.folds import Fold
 from qcompile.graph import Graph, Op
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.passes.fold_exponent_bias import fold_exponent_bias
 from qcompile.passes.fold_smooth import fold_smooth
 from qcompile.passes.insert_qdq import insert_qdq
+from qcompile.pipeline import quantize as run_passes
 from qcompile.plan import Decision, Plan, make_plan
 from qcompile.recipe import Recipe, Rule
 from qcompile.sites import find_sites
@@ -117,6 +119,27 @@ def test_what_does_not_fit_stays(net: Net) -> None:
     before = result(graph, torch.ones(2, K))
     assert fold_exponent_bias(graph, plan) == 0
     assert torch.equal(result(graph, torch.ones(2, K)), before)
+
+
+@pytest.mark.parametrize("fmt", ["fp4_e3m0", "fp6_e2m3", "e4m1", "fp8_e4m3", "fp8_e2m5", "e5m2"])
+@pytest.mark.parametrize("given", ["tensor", "token"])
+def test_whatever_calibration_lowers_folds(net: Net, fmt: str, given: str) -> None:
+    net.fc.weight.data *= torch.exp2(torch.linspace(9, -9, K))
+    net.norm.weight.data = torch.exp2(torch.linspace(-9, 9, K))
+    rule = Rule(weight=parse_spec(f"{fmt}/channel"), input=parse_spec(f"{fmt}/{given}"), solver="imatrix", shift=14)
+    x = torch.randn(64, K)
+    plan = calibrate(net, [(x,)], recipe=Recipe(name="test", rules=(rule,)))
+    # the input is raised, whatever becomes of the weight
+    assert plan.folds
+    graph = FX.open(net, x)
+    run_passes(graph, plan)
+    (linear,) = (value for value in graph.values() if graph.op(value) is Op.LINEAR)
+    weight = graph.inputs(linear)[1]
+    assert weight is not None
+    # no kernel reads a weight that is multiplied behind its numbers
+    assert graph.op(weight) is Op.DEQUANTIZE
+    expected, bits = net(x).detach(), int(fmt[-1])
+    assert float((result(graph, x) - expected).norm() / expected.norm()) < 0.6 * 2.0**-bits
 
 
 def test_the_importance_of_columns_follows_their_octaves() -> None:
