@@ -93,6 +93,19 @@ def test_linears_of_one_kind_need_no_op_for_several() -> None:
     assert error < 1e-2
 
 
+@pytest.mark.usefixtures("ops_on_cpu")
+def test_the_op_stands_before_the_first_linear_of_its_kinds() -> None:
+    """q fills no unit of a pack, so that v, of its kind, is left behind k, of another."""
+    model, x = Block().bfloat16().eval(), torch.randn(3, 5, K).bfloat16()
+    model.q = nn.Linear(K, 40, bias=False).bfloat16()
+    plan = qcompile.calibrate(model, [x], recipe={"rules": [{"weight": SPECS["q"]}]}, progress=False)
+    decisions = {name: replace(d, weight=parse_spec(SPECS[name])) for name, d in plan.decisions.items()}
+    text, error = lowered_for_hopper(replace(plan, decisions=decisions), model, x)
+    assert text.count("linear_weights") == 1
+    assert text.count("linear_weight ") == 3
+    assert error < 1e-2
+
+
 TEXTS = ["int4/g128/asym/bf16", "nf4/g64", "int2/g64/asym/bf16", "int6/g128/asym/bf16", "int4/b32/min/u6x8"]
 TEXTS += ["int3/g128/asym/bf16", "int8/channel", "int5/g128/asym/bf16"]
 ROWS = [128, 64, 320, 64, 192, 64, 256, 64]
