@@ -11,6 +11,7 @@ pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 import qcompile
 from qcompile.backends.triton import width_linear as module
+from qcompile.backends.triton.table import Entry
 from qcompile.backends.triton.width_linear import width_linears
 from qcompile.backends.triton.width_table import FewRows, ManyRows, Unpack
 from qcompile.backends.triton.widths import WIDTHS, Packed, unpack_codes
@@ -104,6 +105,21 @@ def test_the_op_stands_before_the_first_linear_of_its_kinds() -> None:
     assert text.count("linear_weights") == 1
     assert text.count("linear_weight ") == 3
     assert error < 1e-2
+
+
+@pytest.mark.parametrize(("tuned", "found"), [({64, 192}, 192), ({64}, 64), (set(), None)])
+def test_what_was_tuned_for_all_comes_before_what_was_for_one(
+    tuned: set[int], found: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def entries(name: str, N: int, K: int, device: torch.device) -> tuple[Entry[FewRows], ...]:
+        config = FewRows(rows=8, units=1, warps=4, depth=1, blocks=2, resident=N)
+        return (Entry(config=config, rows=8),) if N in tuned else ()
+
+    monkeypatch.setattr(module, "tuned_entries", entries)
+    monkeypatch.setattr(module, "capability_of", lambda device: 80)
+    config = module._known_config.__wrapped__("int4", 1, 64, 192, K, torch.device("cpu"), exact=True)
+    assert isinstance(config, FewRows)
+    assert (config.resident if config.depth == 1 else None) == found
 
 
 TEXTS = ["int4/g128/asym/bf16", "nf4/g64", "int2/g64/asym/bf16", "int6/g128/asym/bf16", "int4/b32/min/u6x8"]
