@@ -284,7 +284,7 @@ def _plan(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
         for number, t in enumerate(data.get("folds", ()))
     ]
     # nor do some say what they hold beside codes
-    if data.get("beside", found := _sum_beside(data["decisions"], tensors)) != found:
+    if "beside" in data and data["beside"] != (found := _sum_beside(data["decisions"], tensors)):
         raise ValueError(f"what it holds beside codes has SHA-256 {found}, and {data['beside']} when it was saved")
     outliers = data.get("outliers")
     return Plan(

@@ -1,7 +1,7 @@
 """A model on disk beside its plan: manifest.json says what every tensor is, floats.safetensors holds what stays float.
 
-The numbers of quantized weights stand in plan.safetensors. Nothing is read before it is used: files are mapped into
-memory.
+The numbers of quantized weights stand in plan.safetensors, which is mapped into memory: they are not read before they
+are used. The other files are, once, to be compared with their checksums.
 """
 
 import hashlib

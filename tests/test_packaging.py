@@ -43,6 +43,12 @@ def test_the_core_depends_on_little() -> None:
     assert all("CUDA" not in line for line in project["dependencies"])
 
 
+def test_no_constraint_is_on_torch_or_what_comes_with_it() -> None:
+    """pip would replace an installed torch by one that was built for that Triton."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert not {"torch", "triton"} & {line.partition("==")[0] for line in lines}
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of the repository, links as links, without what git ignores."""

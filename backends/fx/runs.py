@@ -58,7 +58,7 @@ class Run:
 
 
 def together(graph: FxGraph, runs: Sequence[Run]) -> list[list[Run]]:
-    """The linears in groups, each to be one matmul of joined packs."""
+    """The linears in groups, each to be one matmul of joined packs; groups and linears in the order of the graph."""
     groups: dict[object, list[Run]] = {}
     for run in runs:
         problem = run.problem
@@ -71,7 +71,9 @@ def together(graph: FxGraph, runs: Sequence[Run]) -> list[list[Run]]:
         different = len({run.weight.codes for run in group}) == len(group)
         fits = len(group) > 1 and different and joins is not None and joins([run.problem for run in group])
         found += [group] if fits else [[run] for run in group]
-    return found
+    # the rest of a group that was taken apart comes behind what stands between
+    order = {run: number for number, run in enumerate(runs)}
+    return sorted(found, key=lambda group: order[group[0]])
 
 
 def side_by_side(graph: FxGraph, groups: Sequence[list[Run]]) -> list[list[list[Run]]]:

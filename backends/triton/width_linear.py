@@ -99,5 +99,6 @@ def _config(weight: Packed, M: int, N: int, total: int, x: Tensor) -> Config:
 
 @lru_cache(maxsize=4096)
 def _known_config(width: str, M: int, N: int, total: int, K: int, device: torch.device, exact: bool) -> Config:
-    first = tuned_entries(tuned_name(width), total, K, device)
+    tuned = (tuned_entries(tuned_name(width), rows, K, device) for rows in (total, N))
+    first = next(filter(None, tuned), ())
     return choose(width, M, N, K, capability_of(device), exact=exact, first=first, total=total)
