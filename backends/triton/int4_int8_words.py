@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qcompile.backends.triton.width_packs import by_rows
+from qcompile.backends.triton.width_packs import of_each_row
 from qcompile.backends.triton.widths import (
     COLUMNS,
     WIDTHS,
@@ -41,7 +41,7 @@ def pack_weight(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str
 
     codes [N, K], 4-bit integers of a spec that `width_packs.no_groups` lets pass.  dtype: of y.
     """
-    qparams = by_rows(qparams, len(codes))
+    qparams = of_each_row(qparams, len(codes))
     stored, zero = codes, qparams.zero
     if zero is None:
         stored, zero = codes.view(torch.uint8) + _ORDER.center, torch.full_like(qparams.scale, _ORDER.center)

@@ -75,7 +75,7 @@ def no_groups(spec: Spec) -> str | None:
     return f"weight {spec} is not by tensor, channel or group of {sizes} or multiples of {COLUMNS} columns"
 
 
-def by_rows(qparams: QParams, N: int) -> QParams:
+def of_each_row(qparams: QParams, N: int) -> QParams:
     """Those of a weight [N, K], with a scale and a zero for each row where a tensor or a block of rows has one."""
     rows = qparams.spec.granularity.rows
 
@@ -93,7 +93,7 @@ def pack_weight(codes: Tensor, qparams: QParams, dtype: torch.dtype) -> dict[str
 
     codes [N, K], of a spec that `kind_of` and `no_groups` let pass.  dtype: of x.
     """
-    fmt, qparams = qparams.spec.format, by_rows(qparams, len(codes))
+    fmt, qparams = qparams.spec.format, of_each_row(qparams, len(codes))
     name, minimum, integers = kind_of(qparams.spec)
     assert name is not None
     width = WIDTHS[name]
