@@ -49,7 +49,9 @@ def specs(plan: Plan) -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "chosen", ["int8-fp8-static", recipe(smooth=None, split=None)], ids=["smoothed and split", "alone"]
+    "chosen",
+    ["int8-fp8-static", recipe(smooth=None, split=None), recipe(solver="gptq", split=None)],
+    ids=["smoothed and split", "alone", "solved in turn"],
 )
 def test_only_the_poor_site_becomes_floats_with_one_scale(chosen: Recipe | str, net: Spiky, tmp_path: Path) -> None:
     plan = calibrated(net, chosen)
