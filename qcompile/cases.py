@@ -73,14 +73,16 @@ class Case:
 class Choice:
     """What the sites of a case get.
 
-    input: spec; scale: float32 [K] that the activation is divided by, or None; strength: that it came from, None for
-    powers of two from a shift.  outliers: channels that stay in 16 bit, ascending.  shift: int64 [K], octaves by which
+    input: spec.  weight: spec that a rescue brings, None for the rule's.
+    scale: float32 [K] that the activation is divided by, or None; strength: that it came from, None for powers of two
+    from a shift.  outliers: channels that stay in 16 bit, ascending.  shift: int64 [K], octaves by which
     channels are raised, and exponents of the weight lowered after its numbers were chosen, or None.
     clip: octaves by which a static range is wider than the observer finds it.
     snr_db: of the outputs, over all sites.
     """
 
     input: Spec | None
+    weight: Spec | None = None
     scale: Tensor | None = None
     strength: float | None = None
     outliers: tuple[int, ...] = ()

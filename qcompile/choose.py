@@ -45,13 +45,15 @@ CLIPS = tuple(i / 4 for i in range(-4, 5) if i)
 
 
 def choose(case: Case) -> Choice:
-    """The choice of least error; a static input that stays poor gets the rule's `rescue`."""
+    """The choice of least error; where a static input stays poor, that under the rule's `rescue` if it gains."""
     if case.rule.format == FLOAT and case.rule.input is not None:
         return max((_best(case, spec) for spec in rivals(case.rule.input)), key=lambda choice: choice.snr_db)
     best = _best(case, case.rule.input)
-    if not case.rule.static_input or case.rule.rescue is None or best.snr_db >= RESCUE_DB:
+    rule = case.rule.rescued
+    if rule is None or best.snr_db >= RESCUE_DB:
         return best
-    rescued = _best(case, case.rule.rescue)
+    # its weight may be of another kind, too, whose errors count
+    rescued = replace(_best(replace(case, rule=rule), rule.input), weight=rule.weight)
     return rescued if rescued.snr_db > best.snr_db + RESCUE_GAIN else best
 
 

@@ -170,7 +170,11 @@ def _adapted(recipe: Recipe, target: str) -> tuple[Recipe, list[str]]:
     taken = recipe if adapt is None else adapt(recipe)
     if taken == recipe:
         return recipe, []
-    return taken, [f"target {target!r} takes no zero points, nor scales found while running: inputs are symmetric"]
+    rescued = any(rule.rescued is not None for rule in recipe.rules)
+    return taken, [
+        f"target {target!r} takes no zero points, nor scales found while running: inputs are symmetric"
+        + (", and where that is poor none is of another spec" if rescued else "")
+    ]
 
 
 def _held_out(given: Iterable[Batch] | None, ends: "_Ends | None") -> HeldOut | None:

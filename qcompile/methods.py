@@ -7,7 +7,7 @@ from qcompile.graph import Op
 from qcompile.ranges import parse_observer
 from qcompile.recipe import AUTO, FLOAT, OBJECTIVES, OUTPUT, Recipe, Rule
 from qcompile.solvers import IN_TURN, SOLVERS, WEIGHTED
-from qcompile.spec import ALL
+from qcompile.spec import ALL, Spec
 
 
 def check_methods(recipe: Recipe) -> None:
@@ -36,7 +36,8 @@ def check_methods(recipe: Recipe) -> None:
             )
         problems = {
             "shifts exponents or tries floats": _shift_problem(rule),
-            f"gives inputs the spec {rule.input}": _input_problem(rule),
+            f"gives inputs the spec {rule.input}": _input_problem(rule.input),
+            f"rescues inputs by the spec {rule.rescue}": _rescue_problem(rule),
             "leaves the format open": _choice_problem(rule),
             f"has the objective {rule.objective!r}": _objective_problem(rule),
             f"has the budget {rule.budget}": _budget_problem(rule),
@@ -78,11 +79,41 @@ def _shift_problem(rule: Rule) -> str:
     return ""
 
 
-def _input_problem(rule: Rule) -> str:
-    """What speaks against the input spec of a rule, and what to take; empty if nothing does."""
-    if rule.input is None:
+def _rescue_problem(rule: Rule) -> str:
+    """What speaks against the rescue of a rule, and what to take; empty if nothing does."""
+    if rule.rescue is None:
         return ""
-    fmt, tile = rule.input.format, rule.input.granularity
+    if problem := _input_problem(rule.rescue):
+        return problem
+    if rule.input is None or not rule.static_input:
+        return f"input {rule.input} has no calibrated scale that could be poor: leave rescue out"
+    if rule.format == FLOAT:
+        return "format = 'float' chooses the inputs itself: remove one of them"
+    return _kind_problem(rule, rule.rescue) if rule.changes_kind and rule.weight is not None else ""
+
+
+def _kind_problem(rule: Rule, rescue: Spec) -> str:
+    """What speaks against weights of the rescue's format, which take its place where it is one of another kind."""
+    assert rule.input is not None
+    assert rule.weight is not None
+    takes = f"{rule.input.format.name}/token"
+    if rule.shift is not None:
+        return f"shift is for floats, which a rescue of integers would end: take {takes}"
+    if rescue.format.bits != rule.weight.format.bits:
+        return (
+            f"weights {rule.weight} would follow it into {rescue.format.name}, of other than their "
+            f"{rule.weight.format.bits} bits: take {takes}"
+        )
+    if rule.solver == "kquant" and isinstance(rescue.format, Float):
+        return f"weights would follow it, and solver 'kquant' makes no floats: take {takes}, or solver = 'mse'"
+    return ""
+
+
+def _input_problem(spec: Spec | None) -> str:
+    """What speaks against an input spec, and what to take; empty if nothing does."""
+    if spec is None:
+        return ""
+    fmt, tile = spec.format, spec.granularity
     if tile.rows > 1:
         return f"blocks of several rows are for weights; take groups along K: {fmt.name}/g{tile.columns}"
     return ""
@@ -123,7 +154,7 @@ def _budget_problem(rule: Rule) -> str:
     if rule.ops != (Op.LINEAR,):
         return "what weights cost the outputs is measured of linears only: write a rule of its own for other ops"
     if rule.prepares or rule.format is not None or rule.threshold is not None:
-        return "smooth, split, shift, format and threshold are chosen for one spec: remove them"
+        return "smooth, split, shift, rescue, format and threshold are chosen for one spec: remove them"
     return ""
 
 

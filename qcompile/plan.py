@@ -218,7 +218,7 @@ def make_plan(
     check_methods(recipe)
     if (recipe.prepares and prepared is None) or recipe.budgets:
         raise CalibrationError(
-            f"recipe {recipe.name!r} smooths, splits or has a budget, which takes data: make a plan with "
+            f"recipe {recipe.name!r} smooths, splits, rescues or has a budget, which takes data: make a plan with "
             "qcompile.calibrate(model, batches, recipe), and compile with options={'plan': plan}"
         )
     prepared = prepared or Preparation()

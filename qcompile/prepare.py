@@ -160,16 +160,15 @@ class _Preparing(Generic[V]):
 
         repeated: sites or weights that run several times; they follow one shift only, and each run would bring one.
         """
-        graph = self._graph
         for edge in reversed(self._edges):
             self.names |= {found.site.name for found in edge.consumers}
             by_rule = self._by_rule(edge)
             # a scale serves all that read the activation: it is sought where they agree on how
-            foldable = not edge.reason or (edge.multiply and is_residual(graph, edge.value))
+            foldable = not edge.reason or (edge.multiply and is_residual(self._graph, edge.value))
             may_scale = foldable and len(by_rule) == 1 and not self._others(edge, *by_rule.values())
             self.foldable |= {found.site.name: edge.channels for found in edge.consumers if foldable}
             for rule, members in by_rule.items():
-                several = any(names_of(graph, found) & repeated for found in members)
+                several = any(names_of(self._graph, found) & repeated for found in members)
                 chosen = replace(rule, shift=None) if several else _exact(rule, members)
                 # for weights alone no multiplication is worth it
                 free = not edge.reason or rule.input is not None
@@ -266,6 +265,8 @@ class _Preparing(Generic[V]):
             self.split |= dict.fromkeys(names, choice.outliers)
         if choice.input is not None and choice.input != rule.input:
             self.inputs |= dict.fromkeys(names, choice.input)
+        if choice.weight not in (None, rule.weight):
+            self.weights |= dict.fromkeys(names, choice.weight)
         if choice.clip:
             self.clips |= dict.fromkeys(names, choice.clip)
 
@@ -320,17 +321,16 @@ class _Preparing(Generic[V]):
             name=site.name,
             op=site.op,
             shape=tuple(site.weight.shape),
-            weight=rule.weight,
+            weight=self.weights.get(site.name, rule.weight),
             input=None if given is None or given.granularity.rows == ALL else given,
             outliers=self.split[site.name],
         )
 
     def _forget(self, sites: Sequence[str]) -> None:
+        chosen: tuple[dict[str, Any], ...] = (self.split, self.shifts, self.inputs, self.weights, self.clips)
         for name in sites:
-            self.split.pop(name, None)
-            self.shifts.pop(name, None)
-            self.inputs.pop(name, None)
-            self.clips.pop(name, None)
+            for by_name in chosen:
+                by_name.pop(name, None)
             if name in self._seen.stats:
                 scales = (fold.scale for fold in self.folds if name in fold.sites)
                 self.stats[name] = reduce(Stats.divided, scales, self._seen.stats[name])

@@ -49,7 +49,7 @@ def _linears(
 # activations are skewed: a zero point halves their error, and costs one addition after the integer matmul
 _INT8 = "int8/token/asym"
 _STATIC = "int8/tensor/asym"
-_FP8 = "fp8_e4m3/token"
+_FP8, _FP8_STATIC = "fp8_e4m3/token", "fp8_e4m3/tensor"
 _MXFP4 = "fp4_e2m1/b32/e8m0"
 _NVFP4 = "fp4_e2m1/b16/fp8_e4m3"
 
@@ -147,11 +147,21 @@ PRESETS: dict[str, Recipe] = {
             **_CONV,
             rescue=parse_spec(_INT8),
         ),
-        _linears("fp8-static", "fp8_e4m3/channel", "fp8_e4m3/tensor", "8-bit floats, one calibrated scale an input"),
+        _linears(
+            "int8-fp8-static",
+            "int8/channel",
+            _STATIC,
+            "int8-static, smoothed and split, and where one scale stays poor 8-bit floats, weights too, with one scale",
+            **_SMOOTH,
+            **_SPLIT,
+            **_CONV,
+            rescue=parse_spec(_FP8_STATIC),
+        ),
+        _linears("fp8-static", "fp8_e4m3/channel", _FP8_STATIC, "8-bit floats, one calibrated scale an input"),
         _linears(
             "fp8-smooth-split-static",
             "fp8_e4m3/channel",
-            "fp8_e4m3/tensor",
+            _FP8_STATIC,
             "fp8-static, smoothed and split where that helps",
             "mse",
             **_SMOOTH,
@@ -161,7 +171,7 @@ PRESETS: dict[str, Recipe] = {
         _linears(
             "fp8-delayed",
             "fp8_e4m3/channel",
-            "fp8_e4m3/tensor",
+            _FP8_STATIC,
             "fp8-static, scales as training would leave them (delayed scaling)",
             observer="delayed",
         ),

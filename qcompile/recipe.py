@@ -3,18 +3,19 @@
 import math
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from qcompile.budget import Budget, parse_budget
 from qcompile.errors import RecipeError, SpecError, nearest
+from qcompile.formats import Float, Integer
 from qcompile.graph import Op
 from qcompile.sites import SITE_OPS, Site
 from qcompile.smooth import Smooth, parse_smooth
 from qcompile.solvers import IN_TURN, WEIGHTED
-from qcompile.spec import ALL, Spec, parse_spec
+from qcompile.spec import ALL, Spec, parse_spec, with_format
 
 AUTO, FLOAT = "auto", "float"
 # what formats are chosen by: errors of the site's output, of the weight itself, or of the site's output by how much
@@ -50,7 +51,8 @@ class Rule:
     shift: int | None = None
     # from which magnitude on a column of the input stays in float, found while running (LLM.int8)
     threshold: float | None = None
-    # the input spec of sites where the static one loses too much
+    # the input spec of sites where the static one loses too much; floats in place of integers, or integers of floats,
+    # are what their weights become, too
     rescue: Spec | None = None
     # "auto": each site gets the best format with as many bits as those of the specs; "float": its weight and its input
     # get, each for itself, the best float, found with the shift; of embeddings and convolutions by their own errors
@@ -73,10 +75,27 @@ class Rule:
         return self.input is not None and self.input.granularity.rows == ALL
 
     @property
+    def rescued(self) -> "Rule | None":
+        """The rule of sites where the static input loses too much; None if nothing is to be tried there."""
+        if not self.static_input or self.rescue is None:
+            return None
+        weight = self.weight
+        if weight is not None and self.changes_kind:
+            weight = with_format(weight, self.rescue.format)
+        return replace(self, weight=weight, input=self.rescue, rescue=None)
+
+    @property
+    def changes_kind(self) -> bool:
+        """Whether the rescue makes floats of integers, or integers of floats: on both sides, or nothing multiplies."""
+        kinds = [type(spec.format) for spec in (self.input, self.rescue) if spec is not None]
+        return kinds in ([Integer, Float], [Float, Integer])
+
+    @property
     def prepares(self) -> bool:
-        """Whether something is done to the graph before its sites are quantized."""
+        """Whether data decides about the graph, or of which specs sites are, before they are quantized."""
         floats = self.format == FLOAT and Op.LINEAR in self.ops
-        return self.smooth is not None or self.split is not None or self.shift is not None or floats
+        changed = self.smooth is not None or self.split is not None or self.shift is not None
+        return changed or floats or self.rescued is not None
 
     @property
     def weighs_columns(self) -> bool:

@@ -1,7 +1,8 @@
 """Linears as TensorRT reads them: symmetric Q/DQ, int8 or fp8 inputs under a calibrated scale, int4 blocks of weights.
 
 Source: TensorRT documentation, "Working with Quantized Types" and IQuantizeLayer: zero points absent or zero, scales
-positive, int4 for weights alone in blocks of 64 or 128 along K. Nothing here was run by TensorRT itself.
+positive, int4 for weights alone in blocks of 64 or 128 along K; trtexec, which refuses int8 and fp8 in one network.
+Nothing here was run by TensorRT itself.
 """
 
 from dataclasses import replace as with_fields
@@ -28,7 +29,10 @@ _WEIGHT = "use weight 'int8/channel', 'fp8_e4m3/channel', or 'int4/g128' without
 
 
 def without_zero_points(recipe: Recipe) -> Recipe:
-    """The recipe with symmetric calibrated inputs and results, and none found while running where those stay poor."""
+    """The recipe with symmetric calibrated inputs and results, and none of another spec where those stay poor.
+
+    A rescue finds scales while running, or puts floats beside integers.
+    """
     return with_fields(recipe, rules=tuple(_without_zero_points(rule) for rule in recipe.rules))
 
 

@@ -31,10 +31,16 @@ from qcompile.spec import parse_spec
 
 CHANNELS, SMALLEST, LARGEST = 6, 20.0, 60.0
 
-# weight, its solver, input, and the input of sites where that stays poor
+# weight, its solver, input, and the input of sites where that stays poor, whose weights are of its kind
 INPUTS = {
     "static per tensor": ("int8/channel", "round", "int8/tensor/asym", None),
     "static per tensor, dynamic where it stays poor": ("int8/channel", "round", "int8/tensor/asym", "int8/token/asym"),
+    "static per tensor, 8-bit floats where it stays poor": (
+        "int8/channel",
+        "round",
+        "int8/tensor/asym",
+        "fp8_e4m3/tensor",
+    ),
     "dynamic per token": ("int8/channel", "round", "int8/token/asym", None),
     "fp8 static": ("fp8_e4m3/channel", "mse", "fp8_e4m3/tensor", None),
 }
@@ -140,12 +146,13 @@ def rows(
 
 
 def about_plan(name: str, plan: qcompile.Plan) -> dict[str, Any]:
-    """What was folded and split, and how many sites that should be static are dynamic."""
+    """What was folded and split, and how many sites that should be static are dynamic, or floats for integers."""
     decisions = plan.decisions.values()
     return {
         "folds": sorted({fold.method for fold in plan.folds}),
         "channels_in_16_bit": sorted({len(d.outliers) for d in decisions if d.outliers}),
         "dynamic_sites": sum(d.input is not None and d.input_qparams is None and "static" in name for d in decisions),
+        "float_sites": sum(d.weight is not None and isinstance(d.weight.format, Float) for d in decisions),
     }
 
 

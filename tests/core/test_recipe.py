@@ -70,13 +70,15 @@ def test_what_prepares_inputs_is_read_and_written_back(tmp_path: Path) -> None:
     path.write_text(
         '[[rules]]\nsmooth = 0.5\nsplit = 0.01\nthreshold = 6\nrescue = "int8/token/asym"\n'
         '[[rules]]\nsmooth = "search/pow2"\n[[rules]]\nsmooth = "model"\n[[rules]]\n'
+        '[[rules]]\ninput = "int8/tensor/asym"\nrescue = "fp8_e4m3/tensor"\n'
     )
     recipe = read_recipe(path)
-    first, second, third, last = recipe.rules
+    first, second, third, bare, floats = recipe.rules
     assert first == Rule(smooth=Smooth(strength=0.5), split=0.01, threshold=6.0, rescue=parse_spec("int8/token/asym"))
     assert second.smooth == Smooth(powers_of_two=True)
     assert third.smooth == Smooth(strength="model")
-    assert last == Rule()
+    assert bare == Rule()
+    assert floats == Rule(input=parse_spec("int8/tensor/asym"), rescue=parse_spec("fp8_e4m3/tensor"))
     assert recipe_from_table(recipe_to_table(recipe)) == recipe
     # what a rule does not ask for is not written
     assert not recipe_to_table(recipe)["rules"][3].keys() & {"smooth", "split", "threshold", "rescue"}
@@ -89,6 +91,7 @@ def test_what_prepares_inputs_is_read_and_written_back(tmp_path: Path) -> None:
         (Rule(split=0.01), True),
         (Rule(threshold=6.0), False),
         (Rule(rescue=parse_spec("int8/token")), False),
+        (Rule(input=parse_spec("int8/tensor"), rescue=parse_spec("fp8_e4m3/tensor")), True),
         (Rule(weight=parse_spec("fp4_e2m1/channel"), format=FLOAT), True),
         (Rule(ops=(Op.EMBEDDING,), weight=parse_spec("fp4_e2m1/channel"), format=FLOAT), False),
     ],
