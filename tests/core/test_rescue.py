@@ -1,11 +1,21 @@
-"""What a rescue makes of a rule, and which rules cannot have one."""
+"""What a rescue makes of a rule, which rules cannot have one, and where it is taken."""
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from qcompile.choose import RESCUE_DB, RESCUE_GAIN, choose
 from qcompile.errors import RecipeError
 from qcompile.methods import check_methods
 from qcompile.recipe import FLOAT, Recipe, Rule
+from qcompile.smooth import Smooth
 from qcompile.spec import Spec, parse_spec
+from tests.core.test_choose import INT8, STATIC, TOKEN, K, case, rows
+
+FLOATS = parse_spec("fp8_e4m3/tensor")
 
 
 def spec(text: str | None) -> Spec | None:
@@ -61,3 +71,58 @@ def test_nothing_is_rescued_without_a_static_input(given: str | None) -> None:
 def test_a_rescue_that_cannot_be_is_refused_with_what_can(wrong: Rule, words: str) -> None:
     with pytest.raises(RecipeError, match=rf"rule 1 .* rescues inputs by the spec \S+, but .*{words}"):
         check_methods(Recipe(name="mine", rules=(wrong,)))
+
+
+def test_a_poor_static_input_is_rescued() -> None:
+    # tokens of very different size: one scale for all leaves little of the small ones, which are most
+    x = rows(1.0)
+    x[:4] *= 100
+    rule = Rule(weight=INT8, input=STATIC)
+    static, rescued = choose(case(x[4:], rule)), choose(case(x, replace(rule, rescue=TOKEN)))
+    assert static.input == STATIC
+    assert rescued.input == TOKEN
+    poor = choose(case(x, rule))
+    assert poor.snr_db < RESCUE_DB
+    assert rescued.snr_db > poor.snr_db + RESCUE_GAIN
+
+
+def test_a_good_static_input_stays() -> None:
+    choice = choose(case(rows(1.0), Rule(weight=INT8, input=STATIC, rescue=TOKEN)))
+    assert choice.snr_db >= RESCUE_DB
+    assert choice.input == STATIC
+
+
+def tailed(count: int = 400, seed: int = 0) -> Tensor:
+    """Rows whose magnitudes span decades within each token, so that no scale of integers serves all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, K, generator=generator) * (2 * torch.randn(count, K, generator=generator)).exp()
+
+
+@pytest.mark.parametrize("more", [{}, {"smooth": Smooth(), "split": 0.02}], ids=["alone", "smoothed and split"])
+@pytest.mark.parametrize("rescue", ["fp8_e4m3/tensor", "fp8_e4m3/token"])
+def test_where_integers_stay_poor_floats_multiply_floats(rescue: str, more: dict[str, Any]) -> None:
+    rule = Rule(weight=INT8, input=STATIC, rescue=parse_spec(rescue), **more)
+    poor, rescued = (choose(case(tailed(), replace(rule, rescue=spec))) for spec in (None, rule.rescue))
+    assert (poor.input, poor.weight) == (STATIC, None)
+    assert poor.snr_db < RESCUE_DB
+    assert (str(rescued.input), str(rescued.weight)) == (rescue, "fp8_e4m3/channel")
+    assert rescued.snr_db > poor.snr_db + RESCUE_GAIN
+    # what the weight loses as floats counts: it is as if the rule had named both
+    floats = replace(rule, weight=parse_spec("fp8_e4m3/channel"), input=rule.rescue, rescue=None)
+    assert rescued.snr_db == choose(case(tailed(), floats)).snr_db
+
+
+def test_integers_that_serve_stay_integers_on_both_sides() -> None:
+    choice = choose(case(rows(1.0), Rule(weight=INT8, input=STATIC, rescue=FLOATS)))
+    assert choice.snr_db >= RESCUE_DB
+    assert (choice.input, choice.weight) == (STATIC, None)
+
+
+def test_floats_that_gain_little_are_not_taken() -> None:
+    # poor as integers, and four bits of precision are no better
+    rule = Rule(weight=INT8, input=STATIC)
+    poor, floats = choose(case(rows(6.0), rule)), Rule(weight=parse_spec("fp8_e4m3/channel"), input=FLOATS)
+    assert poor.snr_db < RESCUE_DB
+    assert choose(case(rows(6.0), floats)).snr_db < poor.snr_db + RESCUE_GAIN
+    choice = choose(case(rows(6.0), replace(rule, rescue=FLOATS)))
+    assert (choice.input, choice.weight, choice.snr_db) == (STATIC, None, poor.snr_db)
