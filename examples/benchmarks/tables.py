@@ -91,17 +91,18 @@ def quality_table() -> str:
 
 def outlier_table() -> str:
     """Divergence of a language model with and without injected outliers, smoothed and split."""
-    found = result("outliers_cuda")
+    found, floats = result("outliers_cuda"), result("outliers_static_cpu")
     machine, (count, length) = found["machine"], found["windows"]
     text = (
         f"Outliers: {found['model']} with six channels of every norm made 20 to 60 times larger, its function kept; "
         f"{count} windows of {length} tokens, calibrated on {found['calibration_windows']}; {machine['device']}, torch "
         f"{machine['torch']} (`examples/benchmarks/outliers.py`). KL to float in nats a token (change of perplexity), "
-        "with the outliers, and KL without them."
+        f"with the outliers, and KL without them. With 8-bit floats: {floats['windows'][0]} windows, a CPU."
     )
     rows = (
-        (*name.rsplit(", ", 1), f"{row['kl']:.4f} ({row['change']:+.2%})", f"{found['plain'][name]['kl']:.4f}")
-        for name, row in quantized(found["injected"])
+        (*name.rsplit(", ", 1), f"{row['kl']:.4f} ({row['change']:+.2%})", f"{of['plain'][name]['kl']:.4f}")
+        for of in (found, floats)
+        for name, row in quantized(of["injected"])
     )
     return under(text, ("input", "method", "with outliers", "without"), rows)
 
