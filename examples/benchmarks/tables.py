@@ -97,7 +97,8 @@ def outlier_table() -> str:
         f"Outliers: {found['model']} with six channels of every norm made 20 to 60 times larger, its function kept; "
         f"{count} windows of {length} tokens, calibrated on {found['calibration_windows']}; {machine['device']}, torch "
         f"{machine['torch']} (`examples/benchmarks/outliers.py`). KL to float in nats a token (change of perplexity), "
-        f"with the outliers, and KL without them. With 8-bit floats: {floats['windows'][0]} windows, a CPU."
+        f"with the outliers, and KL without them. With 8-bit floats: {floats['windows'][0]} windows, a CPU. "
+        + found["remark"]
     )
     rows = (
         (*name.rsplit(", ", 1), f"{row['kl']:.4f} ({row['change']:+.2%})", f"{of['plain'][name]['kl']:.4f}")
