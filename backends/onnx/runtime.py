@@ -100,7 +100,8 @@ def start(
 
 def _remedy(provider: str) -> str:
     if provider == CPU:
-        return "export it at another opset, or in float32"
+        # it has kernels for few of the types that `portable` files hold
+        return "export it at another opset or in float32, or write it for target 'ort-cpu'"
     return f"see that the libraries of {provider} can be loaded, and that the file was written for it"
 
 
