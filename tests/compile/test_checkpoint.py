@@ -44,7 +44,7 @@ RECIPES = (
 )
 
 # the others go the same ways as these
-QUICK = ("int8", "gptq4", "q4_k")
+QUICK = ("int8", "gptq4")
 
 
 def empty(family: str) -> nn.Module:

@@ -57,7 +57,7 @@ def test_presets_equal_their_reference(recipe: str) -> None:
 
 
 @pytest.mark.usefixtures("graphs_only")
-@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
+@pytest.mark.parametrize("family", variants(["mixtral", "qwen2-moe"], quick=["mixtral"]))
 def test_expert_weights_are_in_the_report(family: str) -> None:
     fast = compiled(build(family))
     fast(tokens(2, 8))

@@ -62,7 +62,8 @@ def loud(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("recipe", variants(("fp4", "nvfp4-shift", "fp4-token", "mxfp4-shift"), quick=("nvfp4-shift",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["fp4", "nvfp4-shift", "fp4-token", "mxfp4-shift"])
 def test_loud_channels_of_small_weights_cost_next_to_nothing(recipe: str) -> None:
     plain, ids, data = build("llama"), tokens(8, 16), [{"input_ids": tokens(16, 16)}]
     errors = []
@@ -76,6 +77,7 @@ def test_loud_channels_of_small_weights_cost_next_to_nothing(recipe: str) -> Non
     assert errors[1] < 1.15 * errors[0]
 
 
+@pytest.mark.slow
 def test_weights_that_another_recipe_packed_are_shifted_too() -> None:
     model, ids = build("llama"), tokens(2, 8)
     torch.compile(model, backend="qcompile", options={"recipe": "int8"})(ids)

