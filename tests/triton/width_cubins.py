@@ -1,6 +1,7 @@
 """Compile the kernels of weights in words for a device that need not be there."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from triton.compiler import ASTSource, CompiledKernel
@@ -32,18 +33,9 @@ class Form:
         return self.constants | {"MINIMUM": self.minimum, "INTEGERS": self.integers}
 
 
-def cubin(
-    config: Config,
-    capability: int,
-    dtype: torch.dtype,
-    form: Form,
-    *,
-    parts: int = 1,
-    one: bool = False,
-    follows: bool = False,
-) -> bytes:
-    """The binary of the configuration's kernel, as its launcher would have it compiled for K in that many slices."""
-    return kernel(config, capability, dtype, form, parts=parts, one=one, follows=follows).asm["cubin"]
+def cubin(config: Config, capability: int, dtype: torch.dtype, form: Form, **more: Any) -> bytes:
+    """The binary of the configuration's kernel, as its launcher would have it compiled.  more: as of `kernel`."""
+    return kernel(config, capability, dtype, form, **more).asm["cubin"]
 
 
 def kernel(
@@ -56,7 +48,7 @@ def kernel(
     one: bool = False,
     follows: bool = False,
 ) -> CompiledKernel:
-    """What `cubin` is the binary of."""
+    """For K in that many slices; one: a single row of x; follows: behind another kernel of its x."""
     if isinstance(config, FewRows):
         return _few_rows(config, capability, NAMES[dtype], form, parts, one, follows)
     if isinstance(config, ManyRows):
