@@ -14,7 +14,7 @@ from qcompile.backends.triton.families import FAMILIES, families_on
 from qcompile.backends.triton.table import capability_of
 from qcompile.backends.triton.tuned import key_of, tuning_of, write_tuning
 from qcompile.backends.triton.tuning import tune
-from qcompile.backends.triton.width_linear import _config
+from qcompile.backends.triton.width_linear import _known_config
 from qcompile.backends.triton.width_table import Unpack
 from qcompile.cli.doctor import tuning_lines
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for kept in (tuning_of, _config):
+    for kept in (tuning_of, _known_config):
         kept.cache_clear()
 
 
@@ -45,7 +45,7 @@ def test_the_op_takes_what_was_tuned() -> None:
     assert "shipped tables" in next(tuning_lines())
     tuning_of.cache_clear()
     path = write_tuning(key_of(device), [replace(outcome.best, config=held)])
-    assert _config("int4", 16, 256, 512, device, True) == held
+    assert _known_config("int4", 16, 256, 256, 512, device, exact=True) == held
     assert f"1 weights from {path}" in next(tuning_lines())
 
 
