@@ -14,6 +14,7 @@ from qcompile.backends.triton.width_table import TABLES, Config, can_run, rounds
 from qcompile.backends.triton.widths import Packed
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.spec import parse_spec
+from tests.triton.alone import check_alone
 from tests.triton.compiled import name_of
 
 pytestmark = pytest.mark.gpu
@@ -144,17 +145,14 @@ def test_rows_are_alone(M: int, text: str) -> None:
     N, K = 512, 1024
     weight, _ = packed(text, N, K, BFLOAT16)
     x = torch.randn(M, K, dtype=BFLOAT16, device="cuda")
-    clean = width_linear(x, weight, None, N)
-    poisoned = x.clone()
-    poisoned[0], poisoned[1, 3], poisoned[2, 5] = 0, torch.nan, torch.inf
-    y = width_linear(poisoned, weight, None, N)
-    assert torch.equal(y[3:], clean[3:])
-    assert (y[0] == 0).all()
-    assert y[1].isnan().all()
-    assert not y[2].isfinite().any()
+
+    def linear(x: Tensor) -> Tensor:
+        return width_linear(x, weight, None, N)
+
+    assert (check_alone(linear, x) == 0).all()
     # the same rows elsewhere in x of the same length
     order = torch.randperm(M, device="cuda")
-    assert torch.equal(width_linear(x[order].contiguous(), weight, None, N), clean[order])
+    assert torch.equal(linear(x[order]), linear(x)[order])
 
 
 @pytest.mark.parametrize("M", [1, 16, 64])
