@@ -97,8 +97,10 @@ def test_kernel_equals_oracle(
     operands, wide = (x,), x.double()
     if spec is not None:
         found = find_qparams(x, spec)
-        operands = (quantize(x, found), found.scale, found.zero)
-        wide = dequantize(operands[0], found).double()
+        given_codes = quantize(x, found)
+        rounded = dequantize(given_codes, found)
+        operands = (given_codes, found.scale, found.zero) if kernel.takes_codes else (rounded.to(dtype),)
+        wide = (rounded if kernel.takes_codes else operands[0]).double()
     y = kernel.op(*kernel.arguments(p, operands, kernel.pack(codes, qparams, dtype), bias))
     held = dequantize(codes, qparams).double()
     magnitude = wide.abs() @ held.abs().T + bias.double().abs()
