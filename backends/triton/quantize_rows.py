@@ -17,24 +17,32 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qcompile.backends.triton.before_rows import BEFORE, LAYER_NORM, RMS_NORM, combined, moments, normalized, weighted
-from qcompile.backends.triton.dependent import is_dependent, prefetch
+from qcompile.backends.triton.before_rows import (
+    BEFORE,
+    LAYER_NORM,
+    RMS_NORM,
+    combined,
+    moments,
+    normalized,
+    weighted,
+)
+from qcompile.backends.triton.dependent import is_dependent
 from qcompile.backends.triton.eight_bit_table import TAIL_MULTIPLE, tail_width
-from qcompile.backends.triton.float_grid import ROUNDER, on_grid, power_of_two
+from qcompile.backends.triton.float_grid import ROUNDER, divide_by_one, on_grid, power_of_two
 from qcompile.backends.triton.launch import launch
-from qcompile.backends.triton.table import on_device
+from qcompile.backends.triton.table import on_device, processors_of
 from qcompile.formats import Float, Integer
 from qcompile.numerics import SMALLEST_SCALE
 from qcompile.spec import ALL, Spec
 
+# of a program with registers for what a layer has of its own, beside the row
+MOST_WARPS = 16
 # longest row whose elements fit the registers of 32 warps beside what is computed of them
 MAX_K = 32768
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # compute capability of the devices on which it was measured, and the first that has the cast to e4m3
 MEASURED, FIRST_FP8 = (9, 0), (8, 9)
 SMALLEST = tl.constexpr(SMALLEST_SCALE)
-# below it the remainder of a division may be too small for float32; both sides times the inverse leave it as it is
-SMALL, LIFT = tl.constexpr(2.0**-64), tl.constexpr(2.0**64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +67,6 @@ def _larger(a, b):
 @triton.jit
 def _smaller(a, b):
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def divide(v, scale):
-    """v / scale, correctly rounded, for v of 11 significant bits and fewer: tested for every such v and scale."""
-    inverse = tl.div_rn(1.0, scale)
-    quotient = v * inverse
-    # with these signs -0 stays -0, which has a code of its own in fp8; Triton's own minus takes from +0, and loses it
-    excess = tl.fma(quotient, scale, v * -1.0)
-    return tl.fma(excess, inverse * -1.0, quotient)
 
 
 @triton.jit
@@ -100,24 +98,27 @@ def quantize_rows_kernel(
     RAISED: tl.constexpr,
     INLINE: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
     """Row program_id(0). MOST: largest code, or number of the format.  OFFSET: is taken off codes with a zero.
 
     MANTISSA, LOWEST: of a float of fewer than 8 bits, those of its mantissa, and the exponent; else MANTISSA is -1.
+    EARLY: hold what a layer has of its own, which is in no cache, before x is there. A few rows that wait for it are
+    all that runs; many have other rows beside them, and no registers to spare.
     """
     dtype: tl.constexpr = x.dtype.element_ty
     NORM: tl.constexpr = BEFORE >= RMS_NORM and BEFORE <= LAYER_NORM
     row = tl.program_id(0).to(tl.int64)
     columns, places = tl.arange(0, BLOCK), tl.arange(0, TAIL)
     inside, is_outlier = columns < K, places < outliers
+    if EARLY:
+        own = tl.load(weight + columns, mask=inside, other=0.0) if weight is not None else None
+        added = tl.load(bias + columns, mask=inside, other=0.0) if bias is not None else None
+        lowered = tl.load(shift + columns, mask=inside, other=0) if shift is not None else None
+        left = tl.load(keep + columns, mask=inside, other=0.0) if keep is not None else None
     if DEPENDENT:
-        # what a layer has of its own is in no cache, and a row that waits for it is all that runs
-        prefetch(weight, K, BLOCK)
-        prefetch(bias, K, BLOCK)
-        prefetch(shift, K, BLOCK)
-        prefetch(keep, K, BLOCK)
         gdc_wait()
         gdc_launch_dependents()
     x += row * stride_x
@@ -133,17 +134,25 @@ def quantize_rows_kernel(
         tl.store(total + row * K + columns, v.to(dtype), mask=inside)
     if NORM:
         mean, v, factor = moments(v, inside, K, eps, BEFORE)
-        v = normalized(v, factor, weight, bias, columns, inside, dtype, BEFORE, INLINE)
+    if not EARLY:
+        own = tl.load(weight + columns, mask=inside, other=0.0) if weight is not None else None
+        added = tl.load(bias + columns, mask=inside, other=0.0) if bias is not None else None
+    if NORM:
+        v = normalized(v, factor, own, added, dtype, BEFORE, INLINE)
     elif weight is not None:
-        v = weighted(v, weight, columns, inside, dtype, INLINE)
+        v = weighted(v, own, dtype, INLINE)
     if channels is not None:
+        own = tl.load(weight + chosen, mask=is_outlier, other=0.0) if weight is not None else None
+        added = tl.load(bias + chosen, mask=is_outlier, other=0.0) if bias is not None else None
         if NORM:
-            u = normalized(u - mean, factor, weight, bias, chosen, is_outlier, dtype, BEFORE, INLINE)
+            u = normalized(u - mean, factor, own, added, dtype, BEFORE, INLINE)
         elif weight is not None:
-            u = weighted(u, weight, chosen, is_outlier, dtype, INLINE)
+            u = weighted(u, own, dtype, INLINE)
         u = tl.where(is_outlier, u, 0.0).to(dtype)
         tl.store(tail + row * stride_tail + places, u, mask=places < stride_tail)
-        v *= tl.load(keep + columns, mask=inside, other=0.0).to(tl.float32)
+        if not EARLY:
+            left = tl.load(keep + columns, mask=inside, other=0.0)
+        v *= left.to(tl.float32)
 
     if zeros is None:
         low = 0.0
@@ -154,19 +163,13 @@ def quantize_rows_kernel(
     scale = tl.div_rn(extent, MOST)
     scale = tl.where(scale == 0.0, 1.0, _larger(scale, SMALLEST))
     tl.store(scales + row, scale * power_of_two(tl.full((), -RAISED, tl.int32)))
-    if INLINE and dtype != tl.float32:
-        if scale < SMALL:
-            v *= LIFT
-            divisor = scale * LIFT
-        else:
-            divisor = scale
-        scaled = divide(v, divisor)
-    else:
-        scaled = tl.div_rn(v, scale)
+    scaled = divide_by_one(v, scale) if INLINE and dtype != tl.float32 else tl.div_rn(v, scale)
     if MANTISSA >= 0:
         octaves = tl.full((BLOCK,), RAISED, tl.int32)
         if shift is not None:
-            octaves -= tl.load(shift + columns, mask=inside, other=0).to(tl.int32)
+            if not EARLY:
+                lowered = tl.load(shift + columns, mask=inside, other=0)
+            octaves -= lowered.to(tl.int32)
         scaled = on_grid(scaled, MOST, MANTISSA, LOWEST) * power_of_two(octaves)
     if not INTEGER:
         # saturates; beyond the range is only what rounding put there
@@ -276,6 +279,7 @@ def quantize_rows(
                 # the interpreter knows no assembly, and its fused multiply-add is not fused
                 "INLINE": x.is_cuda,
                 "DEPENDENT": dependent,
+                "EARLY": dependent and processors_of(x.device) >= M and warps_for(K) <= MOST_WARPS,
                 "BLOCK": block_for(K),
                 "TAIL": tail_block_for(outliers),
             },

@@ -21,11 +21,13 @@ def cubin(
     narrow: Float | None = None,
     split: bool = False,
     factor: bool = False,
+    early: bool = False,
 ) -> bytes:
     """The binary for rows of K elements, as the launcher would have it compiled.
 
     second: and what is made with it.  narrow: a format of fewer than 8 bits, with channels lowered.
     split: outlier channels go to a tail.  factor: channels are multiplied with numbers of their own, without a norm.
+    early: of few rows.
     """
     name = NAMES[dtype]
     norm = "norm" in before
@@ -47,6 +49,7 @@ def cubin(
         "RAISED": 6 if narrow else 0,
         "INLINE": True,
         "DEPENDENT": capability >= 90,
+        "EARLY": early,
         "BLOCK": rows.block_for(K),
         "TAIL": rows.tail_block_for(K // 100 if split else 0),
     }

@@ -15,7 +15,8 @@ import triton.language as tl
 from qcompile.backends.fx.rows import QUANTIZE_ROWS
 from qcompile.backends.triton.before_rows import BEFORE
 from qcompile.backends.triton.eight_bit_table import TAIL_MULTIPLE
-from qcompile.backends.triton.quantize_rows import Rows, divide, quantize_rows
+from qcompile.backends.triton.float_grid import divide
+from qcompile.backends.triton.quantize_rows import Rows, quantize_rows
 from qcompile.numerics import QParams, dequantize, find_qparams, quantize
 from qcompile.spec import Spec, parse_spec
 from tests.triton.needs import require_fp8

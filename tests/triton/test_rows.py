@@ -21,9 +21,11 @@ def test_integers_compile(before: str, capability: int) -> None:
     assert cubin(4096, capability, BFLOAT16, before, integer=True, zeros=True, second=True)[:4] == b"\x7fELF"
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("before", BEFORE)
-def test_a_tail_of_outliers_compiles(before: str) -> None:
-    assert cubin(4096, 90, BFLOAT16, before, integer=True, zeros=True, second=True, split=True)[:4] == b"\x7fELF"
+def test_a_tail_of_outliers_compiles(before: str, early: bool) -> None:
+    made = cubin(4096, 90, BFLOAT16, before, integer=True, zeros=True, second=True, split=True, early=early)
+    assert made[:4] == b"\x7fELF"
 
 
 @pytest.mark.parametrize("K", [1, 33])
@@ -40,10 +42,11 @@ def test_fp8_compiles(before: str, capability: int) -> None:
 
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize("fmt", ["fp4_e2m1", "fp4_e3m0", "fp6_e3m2"])
-def test_floats_of_few_bits_compile(fmt: str, capability: int) -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_floats_of_few_bits_compile(fmt: str, capability: int, early: bool) -> None:
     narrow = parse_format(fmt)
     assert isinstance(narrow, Float)
-    assert cubin(4096, capability, BFLOAT16, "rms_norm", integer=False, narrow=narrow)[:4] == b"\x7fELF"
+    assert cubin(4096, capability, BFLOAT16, "rms_norm", integer=False, narrow=narrow, early=early)[:4] == b"\x7fELF"
 
 
 @pytest.mark.parametrize("split", [False, True])
