@@ -22,6 +22,7 @@ from qcompile.backends.fx.targets import aten, is_call
 from qcompile.backends.fx.values import attribute, dtype, example, fake_mode, infer, is_constant
 from qcompile.backends.fx.writes import is_written
 from qcompile.backends.triton.eight_bit_table import tail_width
+from qcompile.backends.triton.fp4_words import unpacked_octaves
 from qcompile.graph import Op
 from qcompile.spec import Spec
 
@@ -35,6 +36,8 @@ _TAKES_NARROW: dict[object, tuple[int, int | None]] = {
     torch.ops.qcompile.linear_fp4.default: (7, 4),
     torch.ops.qcompile.linear_fp4_lowered.default: (7, None),
 }
+# the matmul that takes pairs of rows beside codes of E4M3: where its arguments hold octaves of channels, and pairs
+_TAKES_PAIRS, _OCTAVES, _PAIRS = torch.ops.qcompile.linear_fp4_lowered.default, 4, 9
 # matmuls that take integers with a zero as int8, less OFFSET, too
 _TAKES_OFFSET = (torch.ops.qcompile.linear_int8_triton.default, torch.ops.qcompile.linear_int4_int8.default)
 # matmuls that take outlier channels with zeros behind them, too
@@ -98,7 +101,8 @@ def _fuse(graph: FxGraph, quantize: fx.Node, capability: tuple[int, int]) -> boo
 def _replace(graph: FxGraph, quantize: fx.Node, before: _Before, spec: Spec, masked: Masked | None) -> None:
     offset = 0 if spec.symmetric or not _takes_offset(quantize) else OFFSET
     read = (before.x, before.second, before.weight, before.bias)
-    shift = _narrowed(_readers(quantize)) if is_narrow(spec.format) else None
+    paired = _paired(graph, quantize) if spec.format.name == "fp8_e4m3" else []
+    shift = _narrowed(_readers(quantize)) if is_narrow(spec.format) else _octaves(graph, paired)
     more: tuple[Any, ...] = () if shift is None else (shift,)
     if masked is not None:
         more = (shift, masked.keep, _channels(graph, masked))
@@ -109,9 +113,12 @@ def _replace(graph: FxGraph, quantize: fx.Node, before: _Before, spec: Spec, mas
         new = quantize.graph.call_function(QUANTIZE_ROWS, arguments)
         new.meta = dict(quantize.meta)
         new.meta["example_value"] = infer(QUANTIZE_ROWS, arguments, fake_mode(quantize.graph))
-        parts = [_part(new, i, like=node) for i, node in enumerate(old, 2 if spec.symmetric else 3)]
+        first = 2 if spec.symmetric else 3
+        parts = [_part(new, i, like=node) for i, node in enumerate(old, first)]
         if masked is not None:
             parts[-1] = _narrowest(parts[-1], masked)
+        for reader in paired:
+            reader.update_arg(_PAIRS, _part(new, first + len(old)))
     quantize.replace_all_uses_with(new)
     for node, part in zip(old, parts, strict=True):
         node.replace_all_uses_with(part)
@@ -120,15 +127,45 @@ def _replace(graph: FxGraph, quantize: fx.Node, before: _Before, spec: Spec, mas
         quantize.graph.erase_node(masked.selected)
 
 
+def _paired(graph: FxGraph, quantize: fx.Node) -> list[fx.Node]:
+    """What reads the codes, and is given pairs of their rows: all that lower columns as the first one does."""
+    found = [reader for reader in _readers(quantize) if is_call(reader, _TAKES_PAIRS)]
+    octaves = [_packed(graph, reader) for reader in found]
+    return [r for r, own in zip(found, octaves, strict=True) if own is not None and _is_equal(own, octaves[0])]
+
+
+def _packed(graph: FxGraph, reader: fx.Node) -> torch.Tensor | None:
+    """The octaves of a reader of pairs, as `fp4_words` packs them; None if they are no constant."""
+    octaves = reader.args[_OCTAVES]
+    assert isinstance(octaves, fx.Node)
+    return graph.constant(octaves)
+
+
+def _octaves(graph: FxGraph, readers: Sequence[fx.Node]) -> fx.Node | None:
+    """Those by which readers of pairs lower columns, as a constant; None without readers."""
+    if not readers:
+        return None
+    codes, *_, octaves = readers[0].args[: _OCTAVES + 1]
+    assert isinstance(codes, fx.Node)
+    assert isinstance(octaves, fx.Node)
+    K = graph.shape(codes)[-1]
+    assert isinstance(K, int)
+    held = graph.constant(octaves)
+    assert held is not None
+    return graph.add_constant(f"{graph.name(octaves)}.shift", unpacked_octaves(held, K))
+
+
 def _channels(graph: FxGraph, masked: Masked) -> fx.Node:
     """Those of the tail, as a constant beside the mask."""
     index = torch.tensor(masked.channels, dtype=torch.int32, device=attribute(masked.keep).device)
     return graph.add_constant(f"{graph.name(masked.keep)}.channels", index)
 
 
-def _part(made: fx.Node, index: int, like: fx.Node) -> fx.Node:
+def _part(made: fx.Node, index: int, like: fx.Node | None = None) -> fx.Node:
     part = made.graph.call_function(getitem, (made, index))
-    part.meta = like.meta | {"example_value": None if (found := example(made)) is None else found[index]}
+    part.meta = (made if like is None else like).meta | {
+        "example_value": None if (found := example(made)) is None else found[index]
+    }
     return part
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from qcompile.backends.fx.kernels.narrow_floats import is_narrow
 from qcompile.backends.fx.registry import REGISTRY
 from qcompile.backends.triton.eight_bit_table import tail_width
+from qcompile.backends.triton.pairs import MOST_ROWS
 from qcompile.backends.triton.ready import missing
 from qcompile.formats import Integer
 from qcompile.shifts import raised
@@ -35,11 +36,13 @@ def _quantize_rows(
     keep: Tensor | None = None,
     channels: Tensor | None = None,
 ) -> list[Tensor]:
-    """Codes [..., K], scale [..., 1], zero [..., 1] of asymmetric specs, the sum x + second if it is kept, and a tail.
+    """Codes [..., K], scale [..., 1], zero [..., 1] of asymmetric specs, the sum x + second if it is kept, tail, pairs.
 
     Without a norm, channels are multiplied with `weight`, [K], at the end.
-    Of floats of fewer bits the codes are E4M3, dtype and all, and channels lowered by `shift`, [1, K]. With `keep` the
-    codes are of what is made of x times it; the tail [..., tail_width(T)] holds T channels as they were, and zeros.
+    Of floats of fewer bits the codes are E4M3, dtype and all, and channels lowered by `shift`, [1, K]; of E4M3 itself
+    the pairs are lowered by it, uint8 [2 * MOST_ROWS, K], and only those of a few rows are written (`pairs`). With
+    `keep` the codes are of what is made of x times it; the tail [..., tail_width(T)] holds T channels as they were, and
+    zeros.
     """
     from qcompile.backends.triton.quantize_rows import quantize_rows
 
@@ -59,7 +62,8 @@ def _quantize_rows(
         raised=raised(parsed.format) if is_narrow(parsed.format) else 0,
         keep_total=keep_total,
     )
-    return [t for t in (found.codes, found.scale, found.zero, found.total, found.tail) if t is not None]
+    made = (found.codes, found.scale, found.zero, found.total, found.tail, found.pairs)
+    return [t for t in made if t is not None]
 
 
 def _quantize_rows_meta(
@@ -78,12 +82,14 @@ def _quantize_rows_meta(
 ) -> list[Tensor]:
     parsed = parse_spec(spec)
     signed = isinstance(parsed.format, Integer) and (parsed.symmetric or offset != 0)
-    dtype = torch.float8_e4m3fn if is_narrow(parsed.format) else torch.int8 if signed else torch.uint8
+    narrow = is_narrow(parsed.format)
+    dtype = torch.float8_e4m3fn if narrow else torch.int8 if signed else torch.uint8
     made = [x.new_empty(x.shape, dtype=dtype)]
     parameters = 1 if parsed.symmetric else 2
     made += [x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(parameters)]
     made += [x.new_empty(x.shape)] if keep_total else []
-    return made if channels is None else [*made, x.new_empty((*x.shape[:-1], tail_width(len(channels))))]
+    made += [] if channels is None else [x.new_empty((*x.shape[:-1], tail_width(len(channels))))]
+    return made if shift is None or narrow else [*made, x.new_empty((2 * MOST_ROWS, x.shape[-1]), dtype=dtype)]
 
 
 REGISTRY.impl("quantize_rows", _quantize_rows, "CUDA")

@@ -57,9 +57,9 @@ def combined(x, second, columns, inside, dtype: tl.constexpr, BEFORE: tl.constex
 
 
 @triton.jit
-def weighted(v, weight, dtype: tl.constexpr, INLINE: tl.constexpr):
+def weighted(v, weight, columns, inside, dtype: tl.constexpr, INLINE: tl.constexpr):
     """Columns times the weights of their channels."""
-    return kept(v * weight.to(tl.float32), dtype, INLINE)
+    return kept(v * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32), dtype, INLINE)
 
 
 @triton.jit
@@ -73,13 +73,15 @@ def moments(v, inside, K, eps, BEFORE: tl.constexpr):
 
 
 @triton.jit
-def normalized(v, factor, weight, bias, dtype: tl.constexpr, BEFORE: tl.constexpr, INLINE: tl.constexpr):
-    """Columns of a norm.  v: less what the norm takes off.  weight, bias: of these columns."""
+def normalized(
+    v, factor, weight, bias, columns, inside, dtype: tl.constexpr, BEFORE: tl.constexpr, INLINE: tl.constexpr
+):
+    """Columns of a norm.  v: less what the norm takes off."""
     v = v * factor
     if BEFORE == RMS_NORM_WEIGHT_LAST:
         v = kept(v, dtype, INLINE)
     if weight is not None:
-        v = v * weight.to(tl.float32)
+        v = v * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
-        v += bias.to(tl.float32)
+        v += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     return kept(v, dtype, INLINE)

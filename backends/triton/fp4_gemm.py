@@ -3,9 +3,10 @@
 Operands are swapped: the weight is the first operand, out of registers, and x the second, out of shared memory. One
 warp copies x and words of codes into a ring in shared memory (TMA); two groups of four warps move the bits of codes to
 where E4M3 has them, each for 64 rows of the weight, and multiply. Where columns are lowered by octaves, codes become
-numbers of E5M2, which holds what E4M3 does, none of it subnormal: exponents are subtracted from byte by byte. The next
-words are unpacked while a product runs, and scales wait until the end. Programs walk over items: a tile of y on a slice
-of K, of which there are several where tiles are few; `add_parts` adds those in a fixed order.
+numbers of E5M2, which holds what E4M3 does, none of it subnormal: exponents are subtracted from byte by byte. Of few
+rows x takes the octaves, as pairs of rows (`pairs`), whose sums are added at the end. The next words are unpacked while
+a product runs, and scales wait until the end. Programs walk over items: a tile of y on a slice of K, of which there are
+several where tiles are few; `add_parts` adds those in a fixed order.
 """
 
 from triton.experimental import gluon
@@ -19,9 +20,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qcompile.backends.triton.fp4_ptx import lowered_ptx, unpack_ptx
+from qcompile.backends.triton.fp4_ptx import lowered_ptx, raised_over, unpack_ptx, whole_ptx
 from qcompile.backends.triton.int4_int8_tiles import operands
 from qcompile.backends.triton.items import next_stage, place_of
+from qcompile.backends.triton.pairs import APART
+
+SECOND = gl.constexpr(2.0**-APART)
 
 
 @gluon.jit
@@ -82,10 +86,10 @@ def _of_rows(octaves, words):
 
 
 @gluon.jit
-def _unpacked(words, lowering, LOWERED: gl.constexpr, MANTISSA: gl.constexpr):
+def _unpacked(words, lowering, LOWERED: gl.constexpr, MANTISSA: gl.constexpr, PAIRED: gl.constexpr):
     """A block [64, 128] of the weight out of shared memory: bytes of 8-bit floats by fours, two int32 [4, 2, 8, 4, 4].
 
-    They are floats of E4M3 or, if LOWERED, of E5M2.
+    They are floats of E4M3 or, if LOWERED, of E5M2.  PAIRED: of words as they are where columns are lowered.
     """
     by_words: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [4, 0]], [[0, 4], [0, 8], [0, 16], [1, 0], [2, 0]], [[8, 0], [16, 0]], [], [32, 32]
@@ -100,8 +104,9 @@ def _unpacked(words, lowering, LOWERED: gl.constexpr, MANTISSA: gl.constexpr):
         )
     else:
         return gl.inline_asm_elementwise(
-            unpack_ptx(MANTISSA), "=&r,=&r,r", [loaded], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-        )
+            whole_ptx(MANTISSA) if PAIRED else unpack_ptx(MANTISSA), "=&r,=&r,r", [loaded], dtype=(gl.int32, gl.int32),
+            is_pure=True, pack=1,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -112,21 +117,31 @@ def _operand(low, high, LOWERED: gl.constexpr, mma: gl.constexpr):
 
 
 @gluon.jit
-def _scaled(sums, vectors, n, m, M, N):
-    """The sums [64, rows of x] of an item, scaled."""
+def _scaled(sums, vectors, n, m, M, N, MANTISSA: gl.constexpr, PAIRED: gl.constexpr):
+    """The sums [64, rows of y] of an item, scaled."""
+    ROWS: gl.constexpr = 2 if PAIRED else 1
     scale_x, step_scale, scale_w, _octaves = vectors
     mma: gl.constexpr = sums.type.layout
     across: gl.constexpr = gl.SliceLayout(0, mma)
     # one load a lane, and then through shared memory
-    tokens = m + gl.arange(0, sums.shape[1], layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    scale = gl.convert_layout(gl.load(scale_x + tokens * step_scale, mask=tokens < M, other=0.0), across)
-    return sums * (gl.expand_dims(scale, 0) * gl.expand_dims(gl.load(scale_w + n, mask=n < N, other=0.0), 1))
+    tokens = m * ROWS + gl.arange(0, sums.shape[1], layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    scale = gl.load(scale_x + tokens // ROWS * step_scale, mask=tokens < M * ROWS, other=0.0)
+    if PAIRED:
+        # scales of the weight are those of numbers at the top of E4M3
+        scale *= gl.where(tokens % 2 == 0, 1.0, SECOND) * (2.0 ** raised_over(MANTISSA))
+    scale = gl.convert_layout(scale, across)
+    scaled = sums * (gl.expand_dims(scale, 0) * gl.expand_dims(gl.load(scale_w + n, mask=n < N, other=0.0), 1))
+    if PAIRED:
+        first, second = gl.split(gl.reshape(scaled, [64, sums.shape[1] // 2, 2]))
+        return first + second
+    else:
+        return scaled
 
 
 @gluon.jit
 def _multiply(
     acc, low, high, index, phase, block, use_acc, end, ring, octaves, UNIT: gl.constexpr, UNITS: gl.constexpr,
-    STAGES: gl.constexpr, MANTISSA: gl.constexpr,
+    STAGES: gl.constexpr, MANTISSA: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Add the product of a block that is unpacked, and unpack the next one meanwhile: sums, that block, its stage."""
     xs, ws, full, free = ring
@@ -138,7 +153,7 @@ def _multiply(
     # asked for before the wait; behind the last block they are not used
     lowering = _octaves_of(octaves, gl.minimum(block + 1, end - 1))
     mbarrier.wait(full.index(next_index), next_phase, pred=block + 1 < end)
-    next_low, next_high = _unpacked(ws.index(next_index * UNITS + UNIT), lowering, LOWERED, MANTISSA)
+    next_low, next_high = _unpacked(ws.index(next_index * UNITS + UNIT), lowering, LOWERED, MANTISSA, PAIRED)
     # all that the product reads, and what is unpacked while it runs
     acc, low, high, next_low, next_high = warpgroup_mma_wait(0, deps=[acc, low, high, next_low, next_high])
     mbarrier.arrive(free.index(index), count=1)
@@ -148,7 +163,7 @@ def _multiply(
 @gluon.jit
 def _multiply_all(
     UNIT: gl.constexpr, ring, ys, y, parts_ptr, vectors, sizes, shape, UNITS: gl.constexpr, STAGES: gl.constexpr,
-    ROWS: gl.constexpr, MANTISSA: gl.constexpr, WHOLE: gl.constexpr,
+    ROWS: gl.constexpr, MANTISSA: gl.constexpr, PAIRED: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
     xs, ws, full, free = ring
     M, N = sizes
@@ -164,16 +179,17 @@ def _multiply_all(
         acc = gl.zeros([64, TOKENS], gl.float32, layout=mma)
         lowering = _octaves_of(octaves, first)
         mbarrier.wait(full.index(index), phase)
-        low, high = _unpacked(ws.index(index * UNITS + UNIT), lowering, LOWERED, MANTISSA)
+        low, high = _unpacked(ws.index(index * UNITS + UNIT), lowering, LOWERED, MANTISSA, PAIRED)
         # two blocks at a time, so that the next one's registers are never copied to those of the product that runs:
         # ptxas would let no product overlap with unpacking (C7513)
         for block in range(first, end - 1, 2):
             acc, odd_low, odd_high, odd_index, odd_phase = _multiply(
-                acc, low, high, index, phase, block, block > first, end, ring, octaves, UNIT, UNITS, STAGES, MANTISSA
-            )
+                acc, low, high, index, phase, block, block > first, end, ring, octaves, UNIT, UNITS, STAGES, MANTISSA,
+                PAIRED,
+            )  # fmt: skip
             acc, low, high, index, phase = _multiply(
                 acc, odd_low, odd_high, odd_index, odd_phase, block + 1, True, end, ring, octaves, UNIT, UNITS, STAGES,
-                MANTISSA,
+                MANTISSA, PAIRED,
             )  # fmt: skip
         if (end - first) % 2 == 1:
             x = xs.index(index).permute((1, 0))
@@ -182,8 +198,8 @@ def _multiply_all(
             mbarrier.arrive(free.index(index), count=1)
             index, phase = next_stage(index, phase, STAGES)
         n = (column * UNITS + UNIT) * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
-        m = row * TOKENS
-        result = _scaled(acc, vectors, n, m, M, N)
+        m = row * (TOKENS // 2 if PAIRED else TOKENS)
+        result = _scaled(acc, vectors, n, m, M, N, MANTISSA, PAIRED)
         if WHOLE:
             stage = ys.index(UNIT)
             tma.store_wait(pendings=0)
@@ -191,21 +207,24 @@ def _multiply_all(
             fence_async_shared()
             tma.async_copy_shared_to_global(y, [m, (column * UNITS + UNIT) * 64], stage)
         else:
-            tokens = m + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, mma))
+            by_sums: gl.constexpr = result.type.layout
+            n = (column * UNITS + UNIT) * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, by_sums))
+            tokens = m + gl.arange(0, result.shape[1], layout=gl.SliceLayout(0, by_sums))
             to = gl.expand_dims((item % parts * M + tokens).to(gl.int64) * N, 0) + gl.expand_dims(n, 1)
-            gl.store(parts_ptr + to, result, mask=gl.expand_dims(n < N, 1) & gl.expand_dims(tokens < M, 0))
+            inside = gl.expand_dims(n < N, 1) & gl.expand_dims(tokens < M, 0)
+            gl.store(parts_ptr + to, result.to(parts_ptr.dtype.element_ty), mask=inside)
     tma.store_wait(pendings=0)
 
 
 @gluon.jit(do_not_specialize=["M", "tiles_m", "parts", "blocks"])
 def fp4_kernel(
     x, w, y, parts_ptr, scale_x, scale_w, octaves, M, N, B, step_scale, tiles_m, tiles_n, parts, blocks,
-    UNITS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, MANTISSA: gl.constexpr, WHOLE: gl.constexpr,
-    REGISTERS: gl.constexpr, COPYING: gl.constexpr,
+    UNITS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, MANTISSA: gl.constexpr, PAIRED: gl.constexpr,
+    WHOLE: gl.constexpr, REGISTERS: gl.constexpr, COPYING: gl.constexpr,
 ):  # fmt: skip
     """Items pid, pid + programs, ...: each a tile on a slice of `blocks` blocks of K.
 
-    They go to y if WHOLE, else to their part of it.
+    They go to y if WHOLE, else to their part of it.  PAIRED: x has two rows for each of y.
     """
     # Triton's compiler knows no starred values
     xs = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_type.shape, x.layout)
@@ -225,10 +244,10 @@ def fp4_kernel(
     gl.warp_specialize(
         [
             (_multiply_all, (
-                0, ring, ys, y, parts_ptr, vectors, sizes, shape, UNITS, STAGES, ROWS, MANTISSA, WHOLE,
+                0, ring, ys, y, parts_ptr, vectors, sizes, shape, UNITS, STAGES, ROWS, MANTISSA, PAIRED, WHOLE,
             )),
             (_multiply_all, (
-                1, ring, ys, y, parts_ptr, vectors, sizes, shape, UNITS, STAGES, ROWS, MANTISSA, WHOLE,
+                1, ring, ys, y, parts_ptr, vectors, sizes, shape, UNITS, STAGES, ROWS, MANTISSA, PAIRED, WHOLE,
             )),
             (_copy_all, (x, w, ring, shape, UNITS, STAGES, ROWS)),
         ],

@@ -16,6 +16,7 @@ from qcompile.backends.triton.fp4_table import Config, Tiles, Unpack, choose
 from qcompile.backends.triton.fp4_unpack import unpack
 from qcompile.backends.triton.groups import REGISTERS, UNITS
 from qcompile.backends.triton.launch import launch
+from qcompile.backends.triton.pairs import MOST_ROWS
 from qcompile.backends.triton.table import capability_of, on_device, processors_of
 
 # rows of tiles that walk along N together, so that they share their weights in L2
@@ -37,6 +38,7 @@ class Operands:
     mantissa: bits of it in a code.  dtype: of y, bfloat16 or float16.
     octaves: None or, of a weight whose columns are lowered, as `fp4_words` packs them and words; its scales are those
     of numbers that were raised to the top of E4M3.
+    pairs: None or, with octaves, fp8_e4m3 [2 * MOST_ROWS, K], those of x if it has few rows (`pairs`).
     """
 
     x: Tensor
@@ -46,6 +48,7 @@ class Operands:
     mantissa: int
     dtype: torch.dtype
     octaves: Tensor | None = None
+    pairs: Tensor | None = None
 
 
 def why_not(N: int, K: int, capability: tuple[int, int], dtype: torch.dtype, *, small: bool) -> str | None:
@@ -69,25 +72,28 @@ def fp4_linear(o: Operands, config: Config | None = None) -> Tensor:
     (M, K), N = o.x.shape, o.scale_w.shape[0]
     if M == 0:
         return torch.empty(0, N, dtype=o.dtype, device=o.x.device)
+    if o.pairs is not None:
+        o = replace(o, x=o.pairs[: 2 * M], octaves=None) if M <= MOST_ROWS else replace(o, pairs=None)
     if not o.x.is_contiguous() or o.x.data_ptr() % ALIGNMENT:
         o = replace(o, x=o.x.clone(memory_format=torch.contiguous_format))
     with on_device(o.x.device):
-        configs = choose(M, N, K, capability_of(o.x.device)) if config is None else iter((config,))
+        configs = choose(o.x.shape[0], N, K, capability_of(o.x.device)) if config is None else iter((config,))
         for chosen in configs:
             if isinstance(chosen, Tiles):
                 return _multiply(o, chosen)
-            if o.dtype is torch.bfloat16 and N % fp8_matmul.MULTIPLE == 0:
+            if o.pairs is None and o.dtype is torch.bfloat16 and N % fp8_matmul.MULTIPLE == 0:
                 return _by_library(o, chosen)
     raise ValueError(f"{config} cannot run this: cuBLASLt makes bfloat16 of N={N} a multiple of 16")
 
 
-def constants(tiles: Tiles, mantissa: int, *, whole: bool) -> dict[str, int | bool]:
-    """What the kernel is compiled for.  whole: y needs no parts."""
+def constants(tiles: Tiles, mantissa: int, *, whole: bool, paired: bool = False) -> dict[str, int | bool]:
+    """What the kernel is compiled for.  whole: y needs no parts.  paired: x has two rows for each of y."""
     return {
         "UNITS": UNITS,
         "STAGES": tiles.stages,
         "ROWS": ROWS_OF_TILES,
         "MANTISSA": mantissa,
+        "PAIRED": paired,
         "WHOLE": whole,
         "REGISTERS": REGISTERS[tiles.resident].multiplying,
         "COPYING": REGISTERS[tiles.resident].copying,
@@ -101,18 +107,20 @@ def _by_library(o: Operands, config: Unpack) -> Tensor:
 
 
 def _multiply(o: Operands, tiles: Tiles) -> Tensor:
-    """y [M, N] for M >= 1."""
-    M, N = o.x.shape[0], o.scale_w.shape[0]
+    """y [M, N] for M >= 1, of x [M, K] or of its pairs [2 * M, K]."""
+    paired = o.pairs is not None
+    M, N = o.x.shape[0] // (2 if paired else 1), o.scale_w.shape[0]
     units, B = o.words.shape[:2]
-    tiles_m, tiles_n = triton.cdiv(M, tiles.tokens), triton.cdiv(units, UNITS)
+    tiles_m, tiles_n = triton.cdiv(o.x.shape[0], tiles.tokens), triton.cdiv(units, UNITS)
     programs = processors_of(o.x.device) * tiles.resident
     parts = max(1, min(tiles.slices, B, programs // (tiles_m * tiles_n)))
     blocks = triton.cdiv(B, parts)
     parts = triton.cdiv(B, blocks)
     # rows that TMA cannot write are written as the only part
-    whole = parts == 1 and N * o.dtype.itemsize % ALIGNMENT == 0
+    whole = parts == 1 and N * o.dtype.itemsize % ALIGNMENT == 0 and not paired
     y = torch.empty(M, N, dtype=o.dtype, device=o.x.device)
-    to = y if whole else torch.empty(parts, M, N, dtype=torch.float32, device=o.x.device)
+    added = not whole and (parts > 1 or not paired)
+    to = torch.empty(parts, M, N, dtype=torch.float32, device=o.x.device) if added else y
     matrices = (
         described(o.x, [tiles.tokens, BLOCK]),
         described(o.words.view(-1, WORD_ROW), [WORD_ROWS, WORD_ROW]),
@@ -122,10 +130,10 @@ def _multiply(o: Operands, tiles: Tiles) -> Tensor:
         fp4_kernel,
         (min(programs, tiles_m * tiles_n * parts), 1, 1),
         (*matrices, to, o.scale_x, o.scale_w, o.octaves, M, N, B, step(o.scale_x), tiles_m, tiles_n, parts, blocks),
-        constants(tiles, o.mantissa, whole=whole),
+        constants(tiles, o.mantissa, whole=whole, paired=paired),
         **REGISTERS[tiles.resident].options,
         launch_pdl=True,
     )
-    if not whole:
+    if added:
         add_parts(to, None, y)
     return y

@@ -1,6 +1,7 @@
 """PTX that makes bytes of 8-bit floats of a word of 4-bit ones: $0 and $1 of the codes h = 0 and 1 of word $2.
 
-Words are those of `int4_int8_words` or, where columns are lowered, those of `fp4_words`, with octaves in $3 and $4.
+Words are those of `int4_int8_words` or, where columns are lowered, those of `fp4_words`, with octaves in $3 and $4 if
+it is the weight that takes them.
 mantissa: bits of it, 0 to 2, of 4.
 """
 
@@ -10,6 +11,7 @@ import triton
 TOP = 8
 # of E5M2
 BIAS, MANTISSA = 15, 2
+E4M3_BIAS = 7
 
 
 @triton.constexpr_function
@@ -25,6 +27,25 @@ def unpack_ptx(mantissa: int) -> str:
         f"shl.b32 t, $2, {left}; and.b32 t, t, {mask}; shl.b32 u, $2, 4; lop3.b32 $0, u, 0x80808080, t, 0xEA;"
         f"shr.b32 t, $2, {4 - left}; and.b32 t, t, {mask}; lop3.b32 $1, $2, 0x80808080, t, 0xEA; }}"
     )
+
+
+@triton.constexpr_function
+def whole_ptx(mantissa: int) -> str:
+    """The same bytes, of words of `fp4_words`, by a table."""
+    low, high = (int.from_bytes(bytes(i << (3 - mantissa) for i in four), "little") for four in (range(4), range(4, 8)))
+    return (
+        "{ .reg .b32 m, t, u;"
+        "and.b32 m, $2, 0x77777777;"
+        f"prmt.b32 t, {low:#x}, {high:#x}, m; lop3.b32 $0, $2, 0x80808080, t, 0xEA;"
+        f"shr.b32 m, m, 16; prmt.b32 t, {low:#x}, {high:#x}, m;"
+        "shl.b32 u, $2, 4; lop3.b32 $1, u, 0x80808080, t, 0xEA; }"
+    )
+
+
+@triton.constexpr_function
+def raised_over(mantissa: int) -> int:
+    """Octaves from the numbers that bytes of E4M3 stand for to those at its top."""
+    return TOP - ((7 >> mantissa) - E4M3_BIAS)
 
 
 @triton.constexpr_function

@@ -42,3 +42,9 @@ def packed_octaves(shift: Tensor) -> Tensor:
     full = pad(shift * OCTAVE, (0, -len(shift) % COLUMNS)).view(-1, 4, 2, 4, 4)
     # block s h j b -> block j h s b
     return full.permute(0, 3, 2, 1, 4).contiguous().view(torch.int32).view(1, -1, OCTAVES)
+
+
+def unpacked_octaves(octaves: Tensor, K: int) -> Tensor:
+    """int8 [1, K], of what `packed_octaves` makes."""
+    full = octaves[:1].contiguous().view(torch.int8).view(-1, 4, 2, 4, 4)
+    return (full.permute(0, 3, 2, 1, 4) // OCTAVE).reshape(1, -1)[:, :K].contiguous()

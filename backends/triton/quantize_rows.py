@@ -1,48 +1,28 @@
-"""Codes and scales of rows, found in one pass over memory together with the norm or activation before them.
-
-    scale[m] = max |v[m, :]| / most, codes = round(v / scale)                      v = what `BEFORE` makes of x
-    scale[m] = (max(v, 0) - min(v, 0)) / most, zero = round(-min(v, 0) / scale)    with a zero point
-
-Outlier channels that stay in 16 bits (`split_outliers`) go to a tail as they are, and are 0 in the rest of the row.
-Numbers of a float of fewer than 8 bits are those of E4M3, times 2**(raised - shift[k]), and scales times 2**-raised.
-A program holds a whole row in registers, so a row's result depends on nothing but that row. v is rounded to the dtype
-of x (`before_rows`): from the same v, codes are those of `qcompile.numerics` to the bit.
-"""
+"""Launching `rows_kernel`: rows as codes and scales, after the norm or activation before them."""
 
 from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qcompile.backends.triton.before_rows import (
-    BEFORE,
-    LAYER_NORM,
-    RMS_NORM,
-    combined,
-    moments,
-    normalized,
-    weighted,
-)
+from qcompile.backends.triton.before_rows import BEFORE
 from qcompile.backends.triton.dependent import is_dependent
 from qcompile.backends.triton.eight_bit_table import TAIL_MULTIPLE, tail_width
-from qcompile.backends.triton.float_grid import ROUNDER, divide_by_one, on_grid, power_of_two
 from qcompile.backends.triton.launch import launch
+from qcompile.backends.triton.pairs import MOST_ROWS
+from qcompile.backends.triton.rows_kernel import quantize_rows_kernel
 from qcompile.backends.triton.table import on_device, processors_of
 from qcompile.formats import Float, Integer
-from qcompile.numerics import SMALLEST_SCALE
 from qcompile.spec import ALL, Spec
 
-# of a program with registers for what a layer has of its own, beside the row
+# of a program with registers for constants of channels, beside the row
 MOST_WARPS = 16
 # longest row whose elements fit the registers of 32 warps beside what is computed of them
 MAX_K = 32768
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # compute capability of the devices on which it was measured, and the first that has the cast to e4m3
 MEASURED, FIRST_FP8 = (9, 0), (8, 9)
-SMALLEST = tl.constexpr(SMALLEST_SCALE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +30,7 @@ class Rows:
     """codes int8, uint8 or fp8_e4m3 [..., K]; scale and zero float32 [..., 1]; total: x + second, in x's dtype.
 
     tail: outlier channels in x's dtype, zeros behind them up to the next multiple of TAIL_MULTIPLE.
+    pairs: fp8_e4m3 [2 * MOST_ROWS, K], of the rows if they are few, else anything.
     """
 
     codes: Tensor
@@ -57,134 +38,7 @@ class Rows:
     zero: Tensor | None
     total: Tensor | None
     tail: Tensor | None
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _smaller(a, b):
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def quantize_rows_kernel(
-    x,
-    second,
-    weight,
-    bias,
-    shift,
-    keep,
-    channels,
-    codes,
-    scales,
-    zeros,
-    total,
-    tail,
-    K,
-    outliers,
-    stride_x,
-    stride_second,
-    stride_tail,
-    eps,
-    BEFORE: tl.constexpr,
-    MOST: tl.constexpr,
-    INTEGER: tl.constexpr,
-    OFFSET: tl.constexpr,
-    MANTISSA: tl.constexpr,
-    LOWEST: tl.constexpr,
-    RAISED: tl.constexpr,
-    INLINE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-    EARLY: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
-):
-    """Row program_id(0). MOST: largest code, or number of the format.  OFFSET: is taken off codes with a zero.
-
-    MANTISSA, LOWEST: of a float of fewer than 8 bits, those of its mantissa, and the exponent; else MANTISSA is -1.
-    EARLY: hold what a layer has of its own, which is in no cache, before x is there. A few rows that wait for it are
-    all that runs; many have other rows beside them, and no registers to spare.
-    """
-    dtype: tl.constexpr = x.dtype.element_ty
-    NORM: tl.constexpr = BEFORE >= RMS_NORM and BEFORE <= LAYER_NORM
-    row = tl.program_id(0).to(tl.int64)
-    columns, places = tl.arange(0, BLOCK), tl.arange(0, TAIL)
-    inside, is_outlier = columns < K, places < outliers
-    if EARLY:
-        own = tl.load(weight + columns, mask=inside, other=0.0) if weight is not None else None
-        added = tl.load(bias + columns, mask=inside, other=0.0) if bias is not None else None
-        lowered = tl.load(shift + columns, mask=inside, other=0) if shift is not None else None
-        left = tl.load(keep + columns, mask=inside, other=0.0) if keep is not None else None
-    if DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()
-    x += row * stride_x
-    if second is not None:
-        second += row * stride_second
-    if channels is not None:
-        chosen = tl.load(channels + places, mask=is_outlier, other=0)
-    v = combined(x, second, columns, inside, dtype, BEFORE, INLINE)
-    if channels is not None:
-        # made a second time: to hand them over from v would take a register and more for each of all columns
-        u = combined(x, second, chosen, is_outlier, dtype, BEFORE, INLINE)
-    if total is not None:
-        tl.store(total + row * K + columns, v.to(dtype), mask=inside)
-    if NORM:
-        mean, v, factor = moments(v, inside, K, eps, BEFORE)
-    if not EARLY:
-        own = tl.load(weight + columns, mask=inside, other=0.0) if weight is not None else None
-        added = tl.load(bias + columns, mask=inside, other=0.0) if bias is not None else None
-    if NORM:
-        v = normalized(v, factor, own, added, dtype, BEFORE, INLINE)
-    elif weight is not None:
-        v = weighted(v, own, dtype, INLINE)
-    if channels is not None:
-        own = tl.load(weight + chosen, mask=is_outlier, other=0.0) if weight is not None else None
-        added = tl.load(bias + chosen, mask=is_outlier, other=0.0) if bias is not None else None
-        if NORM:
-            u = normalized(u - mean, factor, own, added, dtype, BEFORE, INLINE)
-        elif weight is not None:
-            u = weighted(u, own, dtype, INLINE)
-        u = tl.where(is_outlier, u, 0.0).to(dtype)
-        tl.store(tail + row * stride_tail + places, u, mask=places < stride_tail)
-        if not EARLY:
-            left = tl.load(keep + columns, mask=inside, other=0.0)
-        v *= left.to(tl.float32)
-
-    if zeros is None:
-        low = 0.0
-        extent = tl.reduce(tl.abs(v), 0, _larger)
-    else:
-        low = _smaller(tl.reduce(v, 0, _smaller), 0.0)
-        extent = _larger(tl.reduce(v, 0, _larger), 0.0) - low
-    scale = tl.div_rn(extent, MOST)
-    scale = tl.where(scale == 0.0, 1.0, _larger(scale, SMALLEST))
-    tl.store(scales + row, scale * power_of_two(tl.full((), -RAISED, tl.int32)))
-    scaled = divide_by_one(v, scale) if INLINE and dtype != tl.float32 else tl.div_rn(v, scale)
-    if MANTISSA >= 0:
-        octaves = tl.full((BLOCK,), RAISED, tl.int32)
-        if shift is not None:
-            if not EARLY:
-                lowered = tl.load(shift + columns, mask=inside, other=0)
-            octaves -= lowered.to(tl.int32)
-        scaled = on_grid(scaled, MOST, MANTISSA, LOWEST) * power_of_two(octaves)
-    if not INTEGER:
-        # saturates; beyond the range is only what rounding put there
-        bits = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    elif zeros is None:
-        # within the range, because scale was found from the row
-        bits = (scaled + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
-    else:
-        zero = (tl.div_rn(-low, scale) + ROUNDER) - ROUNDER
-        zero = _smaller(_larger(zero, 0.0), MOST)
-        tl.store(zeros + row, zero)
-        ends: tl.constexpr = ROUNDER - OFFSET
-        placed = tl.minimum(tl.maximum(scaled + ROUNDER + (zero - OFFSET), ends), ends + MOST)
-        bits = placed.to(tl.int32, bitcast=True).to(codes.dtype.element_ty)
-    tl.store(codes + row * K + columns, bits, mask=inside)
+    pairs: Tensor | None
 
 
 def why_not(spec: Spec, dtype: torch.dtype, K: int, capability: tuple[int, int]) -> str | None:
@@ -240,7 +94,8 @@ def quantize_rows(
 
     weight, bias: of a norm, [K]; weight without a norm: what channels are multiplied with at the end, in x's dtype.
     offset: 0, or 128 for codes with a zero as int8, less 128.
-    shift, raised: octaves of numbers of fewer bits in E4M3, int8 [K], and of all.  keep_total: return the sum, too.
+    shift, raised: octaves of numbers of fewer bits in E4M3, int8 [K], and of all; of E4M3 itself shift makes pairs.
+    keep_total: return the sum, too.
     keep: ones, and zeros for what is left out of the codes, [K] in x's dtype.  channels: of the tail, integers [T].
     """
     *batch, K = x.shape
@@ -256,12 +111,14 @@ def quantize_rows(
     outliers = 0 if channels is None else channels.shape[0]
     width = tail_width(outliers)
     tail = None if channels is None else x.new_empty((*batch, width))
-    result = Rows(codes=codes, scale=scale, zero=zero, total=total, tail=tail)
+    pairs = codes.new_empty(2 * MOST_ROWS, K) if shift is not None and narrow is None else None
+    result = Rows(codes=codes, scale=scale, zero=zero, total=total, tail=tail, pairs=pairs)
     if M == 0:
         return result
     dependent = x.is_cuda and is_dependent(x.device)
     given = (rows, other, *(None if t is None else t.contiguous() for t in (weight, bias)), shift, keep, channels)
-    made = (codes.view(torch.uint8) if narrow else codes, scale, zero, total, tail)
+    few = pairs if M <= MOST_ROWS else None
+    made = (codes.view(torch.uint8) if narrow else codes, scale, zero, total, tail, few)
     strides = (rows.stride(0), 0 if other is None else other.stride(0), width)
     with on_device(x.device):
         launch(

@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -230,11 +231,19 @@ def check(name: str, steps: Sequence[str]) -> dict[str, float]:
     return worst
 
 
+def _told(name: str, steps: Sequence[str]) -> dict[str, float]:
+    """`check`, whose errors another process can read: those of compilers hold modules, which cannot be sent."""
+    try:
+        return check(name, steps)
+    except Exception as error:
+        raise SystemExit(f"{name}: {''.join(traceback.format_exception(error))}") from None
+
+
 def checks(names: Sequence[str], steps: Sequence[str]) -> dict[str, dict[str, Any]]:
     """`check` of each recipe by name, side by side, as most of it is compiling."""
     workers = max(1, min(len(names), (os.cpu_count() or 1) // 2))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        found = pool.map(partial(check, steps=steps), names)
+        found = pool.map(partial(_told, steps=steps), names)
         return {name: dict(worst) for name, worst in zip(names, found, strict=True)}
 
 

@@ -169,6 +169,9 @@ def ours(weight: Weight, kernel: Kernel | None = None) -> Linear:
         keep = torch.ones(problem.K, dtype=DTYPE, device="cuda").index_fill(0, weight.outliers, 0)
         extra = {"keep": keep, "channels": weight.outliers}
         pack = {**pack, "columns": weight.floats[:, weight.outliers].to(DTYPE).t().contiguous()}
+    if "octaves" in pack:
+        # what FUSE makes pairs of rows by
+        extra["octaves"] = pack["octaves"]
     copies, nbytes = copies_of(pack)
     # each kernel is a function of its own to the compiler, which may hold few variants of one
     torch._dynamo.reset()

@@ -13,11 +13,18 @@ from tests.triton.compiled import NAMES, compiled, described
 
 
 def kernel(
-    config: Config, capability: int, dtype: torch.dtype, mantissa: int, *, whole: bool = True, lowered: bool = False
+    config: Config,
+    capability: int,
+    dtype: torch.dtype,
+    mantissa: int,
+    *,
+    whole: bool = True,
+    lowered: bool = False,
+    paired: bool = False,
 ) -> CompiledKernel:
     """The configuration's kernel, as its launcher would have it compiled.
 
-    whole: K is not cut.  lowered: columns are.
+    whole: K is not cut.  lowered: columns are, of the weight; paired: of x.
     """
     if not isinstance(config, Tiles):
         constants = {"MANTISSA": mantissa, "BLOCKS": config.blocks} | ({} if lowered else {"octaves_ptr": None})
@@ -33,6 +40,7 @@ def kernel(
         "scale_w": "*fp32",
         "octaves": "*i32",
     }
-    constants = linear.constants(config, mantissa, whole=whole) | ({} if lowered else {"octaves": None})
+    constants = linear.constants(config, mantissa, whole=whole and not paired, paired=paired)
+    constants |= {} if lowered else {"octaves": None}
     options = REGISTERS[config.resident].options
     return compiled(GluonASTSource, fp4_kernel, given, constants, capability, options)

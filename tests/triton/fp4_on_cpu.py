@@ -6,6 +6,7 @@ from torch import Tensor
 from qcompile.backends.fx.kernels.narrow_floats import widened
 from qcompile.backends.triton.fp4_ptx import lowered_ptx
 from qcompile.backends.triton.int4_int8_words import unpack_words
+from qcompile.backends.triton.pairs import APART, MOST_ROWS
 from qcompile.formats import parse_format
 from tests.triton.fused import plain
 from tests.triton.ptx import FULL, run
@@ -34,10 +35,16 @@ def multiplied(
     mantissa: int,
     dtype: torch.dtype,
     octaves: Tensor | None = None,
+    pairs: Tensor | None = None,
 ) -> Tensor:
     """What the op computes, in plain torch."""
     fmt = {form.mantissa: form for form in map(parse_format, FORMATS)}[mantissa]
     N, K = weight_scale.shape[0], codes.shape[1]
+    if pairs is not None and codes.shape[0] <= MOST_ROWS:
+        first, second = pairs[: 2 * codes.shape[0]].view(torch.float8_e4m3fn).double().view(-1, 2, K).unbind(1)
+        weight = bytes_of(words, torch.zeros_like(octaves), mantissa)[:N, :K]
+        x = (first + second * 2.0**-APART) * scale.double()
+        return (x @ (weight.double() * weight_scale.double()).T).to(dtype)
     if octaves is None:
         weight = widened(unpack_words(words, N, K), fmt).view(torch.float8_e4m3fn)
     else:

@@ -12,6 +12,7 @@ from qcompile.backends.fx.kernels.int8 import OFFSET
 from qcompile.backends.fx.kernels.narrow_floats import is_narrow, lowered
 from qcompile.backends.fx.rows import QUANTIZE_ROWS
 from qcompile.backends.triton.eight_bit_table import tail_width
+from qcompile.backends.triton.pairs import APART, MOST_ROWS
 from qcompile.numerics import find_qparams, quantize
 from qcompile.pipeline import quantize as quantize_graph
 from qcompile.plan import make_plan
@@ -66,10 +67,25 @@ def plain(
     codes = (codes.int() - offset).to(torch.int8) if offset else codes
     found = [codes, scale, *([] if qparams.zero is None else [qparams.zero])]
     found += [total.clone()] if keep_total else []
-    if channels is None:
+    if channels is not None:
+        outliers = value.index_select(-1, channels)
+        found += [F.pad(outliers, (0, tail_width(len(channels)) - len(channels)))]
+    return found if shift is None or is_narrow(fmt) else [*found, pairs_of(codes, shift[0])]
+
+
+def pairs_of(codes: Tensor, octaves: Tensor) -> Tensor:
+    """Pairs of a few rows in E4M3, uint8 [2 * MOST_ROWS, K]; NaN of many."""
+    rows = codes.reshape(-1, codes.shape[-1])
+    found = torch.full((2 * MOST_ROWS, rows.shape[1]), 0x7F, dtype=torch.uint8)
+    if rows.shape[0] > MOST_ROWS:
         return found
-    outliers = value.index_select(-1, channels)
-    return [*found, F.pad(outliers, (0, tail_width(len(channels)) - len(channels)))]
+    lowered_rows = rows.view(torch.float8_e4m3fn).double() * torch.exp2(-octaves.double())
+    first = lowered_rows.to(torch.float8_e4m3fn)
+    is_held = first.double() == lowered_rows
+    second = (lowered_rows * 2.0**APART).masked_fill(is_held, 0).to(torch.float8_e4m3fn)
+    pairs = torch.stack([first.view(torch.uint8) * is_held, second.view(torch.uint8)], dim=1)
+    found[: 2 * rows.shape[0]] = pairs.flatten(0, 1)
+    return found
 
 
 def matmul_on_cpu(

@@ -22,12 +22,13 @@ def cubin(
     split: bool = False,
     factor: bool = False,
     early: bool = False,
+    pairs: bool = False,
 ) -> bytes:
     """The binary for rows of K elements, as the launcher would have it compiled.
 
     second: and what is made with it.  narrow: a format of fewer than 8 bits, with channels lowered.
     split: outlier channels go to a tail.  factor: channels are multiplied with numbers of their own, without a norm.
-    early: of few rows.
+    early: of few rows.  pairs: of E4M3, with channels lowered.
     """
     name = NAMES[dtype]
     norm = "norm" in before
@@ -37,7 +38,8 @@ def cubin(
     given |= {"zeros": "fp32"} if zeros else {}
     given |= {"weight": name} if norm or factor else {}
     given |= {"bias": name} if before == "layer_norm" else {}
-    given |= {"shift": "i8"} if narrow else {}
+    given |= {"shift": "i8"} if narrow or pairs else {}
+    given |= {"pairs": "u8"} if pairs else {}
     given |= {"keep": name, "channels": "i32", "tail": name} if split else {}
     constants = {
         "BEFORE": BEFORE.index(before),
@@ -53,7 +55,7 @@ def cubin(
         "BLOCK": rows.block_for(K),
         "TAIL": rows.tail_block_for(K // 100 if split else 0),
     }
-    optional = ("second", "weight", "bias", "shift", "keep", "channels", "zeros", "total", "tail")
+    optional = ("second", "weight", "bias", "shift", "keep", "channels", "zeros", "total", "tail", "pairs")
     constants |= dict.fromkeys((n for n in optional if n not in given), None)
     kinds = {n: f"*{kind}" for n, kind in given.items()} | {"eps": "fp32"}
     options = {"num_warps": rows.warps_for(K), "enable_fp_fusion": False}

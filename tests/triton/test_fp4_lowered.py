@@ -1,5 +1,6 @@
 """4-bit floats whose columns are lowered, under 8-bit ones, without a GPU: packs, what PTX makes of them, choices."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +14,11 @@ import qcompile
 from qcompile.backends.fx.kernels import choose as choose_kernel
 from qcompile.backends.fx.kernels import fp4_lowered
 from qcompile.backends.fx.kernels.narrow_floats import lowered
-from qcompile.backends.triton.fp4_ptx import lowered_ptx, narrowed_ptx
-from qcompile.backends.triton.fp4_table import TABLE, Config, Tiles
-from qcompile.backends.triton.fp4_words import lowered_words, packed_octaves
+from qcompile.backends.triton.fp4_ptx import lowered_ptx, narrowed_ptx, raised_over, whole_ptx
+from qcompile.backends.triton.fp4_table import TABLE, Config, Tiles, choose
+from qcompile.backends.triton.fp4_words import lowered_words, packed_octaves, unpacked_octaves
 from qcompile.backends.triton.groups import UNITS
+from qcompile.backends.triton.pairs import MOST_ROWS
 from qcompile.backends.triton.table import configs_of
 from qcompile.formats import code_values, parse_format
 from qcompile.numerics import dequantize, find_qparams, quantize
@@ -48,6 +50,15 @@ def test_every_code_is_lowered_by_every_octave(fmt: str) -> None:
         amounts[h] |= 4 * bytes_[i, 1] << (8 * b)
     given: list[Tensor | None] = [None, None, words, amounts[0], amounts[1]]
     run(lowered_ptx(parse_format(fmt).mantissa), given)
+    # where the input takes the octaves
+    whole: list[Tensor | None] = [None, None, words]
+    run(whole_ptx(form.mantissa), whole)
+    for i in range(8):
+        register = whole[i // 4]
+        assert register is not None
+        made = (register >> (8 * (i % 4)) & 255).to(torch.uint8).view(torch.float8_e4m3fn).double()
+        expected = code_values(form)[bytes_[i, 0]].double() * 2.0 ** (raised(form) - raised_over(form.mantissa))
+        assert torch.equal(made, expected)
     for i in range(8):
         register = given[i // 4]
         assert register is not None
@@ -68,6 +79,7 @@ def test_words_hold_codes_and_octaves_where_columns_are() -> None:
     codes, shift = torch.randint(0, 16, (64, 256), dtype=torch.uint8), torch.randint(0, 15, (256,), dtype=torch.int8)
     words, octaves = lowered_words(codes), packed_octaves(shift)
     assert octaves.shape == (1, 2, 32)
+    assert torch.equal(unpacked_octaves(octaves, 250), shift[None, :250])
     for row, column in torch.cartesian_prod(torch.arange(64), torch.arange(256)).tolist():
         block, inside = divmod(column, 128)
         s, h, j, b = inside // 32, inside // 16 % 2, inside // 4 % 4, inside % 4
@@ -110,6 +122,15 @@ def test_slices_compile(tiles: Tiles) -> None:
     assert kernel(tiles, 90, torch.float16, 1, whole=False, lowered=True).asm["cubin"][:4] == b"\x7fELF"
 
 
+@pytest.mark.parametrize("rows", [2, 16, 32, 2 * MOST_ROWS])
+@pytest.mark.parametrize("whole", [False, True])
+def test_pairs_compile(rows: int, whole: bool) -> None:
+    tiles = next(choose(rows, 4096, 4096, 90))
+    assert isinstance(tiles, Tiles)
+    made = kernel(tiles, 90, torch.float16, 1, whole=whole, paired=True)
+    assert ".f32.e4m3.e4m3" in made.asm["ptx"]
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
@@ -149,9 +170,10 @@ def test_who_lowers_columns(more: dict[str, Any], name: str) -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("given", ["fp8_e4m3/token", "fp8_e4m3/tensor"])
-def test_a_graph_lowered_for_hopper_computes_what_was_planned(fmt: str, given: str) -> None:
+@pytest.mark.parametrize("T", [3, MOST_ROWS])
+def test_a_graph_lowered_for_hopper_computes_what_was_planned(fmt: str, given: str, T: int) -> None:
     torch.manual_seed(0)
-    model, x = Heads(160).bfloat16().eval(), torch.randn(2, 30, 160).bfloat16()
+    model, x = Heads(160).bfloat16().eval(), torch.randn(2, T, 160).bfloat16()
     rule = {"weight": f"{fmt}/channel", "input": given, "solver": "mse"}
     plan = qcompile.calibrate(model, [x], recipe={"rules": [rule]}, progress=False)
     most = room(parse_format(fmt))
@@ -163,6 +185,9 @@ def test_a_graph_lowered_for_hopper_computes_what_was_planned(fmt: str, given: s
         text, error = lowered_for_hopper(replace(plan, decisions=decisions), model, x)
     # q and k are one matmul, v has other octaves
     assert text.count("linear_fp4_lowered") == 2
+    # one of both reads pairs of their rows, where scales are those of rows
+    assert len(re.findall(r'octaves", %\d+', text)) == (1 if given == "fp8_e4m3/token" else 0)
+    assert text.count(f": [{2 * MOST_ROWS}, 160]") == (1 if given == "fp8_e4m3/token" else 0)
     assert error < 5e-3
 
 

@@ -49,6 +49,14 @@ def test_floats_of_few_bits_compile(fmt: str, capability: int, early: bool) -> N
     assert cubin(4096, capability, BFLOAT16, "rms_norm", integer=False, narrow=narrow, early=early)[:4] == b"\x7fELF"
 
 
+@pytest.mark.parametrize("K", [1, 4096, 14336, MAX_K])
+@pytest.mark.parametrize("before", ["nothing", "rms_norm", "silu"])
+def test_pairs_compile(before: str, K: int) -> None:
+    for early in (False, True):
+        made = cubin(K, 90, BFLOAT16, before, integer=False, second=True, early=early, pairs=True)
+        assert made[:4] == b"\x7fELF"
+
+
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("before", [kind for kind in BEFORE if "norm" not in kind])
 def test_factors_of_channels_compile(before: str, split: bool) -> None:

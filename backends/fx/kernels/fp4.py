@@ -31,7 +31,7 @@ BITS = 4
 
 REGISTRY.define(
     "fp4_mm(Tensor codes, Tensor scale, Tensor words, Tensor weight_scale, int mantissa, ScalarType dtype,"
-    " Tensor? octaves=None) -> Tensor"
+    " Tensor? octaves=None, Tensor? pairs=None) -> Tensor"
 )
 REGISTRY.define(
     "linear_fp4(Tensor codes, Tensor scale, Tensor words, Tensor weight_scale, Tensor? shift, Tensor? bias, str weight,"
@@ -47,6 +47,7 @@ def _fp4_mm(
     mantissa: int,
     dtype: torch.dtype,
     octaves: Tensor | None = None,
+    pairs: Tensor | None = None,
 ) -> Tensor:
     """codes [M, K], the bits of e4m3; scale [M, 1] or []; y [M, N]."""
     from qcompile.backends.triton.fp4_linear import Operands, fp4_linear
@@ -59,12 +60,13 @@ def _fp4_mm(
         mantissa=mantissa,
         dtype=dtype,
         octaves=octaves,
+        pairs=None if pairs is None else pairs.view(torch.float8_e4m3fn),
     )
     return fp4_linear(o)
 
 
 def _fp4_mm_meta(
-    codes: Tensor, scale: Tensor, words: Tensor, weight_scale: Tensor, mantissa: int, dtype: torch.dtype, *octaves: Any
+    codes: Tensor, scale: Tensor, words: Tensor, weight_scale: Tensor, mantissa: int, dtype: torch.dtype, *more: Any
 ) -> Tensor:
     return codes.new_empty((codes.shape[0], weight_scale.shape[0]), dtype=dtype)
 
@@ -93,13 +95,14 @@ def multiplied(
     bias: Tensor | None,
     weight: str,
     dtype: torch.dtype,
+    pairs: Tensor | None = None,
 ) -> Tensor:
-    """y of codes in E4M3.  weight: the format of the codes in the words."""
+    """y of codes in E4M3.  weight: the format of the codes in the words.  pairs: those of few rows, with octaves."""
     fmt = parse_format(weight)
     assert isinstance(fmt, Float)
     rows = codes.reshape(-1, codes.shape[-1])
     row_scale = scale if scale.dim() < 2 else scale.reshape(-1, 1)
-    y = torch.ops.qcompile.fp4_mm(rows, row_scale, words, weight_scale, fmt.mantissa, dtype, octaves)
+    y = torch.ops.qcompile.fp4_mm(rows, row_scale, words, weight_scale, fmt.mantissa, dtype, octaves, pairs)
     y = y if bias is None else y + bias
     return y.to(dtype).reshape(*codes.shape[:-1], weight_scale.shape[0])
 

@@ -3,7 +3,8 @@
 Operands as for `fp4`, but the octaves are the weight's alone: words, and octaves int32 [1, K / 128, 32], as
 `qcompile.backends.triton.fp4_words` packs them; weight_scale float32 [N, 1], of the numbers at the top of E4M3. What
 multiplies makes E5M2 of a code and the octaves of its column, so that a weight takes 4 bits a number and a byte a
-column.
+column. FUSE gives it pairs, uint8 [2 * MOST_ROWS, K], by which few rows of the input take the octaves
+(`qcompile.backends.triton.pairs`).
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from qcompile.shifts import raised, room
 
 REGISTRY.define(
     "linear_fp4_lowered(Tensor codes, Tensor scale, Tensor words, Tensor weight_scale, Tensor octaves, Tensor? bias,"
-    " str weight, str narrow, ScalarType dtype) -> Tensor"
+    " str weight, str narrow, ScalarType dtype, Tensor? pairs=None) -> Tensor"
 )
 
 
@@ -36,9 +37,10 @@ def _linear_fp4_lowered(
     weight: str,
     narrow: str,
     dtype: torch.dtype,
+    pairs: Tensor | None = None,
 ) -> Tensor:
     codes, scale = as_e4m3(codes, scale, narrow)
-    return fp4.multiplied(codes, scale, words, weight_scale, octaves, bias, weight, dtype)
+    return fp4.multiplied(codes, scale, words, weight_scale, octaves, bias, weight, dtype, pairs)
 
 
 REGISTRY.impl("linear_fp4_lowered", _linear_fp4_lowered, "CompositeImplicitAutograd")
@@ -73,7 +75,7 @@ def _arguments(p: Problem, x: tuple[Any, ...], packed: Mapping[str, Any], bias: 
     codes, scale, _ = x
     assert p.input is not None
     weight, narrow = fp4.stored(p).format.name, narrow_name(p.input)
-    return (codes, scale, packed["words"], packed["scale"], packed["octaves"], bias, weight, narrow, p.dtype)
+    return (codes, scale, packed["words"], packed["scale"], packed["octaves"], bias, weight, narrow, p.dtype, None)
 
 
 KERNEL = Kernel(
