@@ -1,13 +1,25 @@
 """Which name of a model a tensor has: by identity, so that it holds for eager torch and for any compiled graph."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from qcompile.errors import WeightError
 from qcompile.graph import Op
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
+    """Every tensor that a model keeps, with its qualified names: parameters, buffers, and attributes of modules."""
+    named: dict[int, tuple[Tensor, list[str]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        own = {**module._parameters, **module._buffers, **vars(module)}
+        for name, value in own.items():
+            if isinstance(value, Tensor):
+                named.setdefault(id(value), (value, []))[1].append(f"{path}.{name}" if path else name)
+    for tensor, names in named.values():
+        yield tensor, tuple(names)
 
 
 class Binding:
@@ -32,6 +44,10 @@ class Binding:
             for own, _ in module.named_parameters(recurse=False)
         )
 
+        # a graph calls buffers and attributes by their names, too, and they may be weights
+        self._kept = {
+            name: weakref.ref(tensor) for tensor, names in tensors_of(model) for name in names if name not in parameters
+        }
         self._borrowers = frozenset(n for n, m in model.named_modules() if getattr(m, "weight", None) is None)
 
     @property
@@ -62,13 +78,15 @@ class Binding:
         return () if parameter is None else self._aliases[id(parameter)][1]
 
     def weight_at(self, site: str, shape: tuple[int, ...]) -> Tensor | None:
-        """The weight of the site of that name; None if there is none.
+        """The weight of the site of that name, which may be a buffer; None if there is none.
 
         shape: of a plan's decision. A module without a weight runs with those of others, which its name does not tell:
         one of that shape is taken for it.
         """
         parameters = self.parameters
-        found = parameters.get(f"{site}.weight" if site else "weight", parameters.get(site))
+        kept = {name: tensor for name, ref in self._kept.items() if (tensor := ref()) is not None}
+        named = {**kept, **parameters}
+        found = named.get(f"{site}.weight" if site else "weight", named.get(site))
         if found is not None or site not in self._borrowers:
             return found
         matrices = (p for p in parameters.values() if p.dim() > 1)

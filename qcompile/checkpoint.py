@@ -15,13 +15,13 @@ from qcompile.backends.fx.dynamo import Parameter, is_whole
 from qcompile.backends.fx.kernels import Problem, embedding
 from qcompile.backends.fx.packs import freed_error
 from qcompile.backends.fx.sources import weight_source
-from qcompile.binding import Binding
+from qcompile.binding import Binding, tensors_of
 from qcompile.compile import bounds_of
 from qcompile.errors import OptionsError, PlanError, nearest
 from qcompile.folds import FOLDED
 from qcompile.frame import Bound, Frame
 from qcompile.graph import Op
-from qcompile.manifest import put, read_floats, read_manifest, require_fit, require_unchanged, tensors_of, write_model
+from qcompile.manifest import put, read_floats, read_manifest, require_fit, require_unchanged, write_model
 from qcompile.plan import Decision, Plan
 from qcompile.quantized import PACKS, decided, target_of
 from qcompile.readers import read_checkpoint

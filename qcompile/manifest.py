@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qcompile.artifact import FLOATS, MANIFEST, PLAN_FILES, require_kind, write_plan, write_tensors
+from qcompile.binding import tensors_of
 from qcompile.errors import PlanError, nearest
 from qcompile.plan import Plan
 
@@ -52,18 +53,6 @@ class Manifest:
     model: str
     entries: tuple[Entry, ...]
     files: Mapping[str, tuple[int, str]]
-
-
-def tensors_of(model: nn.Module) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
-    """Every tensor that a model keeps, with its qualified names: parameters, buffers, and attributes of modules."""
-    named: dict[int, tuple[Tensor, list[str]]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        own = {**module._parameters, **module._buffers, **vars(module)}
-        for name, value in own.items():
-            if isinstance(value, Tensor):
-                named.setdefault(id(value), (value, []))[1].append(f"{path}.{name}" if path else name)
-    for tensor, names in named.values():
-        yield tensor, tuple(names)
 
 
 def write_model(folder: Path, plan: Plan, model: nn.Module, coded: frozenset[int]) -> None:

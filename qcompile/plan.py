@@ -375,6 +375,9 @@ def _require_use(recipe: Recipe, sites: Sequence[Site], used: set[int]) -> None:
 def _bound(decision: Decision, binding: Binding) -> Decision | str:
     """The decision with its qparams on the device of the weight, or what speaks against it."""
     weight = binding.weight_at(decision.name, decision.shape)
+    if weight is None and decision.op is Op.OTHER:
+        # quantizes nothing, and a graph reads tensors that no module keeps, too
+        return decision
     if weight is None:
         names = (name.removesuffix(".weight") for name, p in binding.parameters.items() if p.dim() > 1)
         return f"the model has no {decision.name!r} (nearest: {nearest(decision.name, names)})"

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from qcompile.artifact import write_tensors
+from qcompile.binding import tensors_of
 from qcompile.errors import UnsupportedError
 from qcompile.formats import Integer
 from qcompile.graph import Op
-from qcompile.manifest import tensors_of
 from qcompile.packing import pack
 from qcompile.plan import Decision, Plan
 from qcompile.readers import CONFIG, SINGLE

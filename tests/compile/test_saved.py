@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import qcompile
 from qcompile.errors import PlanError
@@ -115,3 +116,38 @@ def _flip(path: Path, place: int) -> None:
     content[place] ^= 1
     path.unlink()
     path.write_bytes(content)
+
+
+# a graph reads it, and no module keeps it
+_ELSEWHERE = torch.rand(3, 64)
+
+
+class Matrices(nn.Module):
+    """Matrices that are no parameters: one that is added, one that a linear reads, and one that no module keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.places = nn.Linear(64, 64), torch.rand(3, 64)
+        self.register_buffer("mix", torch.rand(64, 64) - 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.inner(x) + self.places, self.mix) * _ELSEWHERE
+
+
+@pytest.mark.usefixtures("graphs_only")
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_model_with_matrices_that_are_no_parameters_comes_back(calibrated: bool, tmp_path: Path) -> None:
+    model, x = Matrices().eval(), torch.rand(3, 64)
+    plan = qcompile.calibrate(model, [x], "int8", progress=False)
+    options = {"plan": plan} if calibrated else {"recipe": "int8"}
+    fast = torch.compile(model, backend="qcompile", options=options)
+    y = fast(x)
+    qcompile.save(fast, tmp_path / "m")
+    with torch.device("meta"):
+        other = Matrices().eval()
+    plan = qcompile.load(tmp_path / "m", other)
+    assert torch.equal(compiled(other, plan)(x), y)
+    # calibration sees parameters only
+    assert (plan.decisions["mix"].weight is None) is calibrated
+    with pytest.raises(PlanError, match=r"the model has no 'inner'"):
+        plan.bind(nn.Linear(64, 64))
