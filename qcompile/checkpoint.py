@@ -125,7 +125,7 @@ def load_checkpoint(folder: str | Path, model: nn.Module, device: str | torch.de
     kept: list[tuple[Tensor, tuple[str, ...]]] = []
     for own, names in tensors_of(model):
         coded = any(name.removesuffix(".weight") in plan.decisions for name in names)
-        stored = next((floats.pop(name) for name in names if name in floats), None)
+        stored = _one_of({name: floats.pop(name) for name in names if name in floats}, folder)
         if stored is not None and stored.shape != own.shape:
             raise PlanError(
                 f"{names[0]!r} is {list(own.shape)} in the model and {list(stored.shape)} in {str(folder)!r}"
@@ -148,6 +148,20 @@ def load_checkpoint(folder: str | Path, model: nn.Module, device: str | torch.de
         put(model, names, own.to(device))
     unread = tuple(f"{name!r} of the checkpoint is not in the model" for name in floats)
     return replace(plan, notes=unread).bind(model)
+
+
+def _one_of(stored: Mapping[str, Tensor], folder: Path) -> Tensor | None:
+    """What a checkpoint holds of a tensor of the model, by its names: one, or several that are alike; or nothing."""
+    first = next(iter(stored), None)
+    if first is None:
+        return None
+    dtype = stored[first].dtype
+    if apart := [name for name, t in stored.items() if t.dtype is not dtype or not torch.equal(t, stored[first])]:
+        raise PlanError(
+            f"{first!r} and {apart[0]!r} are one tensor in the model and two in {str(folder)!r} that differ: build the "
+            "model without tying them (tie_word_embeddings=False, for a head that reads the table)"
+        )
+    return stored[first]
 
 
 def _missing(name: str, own: Tensor, floats: Mapping[str, Tensor], plan: Plan, folder: Path) -> str:

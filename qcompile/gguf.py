@@ -82,8 +82,8 @@ def load_gguf(path: str | Path, model: nn.Module, device: str | torch.device | N
 
     path: of a file whose tensors are floats, or blocks of the types in `qcompile.ggml.TYPES`.  model: its parameters
     keep their dtype.  device: that it goes to; None: it stays.  Nothing is quantized: codes and scales are the file's.
-    Raises PlanError if the file is none, or lacks a parameter of the model, or has another shape or further tensors;
-    SpecError for other types of blocks; UnsupportedError for an architecture whose tensors are not the model's own.
+    Raises PlanError if the file is none, or lacks a parameter of the model, or has another shape or further tensors, or
+    several for one parameter; SpecError for other types of blocks; UnsupportedError for an architecture whose tensors are not the model's own.
     The model is as it was then.
     """
     model = getattr(model, "_orig_mod", model)
@@ -105,6 +105,7 @@ def load_gguf(path: str | Path, model: nn.Module, device: str | torch.device | N
     given = {name: p for name, p in parameters.items() if calls[name] in tensors}
     # before anything is changed
     orders = {name: _fitting_order(p, name, tensors[calls[name]], names) for name, p in given.items()}
+    _require_alike({name: tensors[calls[name]] for name in given}, given)
     if device is not None:
         model.to(device)
     held: dict[int, QParams] = {}
@@ -255,6 +256,19 @@ def _fitting_order(parameter: Tensor, name: str, tensor: Any, names: _Names) -> 
         raise SpecError(f"{name!r} has blocks of type {kind} and shape {shape}: those of matrices are read")
     order = names.order(tensor.name, len(parameter))
     return None if order is None else order.argsort()
+
+
+def _require_alike(tensors: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+    """Raise PlanError if a parameter of several names is several tensors that are not alike.  Both by those names."""
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        other = first.setdefault(id(parameters[name]), name)
+        known = tensors[other]
+        if known.tensor_type != tensor.tensor_type or not np.array_equal(known.data, tensor.data):
+            raise PlanError(
+                f"{other!r} and {name!r} are one parameter in the model and two tensors in the file that differ: build "
+                "the model without tying them (tie_word_embeddings=False, for a head that reads the table)"
+            )
 
 
 def _shape(tensor: Any) -> list[int]:

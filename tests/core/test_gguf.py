@@ -194,6 +194,17 @@ def test_what_does_not_fit_is_refused(tmp_path):
         files.load_gguf(path, Net())
 
 
+def test_one_parameter_takes_no_two_tensors_that_differ(tmp_path):
+    given, path, model = arrays("Q4_K", "Q6_K", "Q8_0"), tmp_path / "net.gguf", Net()
+    write(path, given | {"head.weight": given["embed.weight"]})
+    assert files.load_gguf(path, model).decisions.keys() >= {"embed", "head"}
+    before = model.embed.weight.clone()
+    write(path, given | {"head.weight": (blocks("Q6_K", 50, 256), "Q6_K")})
+    with pytest.raises(PlanError, match=r"'embed.weight' and 'head.weight' are one parameter .* without tying them"):
+        files.load_gguf(path, model)
+    assert torch.equal(before, model.embed.weight)
+
+
 @pytest.mark.parametrize(
     ("table", "head", "said"),
     [("Q6_K", "Q4_K", "it is written as int6"), (None, "Q4_K", "it is written as float"), ("Q4_K", "Q4_K", None)],
