@@ -6,9 +6,11 @@
 from pathlib import Path
 from typing import Any
 
+from torch.nn import Module
+
 from qcompile import artifact, readers
 from qcompile.calibrate import calibrate
-from qcompile.errors import QcompileError
+from qcompile.errors import PlanError, QcompileError
 from qcompile.plan import Plan
 from qcompile.recipe import Recipe, Rule
 from qcompile.report import Report
@@ -72,6 +74,8 @@ def load(folder: str | Path, model: Any = None, device: Any = None) -> Plan:
         from qcompile import gguf
 
         return gguf.load_gguf(folder, model, device)
+    if not isinstance(model, Module | None):
+        raise PlanError(f"load takes the model that a plan is for, a torch.nn.Module, got {type(model).__name__}")
     if model is None or not (artifact.holds_model(folder) or readers.is_checkpoint(Path(folder))):
         return artifact.load(folder, model)
     from qcompile import checkpoint

@@ -59,6 +59,10 @@ def save_model(compiled: Any, folder: str | Path, layout: str = OWN) -> None:
     if layout not in LAYOUTS:
         raise OptionsError(f"unknown layout {layout!r}; nearest: {nearest(layout, LAYOUTS)}")
     model = getattr(compiled, "_orig_mod", compiled)
+    if not isinstance(model, nn.Module):
+        raise PlanError(
+            f"save takes a plan, or a model that torch.compile compiled and that was called, got {type(model).__name__}"
+        )
     taken: dict[str, Solved] = {}
     binding = Binding(model)
     with torch.no_grad():

@@ -83,8 +83,8 @@ def load_gguf(path: str | Path, model: nn.Module, device: str | torch.device | N
     path: of a file whose tensors are floats, or blocks of the types in `qcompile.ggml.TYPES`.  model: its parameters
     keep their dtype.  device: that it goes to; None: it stays.  Nothing is quantized: codes and scales are the file's.
     Raises PlanError if the file is none, or lacks a parameter of the model, or has another shape or further tensors, or
-    several for one parameter; SpecError for other types of blocks; UnsupportedError for an architecture whose tensors are not the model's own.
-    The model is as it was then.
+    several for one parameter; SpecError for other types of blocks; UnsupportedError for an architecture whose tensors
+    are not the model's own.  The model is as it was then.
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module):
@@ -130,6 +130,7 @@ def save_gguf(plan: Plan, model: nn.Module, path: str | Path, *, architecture: s
     """
     path = Path(path)
     names = _names_of(model, architecture)
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     writer = gguf.GGUFWriter(new, architecture or _OURS)
     try:

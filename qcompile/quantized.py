@@ -211,8 +211,8 @@ class Quantized:
         # what lowers its columns is folded into a weight of another spec
         is_stored = problem.weight == stored.spec
         if kernel.pack is packed.pack and is_stored:
-            return Pack(tensors=stored.tensors(device), snr_db=stored.snr_db)
-        qparams = stored.read(device)
+            return Pack(tensors=stored.tensors(device, site), snr_db=stored.snr_db)
+        qparams = stored.read(device, site)
         assert qparams.codes is not None
         codes, qparams = (qparams.codes, qparams) if is_stored else lowered_codes(qparams.codes, qparams, shift)
         return Pack(tensors=kernel.pack(codes, qparams, problem.dtype), snr_db=stored.snr_db)

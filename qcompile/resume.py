@@ -37,9 +37,13 @@ class Unfinished:
         place = self._place(names)
         try:
             decisions = load(place).decisions if place.exists() else {}
+            known = {name: d.solved for name, d in decisions.items() if d.solved is not None}
+            for name, solved in known.items():
+                # a damaged one is found while it is known where it stands
+                solved.tensors(torch.device("cpu"), name)
         except PlanError as e:
             raise PlanError(f"{e}; or remove {str(place)!r}, and {names[0]!r} is solved anew") from e
-        return {name: d.solved for name, d in decisions.items() if d.solved is not None}
+        return known
 
     def keep(self, decisions: Sequence[Decision]) -> None:
         """Write down that these are solved, whole or not at all.  Raises PlanError if it cannot be written."""

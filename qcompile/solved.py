@@ -61,21 +61,21 @@ class Solved:
         """Of all that is stored."""
         return sum(t.nbytes for t in (*self.stored.values(), self.columns, self.order) if t is not None)
 
-    def read(self, device: torch.device) -> QParams:
+    def read(self, device: torch.device, site: str = "") -> QParams:
         """With codes [N, K], on that device; only shapes on meta.  Raises PlanError as `tensors` does."""
-        codes, qparams = restore(self.tensors(device), self.spec, self.shape[-1])
+        codes, qparams = restore(self.tensors(device, site), self.spec, self.shape[-1])
         return replace(qparams, codes=codes)
 
-    def tensors(self, device: torch.device) -> Mapping[str, Tensor]:
-        """What is stored, on that device; only shapes on meta.
+    def tensors(self, device: torch.device, site: str = "") -> Mapping[str, Tensor]:
+        """What is stored, on that device; only shapes on meta.  site: its name, for messages.
 
         Raises PlanError if it is not what was stored once: a file was damaged. That is looked at on the first read.
         """
         if device.type != "meta" and not self.digest.startswith(self._found):
             raise PlanError(
-                f"the codes {list(self.shape)} of {self.source or 'a weight'!r} are not those that were stored: their "
-                f"digest is {self._found}, and was {self.digest} then; copy the files again, or save it again with "
-                "qcompile.save"
+                f"the codes {list(self.shape)} of {self.source or site or 'a weight'!r} are not those that were "
+                f"stored: their digest is {self._found}, and was {self.digest} then; copy the files again, or save it "
+                "again with qcompile.save"
             )
         return {name: tensor.to(device) for name, tensor in self.stored.items()}
 
@@ -89,7 +89,7 @@ class Solved:
 
         name: of the site, for messages.  Raises PlanError for any other weight.
         """
-        qparams = self.read(weight.device)
+        qparams = self.read(weight.device, name)
         if weight.is_meta:
             return qparams
         assert qparams.codes is not None
@@ -100,7 +100,8 @@ class Solved:
             raise PlanError(
                 f"the weight of {name!r} holds nothing but NaN, as weights do whose values were given up: a model that "
                 "was loaded or freed was moved or given another dtype since; load it where it is to be, "
-                "qcompile.load(folder, model, device=...), into a model of that dtype"
+                "qcompile.load(folder, model, device=...). What qcompile.save wrote keeps its dtypes: save it from a "
+                "model of the dtype that you want"
             )
         # NaN is no number that is large enough
         if self.snr_db is not None and not found >= self.snr_db - SLACK:

@@ -269,9 +269,13 @@ def test_a_model_that_was_moved_after_loading_says_where_to_load_it(ids: Tensor,
     other = empty_words()
     plan = qcompile.load(tmp_path / "m", other)
     with pytest.raises(
-        Exception, match=r"(?s)PlanError.*nothing but NaN.*qcompile\.load\(folder, model, device=\.\.\.\)"
+        Exception, match=r"(?s)PlanError.*nothing but NaN.*load\(folder, model, device=\.\.\.\)\. .* keeps its dtypes"
     ):
         compiled(other.bfloat16(), plan)(ids)
+    # as it says
+    other = empty_words().bfloat16()
+    qcompile.load(tmp_path / "m", other)
+    assert {tensor.dtype for tensor in other.state_dict().values()} == {torch.float32}
 
 
 @pytest.mark.usefixtures("graphs_only")
@@ -356,4 +360,9 @@ def test_freed_weights_and_what_was_never_compiled_are_refused(ids: Tensor, tmp_
     fast(ids)
     with pytest.raises(qcompile.QcompileError, match=r"was freed by free_weights=True.*without free_weights"):
         qcompile.save(fast, tmp_path / "m")
+    for wrong in (Words().forward, 3):
+        with pytest.raises(PlanError, match=r"save takes a plan, or a model that .* was called, got (method|int)"):
+            qcompile.save(wrong, tmp_path / "m")
+        with pytest.raises(PlanError, match=r"load takes the model .*, a torch\.nn\.Module, got (method|int)"):
+            qcompile.load(tmp_path / "m", wrong)
     assert list(tmp_path.iterdir()) == []

@@ -255,10 +255,12 @@ def test_an_interrupted_run_goes_on(net: Net, tmp_path: Path, monkeypatch: pytes
 
 def test_what_was_kept_and_is_broken_is_named(net: Net, tmp_path: Path) -> None:
     qcompile.calibrate(net, [data()], gptq(), progress=False, resume=tmp_path)
-    for file in tmp_path.rglob("plan.safetensors"):
-        file.write_bytes(b"none")
-    with pytest.raises(PlanError, match=r"is broken .*; or remove .*, and .* is solved anew"):
-        qcompile.calibrate(net, [data()], gptq(), progress=False, resume=tmp_path)
+    files = {file: file.read_bytes() for file in tmp_path.rglob("plan.safetensors")}
+    for bit, message in ((1, r"the codes .* of '\w+' are not those"), (None, "is broken")):
+        for file, whole in files.items():
+            file.write_bytes(b"none" if bit is None else whole[:-1] + bytes([whole[-1] ^ bit]))
+        with pytest.raises(PlanError, match=rf"{message}.*; or remove .*{tmp_path.name}.*, and .* is solved anew"):
+            qcompile.calibrate(net, [data()], gptq(), progress=False, resume=tmp_path)
 
 
 def test_values_of_a_weight_are_made_once_for_all_batches(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
