@@ -126,11 +126,16 @@ class Quantized:
         """Position and identity of every parameter, and the stamp of those of which something was made."""
         prepared = bool(self.plan.folds) or any(d.outliers for d in self.plan.decisions.values())
         # norms that took a factor, and biases of linears whose channels were numbered anew, are copies, too
-        stamped = set(self._weights) if prepared else self._quantized()
+        stamped = set(self._weights) if prepared else self._quantized() | self._copied()
         return tuple(
             (self._slots[name].position, weakref.ref(weight), weight_stamp(weight) if name in stamped else None)
             for name, weight in self._weights.items()
         )
+
+    def _copied(self) -> set[str]:
+        """The weights that the graph does not read itself, as biases that were joined."""
+        read = {id(tensor) for tensor in self._graph.constants().values()}
+        return {name for name, w in self._weights.items() if not {id(w), id(self._given[name])} & read}
 
     def weights(self) -> dict[str, "weakref.ref[Tensor]"]:
         """The weight of each site."""

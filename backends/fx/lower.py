@@ -170,11 +170,12 @@ def _lower_linears(graph: FxGraph, groups: Sequence[Sequence[Run]], packs: PackS
     """One op for linears that read one input; those of a group have joined packs."""
     runs = [run for group in groups for run in group]
     first = runs[0]
-    x, _, bias = graph.inputs(first.linear)
+    x = graph.inputs(first.linear)[0]
     assert x is not None
     packed = [_packed_group(graph, group, packs) for group in groups]
     taken = tuple(x.args[:3]) if first.kernel.takes_codes else (x,)
     if len(groups) == 1:
+        bias = _joined_bias(graph, groups[0])
         op, arguments = first.kernel.op, first.kernel.arguments(whole(groups[0]), taken, packed[0], bias)
     else:
         assert first.kernel.several is not None
@@ -190,6 +191,18 @@ def _lower_linears(graph: FxGraph, groups: Sequence[Sequence[Run]], packs: PackS
             _replace_by_columns(graph, run.linear, made, start, start + run.problem.N)
             start += run.problem.N
     return [Lowered(site=run.site, kernel=run.kernel.name, refused=run.refused) for run in runs if not run.beside]
+
+
+def _joined_bias(graph: FxGraph, group: Sequence[Run]) -> Node | None:
+    """The biases of a group one behind the other, zeros where there is none; None if there is none at all."""
+    biases = [graph.inputs(run.linear)[2] for run in group]
+    given = next((bias for bias in biases if bias is not None), None)
+    if given is None or len(group) == 1:
+        return given
+    held = [None if bias is None else graph.constant(bias) for bias in biases]
+    like = next(tensor for tensor in held if tensor is not None)
+    parts = [like.new_zeros(run.problem.N) if own is None else own for run, own in zip(group, held, strict=True)]
+    return graph.add_constant(f"{graph.name(given)}.joined", torch.cat(parts))
 
 
 def _packed_group(graph: FxGraph, group: Sequence[Run], packs: PackSource) -> dict[str, Node]:

@@ -64,13 +64,14 @@ def together(graph: FxGraph, runs: Sequence[Run]) -> list[list[Run]]:
         problem = run.problem
         before = None if problem.lowered is None else (problem.lowered.narrow.spec, problem.lowered.shift)
         alike = (problem.weight, before, _one_op(graph, run))
-        groups.setdefault(run if run.kernel.joins is None else alike, []).append(run)
+        groups.setdefault(alike if run.kernel.joins is not None and _bias_joins(graph, run) else run, []).append(run)
     found: list[list[Run]] = []
     for group in groups.values():
-        joins = group[0].kernel.joins
-        different = len({run.weight.codes for run in group}) == len(group)
-        fits = len(group) > 1 and different and joins is not None and joins([run.problem for run in group])
-        found += [group] if fits else [[run] for run in group]
+        fit = [run for run in group if run.kernel.joins is not None and run.kernel.joins(run.problem)]
+        different = len({run.weight.codes for run in fit}) == len(fit)
+        joined = fit if different else []
+        found += [joined] if joined else []
+        found += [[run] for run in group if run not in joined]
     # the rest of a group that was taken apart comes behind what stands between
     order = {run: number for number, run in enumerate(runs)}
     return sorted(found, key=lambda group: order[group[0]])
@@ -81,21 +82,30 @@ def side_by_side(graph: FxGraph, groups: Sequence[list[Run]]) -> list[list[list[
     ops: dict[object, list[list[Run]]] = {}
     for group in groups:
         several = group[0].kernel.several
-        alone = several is None or not several.takes(whole(group))
+        # a bias would have to be added behind, where it is rounded twice
+        biased = any(graph.inputs(run.linear)[2] is not None for run in group)
+        alone = several is None or biased or not several.takes(whole(group))
         ops.setdefault(id(group) if alone else _one_op(graph, group[0]), []).append(group)
     return list(ops.values())
 
 
 def _one_op(graph: FxGraph, run: Run) -> object:
-    """Equal for linears that may be one op: of one module and kernel, that read one input, without biases.
+    """Equal for linears that may be one op: of one module and kernel, that read one input.
 
-    A bias would have to be added behind, where it is rounded twice. What several modules read, as all cross-attention
-    reads an encoder's output, would have to be kept for the last of them.
+    What several modules read, as all cross-attention reads an encoder's output, would have to be kept for the last of
+    them.
     """
-    x, _, bias = graph.inputs(run.linear)
-    if bias is not None or run.beside:
+    if run.beside:
         return run
-    return x, run.site.rpartition(".")[0], run.kernel.name, run.problem.input, run.problem.dtype
+    x, owner = graph.inputs(run.linear)[0], run.site.rpartition(".")[0]
+    return x, owner, run.kernel.name, run.problem.input, run.problem.dtype
+
+
+def _bias_joins(graph: FxGraph, run: Run) -> bool:
+    """Whether it has none, or one whose values are known, a number for each row of the weight."""
+    bias = graph.inputs(run.linear)[2]
+    held = None if bias is None else graph.constant(bias)
+    return bias is None or (held is not None and not held.is_meta and held.shape == (run.problem.N,))
 
 
 def whole(group: Sequence[Run]) -> Problem:

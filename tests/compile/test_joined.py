@@ -43,7 +43,7 @@ def matmuls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def joining(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels join on the CPU, too."""
-    joins = replace(int8.KERNEL, joins=lambda problems: True)
+    joins = replace(int8.KERNEL, joins=lambda p: True)
     monkeypatch.setattr(kernels, "KERNELS", (joins, *kernels.KERNELS[1:]))
 
 
@@ -61,10 +61,11 @@ def run(model: nn.Module, x: Tensor, **options: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", variants([((1, 1, K),), ((2, 17, K),)], quick=[((2, 17, K),)]))
+@pytest.mark.parametrize("bias", [False, True])
 def test_one_matmul_has_the_results_of_several(
-    shape: tuple[int, ...], matmuls: list[int], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    shape: tuple[int, ...], bias: bool, matmuls: list[int], request: pytest.FixtureRequest
 ) -> None:
-    model, x = Block().eval(), torch.randn(shape)
+    model, x = Block(bias=bias).eval(), torch.randn(shape)
     alone = run(model, x)
     assert sorted(matmuls) == [16, 24, 64, 96, 96]
     matmuls.clear()
@@ -123,6 +124,42 @@ def test_a_weight_that_changes_is_joined_anew(joining: None, matmuls: list[int])
         torch.testing.assert_close(after, run(model, x, lower=False), rtol=1e-4, atol=1e-4)
 
 
+def test_a_bias_that_changes_is_joined_anew(joining: None, matmuls: list[int]) -> None:
+    model, x = Block(bias=True).eval(), torch.randn(2, 5, K)
+    fast = torch.compile(model, backend="qcompile", fullgraph=True, options={"recipe": "int8"})
+    with torch.no_grad():
+        before = fast(x)
+        model.k.bias.add_(2)
+        model.up.bias.copy_(torch.randn(96))
+        after = fast(x)
+    assert not torch.equal(before, after)
+    assert set(matmuls) == {104, 192}
+    torch.testing.assert_close(after, run(model, x, lower=False), rtol=1e-4, atol=1e-4)
+
+
+def test_what_has_no_bias_gets_zeros(joining: None, matmuls: list[int]) -> None:
+    model, x = Block(bias=True).eval(), torch.randn(2, 5, K)
+    # as in Whisper
+    model.k.bias = model.gate.bias = None
+    y = run(model, x)
+    assert set(matmuls) == {104, 192}
+    torch.testing.assert_close(y, run(model, x, lower=False), rtol=1e-4, atol=1e-4)
+
+
+def test_biases_are_joined_where_weights_are_freed(joining: None) -> None:
+    model, inputs = Block(bias=True).eval(), (torch.randn(2, 5, K), torch.randn(1, 9, K))
+    reference = deepcopy(model)
+    expected = [run(reference, x) for x in inputs]
+    torch._dynamo.reset()
+    options = {"recipe": "int8", "free_weights": True}
+    fast = torch.compile(model, backend="qcompile", fullgraph=True, dynamic=False, options=options)
+    with torch.no_grad():
+        for x, y in zip((*inputs, inputs[0]), (*expected, expected[0]), strict=True):
+            assert torch.equal(fast(x), y)
+    assert bool(model.q.weight.isnan().all())
+    assert not bool(model.q.bias.isnan().any())
+
+
 def test_free_weights_and_another_shape_find_the_joined_packs(joining: None) -> None:
     model, first, second = Block().eval(), torch.randn(2, 5, K), torch.randn(1, 9, K)
     # what runs in float is never freed
@@ -142,12 +179,14 @@ def test_what_is_not_alike_runs_alone(joining: None, matmuls: list[int]) -> None
     class Others(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = nn.Linear(K, 32, bias=False), nn.Linear(K, 32)
+            self.a, self.b = nn.Linear(K, 32, bias=False), nn.Linear(K, 32, bias=False)
+            self.scale = nn.Parameter(torch.rand(32))
             self.c = nn.Linear(K, 40, bias=False)
 
         def forward(self, x: Tensor) -> Tensor:
-            # a bias; one weight twice; another input
-            return self.a(x) + self.b(x) + self.a(x) + self.c(x + 1).sum()
+            # a bias that is computed; one weight twice; another input
+            b = torch.nn.functional.linear(x, self.b.weight, self.scale * 2)
+            return self.a(x) + b + self.a(x) + self.c(x + 1).sum()
 
     model, x = Others().eval(), torch.randn(3, K)
     y = run(model, x)

@@ -213,8 +213,8 @@ def test_what_has_no_kernel_runs_in_the_container() -> None:
 
 def test_only_weights_that_were_lowered_alike_are_joined() -> None:
     assert fp4.KERNEL.joins is not None
-    assert fp4.KERNEL.joins([problem(), problem(N=128)])
-    assert not fp4.KERNEL.joins([problem(), problem(N=72)])
+    assert fp4.KERNEL.joins(problem(N=128))
+    assert not fp4.KERNEL.joins(problem(N=72))
 
 
 @pytest.fixture

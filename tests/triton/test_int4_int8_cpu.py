@@ -252,7 +252,7 @@ def test_joined_weights_are_int8_under_one_number_a_row() -> None:
     table = {"name": "rows", "rules": [{"weight": "int4/g32/asym/u4row", "input": "int8/token/asym"}]}
     with on_cpu(int4_int8_mm=as_int8, quantize_rows=as_rows):
         text, error = lowered_for_hopper(recipe_from_table(table), model, x)
-    # q and k behind each other, and v, which has a bias
+    # q and k behind each other, and v, whose rows fill no unit of a pack
     assert text.count("linear_int4_int8") == 2
     # numbers that the planned graph rounds to bfloat16, and results
     assert error < 5e-3

@@ -76,7 +76,7 @@ def test_learned_tables_are_not_joined() -> None:
     def joins(text: str, N: int) -> bool:
         p = Problem(N=N, K=64, weight=parse_spec(text), input=None, dtype=torch.bfloat16, device="cuda")
         assert weight_triton.KERNEL.joins is not None
-        return weight_triton.KERNEL.joins([p, p])
+        return weight_triton.KERNEL.joins(p)
 
     assert joins("nf4/g64", 128)
     assert joins("int8/channel", 128)

@@ -124,5 +124,5 @@ KERNEL = Kernel(
     arguments=_arguments,
     takes_codes=True,
     # narrow matmuls leave multiprocessors idle
-    joins=lambda problems: problems[0].device == "cuda",
+    joins=lambda p: p.device == "cuda",
 )

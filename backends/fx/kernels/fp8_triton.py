@@ -86,5 +86,5 @@ KERNEL = Kernel(
     arguments=_arguments,
     takes_codes=True,
     device="cuda",
-    joins=lambda problems: True,
+    joins=lambda p: True,
 )

@@ -130,5 +130,5 @@ KERNEL = Kernel(
     takes_codes=True,
     device="cuda",
     # packs are whole units of rows
-    joins=lambda problems: all(p.N % ROWS == 0 for p in problems),
+    joins=lambda p: p.N % ROWS == 0,
 )

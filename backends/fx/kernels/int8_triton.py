@@ -140,6 +140,6 @@ KERNEL = Kernel(
     takes_codes=True,
     device="cuda",
     # one matmul for q, k and v takes little longer than that for q: narrow ones leave multiprocessors idle
-    joins=lambda problems: True,
+    joins=lambda p: True,
     with_tail=_with_tail,
 )

@@ -62,8 +62,8 @@ class Kernel:
     # (problem, the op's arguments, outlier channels of x, their weight as `tail` packs it) -> the arguments of the op
     # that adds their product too; None if it does not
     with_tail: Callable[[Problem, tuple[Any, ...], Any, Any], tuple[Any, ...] | None] | None = None
-    # whether problems that read one input may run as one, their packs one behind the other along the first dimension,
-    # which is that of N; None if they never do
-    joins: Callable[[Sequence[Problem]], bool] | None = None
+    # whether a problem may run as one with others that read its input, their packs one behind the other along the first
+    # dimension, which is that of N; None if none does
+    joins: Callable[[Problem], bool] | None = None
     # None where each problem that differs from others is an op of its own
     several: Several | None = None

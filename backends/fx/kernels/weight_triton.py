@@ -195,10 +195,9 @@ def _is_whole(p: Problem) -> bool:
     return p.N % ROWS == 0
 
 
-def _joins(problems: Sequence[Problem]) -> bool:
-    """Of tables, one behind the other, the first is read."""
-    learned = any(isinstance(p.weight.format, CodeBook) and p.weight.format.levels is None for p in problems)
-    return not learned and all(map(_is_whole, problems))
+def _joins(p: Problem) -> bool:
+    """Of tables that were learned, one behind the other, the first is read."""
+    return _is_whole(p) and not (isinstance(p.weight.format, CodeBook) and p.weight.format.levels is None)
 
 
 KERNEL = Kernel(
