@@ -23,7 +23,7 @@ from qcompile.binding import require_values
 from qcompile.errors import OptionsError, PlanError
 from qcompile.folds import fold_notes
 from qcompile.graph import Op
-from qcompile.numerics import dequantize, snr_db
+from qcompile.numerics import QParams, dequantize, exact_exp2, snr_db
 from qcompile.options import Options
 from qcompile.outliers import outlier_notes
 from qcompile.plan import Decision, Plan
@@ -205,7 +205,8 @@ class Quantized:
 
         def make() -> Pack:
             codes = weight.make()
-            snr = snr_db(self._prepared[site, constant.rpartition("_codes")[0]], dequantize(codes, weight.qparams))
+            held = self._prepared[site, constant.rpartition("_codes")[0]]
+            snr = _snr_db(held, codes, weight.qparams)
             return Pack(tensors=kernel.pack(codes, weight.qparams, problem.dtype), snr_db=snr)
 
         return self._pack(site, key, make, at_hand=weight.at_hand)
@@ -259,6 +260,13 @@ class Quantized:
         pack = PACKS.get(weight, key, make, at_hand=at_hand)
         self._packs.setdefault(site, {})[key] = pack
         return pack.tensors
+
+
+def _snr_db(weight: Tensor, codes: Tensor, qparams: QParams) -> float:
+    """Signal-to-noise ratio of codes, before their columns were lowered, if they were: as a plan keeps it of them."""
+    shift = () if qparams.lowered is None else qparams.lowered.shift
+    raised = exact_exp2(torch.tensor(shift, device=weight.device)) if shift else torch.ones((), device=weight.device)
+    return snr_db(weight * raised, dequantize(codes, qparams) * raised)
 
 
 def _stand_in(name: str, weight: Tensor, reuse: bool) -> Tensor:
