@@ -156,16 +156,17 @@ def load_checkpoint(folder: str | Path, model: nn.Module, device: str | torch.de
 
 def _one_of(stored: Mapping[str, Tensor], folder: Path) -> Tensor | None:
     """What a checkpoint holds of a tensor of the model, by its names: one, or several that are alike; or nothing."""
-    first = next(iter(stored), None)
-    if first is None:
+    if not stored:
         return None
-    dtype = stored[first].dtype
-    if apart := [name for name, t in stored.items() if t.dtype is not dtype or not torch.equal(t, stored[first])]:
+    first, *others = stored
+    one = stored[first]
+    # a tensor is not compared with itself: all of the files would be read for it, and NaN is unequal to NaN
+    if apart := [name for name in others if stored[name].dtype is not one.dtype or not torch.equal(stored[name], one)]:
         raise PlanError(
             f"{first!r} and {apart[0]!r} are one tensor in the model and two in {str(folder)!r} that differ: build the "
             "model without tying them (tie_word_embeddings=False, for a head that reads the table)"
         )
-    return stored[first]
+    return one
 
 
 def _missing(name: str, own: Tensor, floats: Mapping[str, Tensor], plan: Plan, folder: Path) -> str:

@@ -113,16 +113,18 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_one_tensor_of_a_model_takes_no_two_that_differ(tmp_path: Path) -> None:
     def tied() -> nn.Module:
-        model = nn.ModuleDict({"table": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+        model = nn.ModuleDict({"table": nn.Embedding(9, 4), "head": nn.Linear(4, 9)})
         model["head"].weight = model["table"].weight
         return model
 
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq", "bits": 4}}))
     table, model = torch.rand(9, 4), tied()
-    save_file({"table.weight": table, "head.weight": table.clone()}, tmp_path / "model.safetensors")
+    # a tensor is one with itself, NaN too
+    bias = {"head.bias": torch.full((9,), torch.nan)}
+    save_file({"table.weight": table, "head.weight": table.clone(), **bias}, tmp_path / "model.safetensors")
     assert qcompile.load(tmp_path, model).notes == ()
     assert torch.equal(model["head"].weight, table)
-    save_file({"table.weight": table, "head.weight": table + 1}, tmp_path / "model.safetensors")
+    save_file({"table.weight": table, "head.weight": table + 1, **bias}, tmp_path / "model.safetensors")
     with pytest.raises(PlanError, match=r"'table.weight' and 'head.weight' are one tensor .* without tying them"):
         qcompile.load(tmp_path, tied())
 
