@@ -23,6 +23,7 @@ from qcompile.backends.fx.values import attribute, dtype, example, fake_mode, in
 from qcompile.backends.fx.writes import is_written
 from qcompile.backends.triton.eight_bit_table import tail_width
 from qcompile.backends.triton.fp4_words import unpacked_octaves
+from qcompile.backends.triton.pairs import APART
 from qcompile.graph import Op
 from qcompile.spec import Spec
 
@@ -101,8 +102,8 @@ def _fuse(graph: FxGraph, quantize: fx.Node, capability: tuple[int, int]) -> boo
 def _replace(graph: FxGraph, quantize: fx.Node, before: _Before, spec: Spec, masked: Masked | None) -> None:
     offset = 0 if spec.symmetric or not _takes_offset(quantize) else OFFSET
     read = (before.x, before.second, before.weight, before.bias)
-    paired = _paired(graph, quantize) if spec.format.name == "fp8_e4m3" else []
-    shift = _narrowed(_readers(quantize)) if is_narrow(spec.format) else _octaves(graph, paired)
+    paired, lowered = _paired(graph, quantize) if spec.format.name == "fp8_e4m3" else ([], None)
+    shift = _narrowed(_readers(quantize)) if is_narrow(spec.format) else lowered
     more: tuple[Any, ...] = () if shift is None else (shift,)
     if masked is not None:
         more = (shift, masked.keep, _channels(graph, masked))
@@ -127,32 +128,31 @@ def _replace(graph: FxGraph, quantize: fx.Node, before: _Before, spec: Spec, mas
         quantize.graph.erase_node(masked.selected)
 
 
-def _paired(graph: FxGraph, quantize: fx.Node) -> list[fx.Node]:
-    """What reads the codes, and is given pairs of their rows: all that lower columns as the first one does."""
-    found = [reader for reader in _readers(quantize) if is_call(reader, _TAKES_PAIRS)]
-    octaves = [_packed(graph, reader) for reader in found]
-    return [r for r, own in zip(found, octaves, strict=True) if own is not None and _is_equal(own, octaves[0])]
+def _paired(graph: FxGraph, quantize: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
+    """What reads the codes, and is given pairs of their rows, with the constant by which these are lowered.
 
-
-def _packed(graph: FxGraph, reader: fx.Node) -> torch.Tensor | None:
-    """The octaves of a reader of pairs, as `fp4_words` packs them; None if they are no constant."""
-    octaves = reader.args[_OCTAVES]
+    That is all that lowers columns as the first one does that pairs hold; None without any.
+    """
+    held = {reader: _held(graph, reader) for reader in _readers(quantize) if is_call(reader, _TAKES_PAIRS)}
+    shift, first = next(((shift, reader) for reader, shift in held.items() if shift is not None), (None, None))
+    if shift is None or first is None:
+        return [], None
+    octaves = first.args[_OCTAVES]
     assert isinstance(octaves, fx.Node)
-    return graph.constant(octaves)
+    constant = graph.add_constant(f"{graph.name(octaves)}.shift", shift)
+    return [reader for reader, own in held.items() if _is_equal(own, shift)], constant
 
 
-def _octaves(graph: FxGraph, readers: Sequence[fx.Node]) -> fx.Node | None:
-    """Those by which readers of pairs lower columns, as a constant; None without readers."""
-    if not readers:
-        return None
-    codes, *_, octaves = readers[0].args[: _OCTAVES + 1]
+def _held(graph: FxGraph, reader: fx.Node) -> torch.Tensor | None:
+    """By how many octaves a reader of pairs lowers columns, int8 [1, K]; None if pairs do not hold as many."""
+    codes, octaves = reader.args[0], reader.args[_OCTAVES]
     assert isinstance(codes, fx.Node)
     assert isinstance(octaves, fx.Node)
-    K = graph.shape(codes)[-1]
-    assert isinstance(K, int)
-    held = graph.constant(octaves)
-    assert held is not None
-    return graph.add_constant(f"{graph.name(octaves)}.shift", unpacked_octaves(held, K))
+    packed, K = graph.constant(octaves), graph.shape(codes)[-1]
+    if packed is None or K is None:
+        return None
+    shift = unpacked_octaves(packed, K)
+    return None if int(shift.max()) > APART else shift
 
 
 def _channels(graph: FxGraph, masked: Masked) -> fx.Node:

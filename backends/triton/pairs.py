@@ -8,5 +8,6 @@ one, so that the input of a few takes the octaves for nothing, where the weight 
 
 # rows of x up to which twice as many cost less than lowering the weight
 MOST_ROWS = 32
-# octaves by which the second row is raised: with it E4M3 holds any of its numbers, lowered by up to as many
+# octaves by which the second row is raised: with it E4M3 holds any of its numbers, lowered by up to as many; by one
+# more, what is too small for the first row may be too large for the second
 APART = 14

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
@@ -18,13 +18,14 @@ from qcompile.backends.triton.fp4_ptx import lowered_ptx, narrowed_ptx, raised_o
 from qcompile.backends.triton.fp4_table import TABLE, Config, Tiles, choose
 from qcompile.backends.triton.fp4_words import lowered_words, packed_octaves, unpacked_octaves
 from qcompile.backends.triton.groups import UNITS
-from qcompile.backends.triton.pairs import MOST_ROWS
+from qcompile.backends.triton.pairs import APART, MOST_ROWS
 from qcompile.backends.triton.table import configs_of
 from qcompile.formats import code_values, parse_format
 from qcompile.numerics import dequantize, find_qparams, quantize
 from qcompile.recipe import MOST_SHIFTED
 from qcompile.shifts import lowered_codes, raised, room
 from qcompile.spec import parse_spec
+from tests.passes.test_split_outliers import with_outliers
 from tests.triton.compiled import name_of
 from tests.triton.fp4_cubins import kernel
 from tests.triton.fp4_on_cpu import FORMATS, OPS, bytes_of
@@ -176,7 +177,7 @@ def test_a_graph_lowered_for_hopper_computes_what_was_planned(fmt: str, given: s
     model, x = Heads(160).bfloat16().eval(), torch.randn(2, T, 160).bfloat16()
     rule = {"weight": f"{fmt}/channel", "input": given, "solver": "mse"}
     plan = qcompile.calibrate(model, [x], recipe={"rules": [rule]}, progress=False)
-    most = room(parse_format(fmt))
+    most = min(room(parse_format(fmt)), APART)
     decisions = {
         name: replace(d, shift=tuple((k * 5 + (name == "v")) % (most + 1) for k in range(160)))
         for name, d in plan.decisions.items()
@@ -188,6 +189,35 @@ def test_a_graph_lowered_for_hopper_computes_what_was_planned(fmt: str, given: s
     # one of both reads pairs of their rows, where scales are those of rows
     assert len(re.findall(r'octaves", %\d+', text)) == (1 if given == "fp8_e4m3/token" else 0)
     assert text.count(f": [{2 * MOST_ROWS}, 160]") == (1 if given == "fp8_e4m3/token" else 0)
+    assert error < 5e-3
+
+
+class Residual(nn.Module):
+    """Heads that read the norm of a sum that is read besides."""
+
+    def __init__(self, K: int) -> None:
+        super().__init__()
+        self.heads = Heads(K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.heads(total := x + x), total], -1)
+
+
+@pytest.mark.parametrize("outliers", [(), (3, 77)])
+@pytest.mark.parametrize("most", [APART, APART + 1])
+def test_pairs_stand_behind_all_else_that_a_quantization_gives(most: int, outliers: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = Residual(160).bfloat16().eval(), torch.randn(5, 160).bfloat16()
+    rule = {"weight": "fp4_e1m2/channel", "input": "fp8_e4m3/token", "solver": "mse"}
+    plan = qcompile.calibrate(model, [x], recipe={"rules": [rule]}, progress=False)
+    shift = tuple(k % (most + 1) for k in range(160))
+    decisions = {name: replace(d, shift=shift) for name, d in plan.decisions.items()}
+    plan = with_outliers(replace(plan, decisions=decisions), dict.fromkeys(decisions, outliers) if outliers else {})
+    with on_cpu(**OPS):
+        text, error = lowered_for_hopper(plan, model, x)
+    # pairs hold no column that is lowered further
+    assert text.count(f": [{2 * MOST_ROWS}, 160]") == (2 if most == APART else 0)
+    assert text.count("linear_fp4_lowered") == 2
     assert error < 5e-3
 
 

@@ -8,7 +8,7 @@ pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from qcompile.backends.fx.kernels import fp4_lowered
 from qcompile.backends.fx.rows import QUANTIZE_ROWS
-from qcompile.backends.triton.pairs import MOST_ROWS
+from qcompile.backends.triton.pairs import APART, MOST_ROWS
 from qcompile.backends.triton.quantize_rows import Rows, quantize_rows
 from qcompile.formats import parse_format
 from qcompile.numerics import dequantize, find_qparams, quantize
@@ -27,7 +27,7 @@ SPEC = parse_spec("fp8_e4m3/token")
 
 def octaves_of(fmt: str, K: int) -> Tensor:
     """int8 [1, K], the most and none among them."""
-    most = room(parse_format(fmt))
+    most = min(room(parse_format(fmt)), APART)
     found = torch.randint(0, most + 1, (1, K), dtype=torch.int8)
     found[0, 0], found[0, -1] = most, 0
     return found.cuda()
