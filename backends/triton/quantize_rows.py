@@ -115,11 +115,13 @@ def quantize_rows(
     result = Rows(codes=codes, scale=scale, zero=zero, total=total, tail=tail, pairs=pairs)
     if M == 0:
         return result
-    dependent = x.is_cuda and is_dependent(x.device)
+    dependent = is_dependent(x.device)
     given = (rows, other, *(None if t is None else t.contiguous() for t in (weight, bias)), shift, keep, channels)
     few = pairs if M <= MOST_ROWS else None
     made = (codes.view(torch.uint8) if narrow else codes, scale, zero, total, tail, few)
     strides = (rows.stride(0), 0 if other is None else other.stride(0), width)
+    # without constants of channels it would be a second binary, which does the same
+    holds = not (shift is None and keep is None) and warps_for(K) <= MOST_WARPS
     with on_device(x.device):
         launch(
             quantize_rows_kernel,
@@ -136,7 +138,7 @@ def quantize_rows(
                 # the interpreter knows no assembly, and its fused multiply-add is not fused
                 "INLINE": x.is_cuda,
                 "DEPENDENT": dependent,
-                "EARLY": dependent and processors_of(x.device) >= M and warps_for(K) <= MOST_WARPS,
+                "EARLY": dependent and holds and processors_of(x.device) >= M,
                 "BLOCK": block_for(K),
                 "TAIL": tail_block_for(outliers),
             },

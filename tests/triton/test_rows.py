@@ -1,10 +1,15 @@
 """Quantizing rows without a GPU: the kernel becomes a binary for each device; the interpreter finds exact codes."""
 
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
+from qcompile.backends.triton import quantize_rows
 from qcompile.backends.triton.before_rows import BEFORE
 from qcompile.backends.triton.quantize_rows import MAX_K, warps_for, why_not
 from qcompile.formats import Float, parse_format
@@ -55,6 +60,29 @@ def test_pairs_compile(before: str, K: int) -> None:
     for early in (False, True):
         made = cubin(K, 90, BFLOAT16, before, integer=False, second=True, early=early, pairs=True)
         assert made[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "given", "early"),
+    [
+        (1, 64, {"shift": torch.zeros(1, 64, dtype=torch.int8)}, True),
+        (1, 64, {"keep": torch.ones(64), "channels": torch.zeros(0, dtype=torch.int32)}, True),
+        (133, 64, {"shift": torch.zeros(1, 64, dtype=torch.int8)}, False),
+        (1, MAX_K, {"shift": torch.zeros(1, MAX_K, dtype=torch.int8)}, False),
+        # one binary for any number of rows
+        (1, 64, {"weight": torch.ones(64)}, False),
+    ],
+)
+def test_few_rows_hold_constants_early(
+    M: int, K: int, given: dict[str, Tensor], early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(quantize_rows, "launch", lambda *args, **options: launched.append(args))
+    monkeypatch.setattr(quantize_rows, "is_dependent", lambda device: True)
+    monkeypatch.setattr(quantize_rows, "processors_of", lambda device: 132)
+    monkeypatch.setattr(quantize_rows, "on_device", lambda device: nullcontext())
+    quantize_rows.quantize_rows(torch.zeros(M, K), parse_spec("fp8_e4m3/token"), **given)
+    assert launched[0][3]["EARLY"] is early
 
 
 @pytest.mark.parametrize("split", [False, True])
