@@ -3,7 +3,7 @@
     x[m, k] * 2**-octaves[k] = pairs[2 * m, k] + 2**-APART * pairs[2 * m + 1, k]
 
 One of both is zero: the second row has what is too small for the first. Tensor cores multiply eight rows in the time of
-one, so that the input of a few takes the octaves for nothing, where the weight would be lowered number by number.
+one, so that of a few rows the input takes the octaves for little, where the weight would be lowered number by number.
 """
 
 # rows of x up to which twice as many cost less than lowering the weight

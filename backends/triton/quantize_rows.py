@@ -30,7 +30,7 @@ class Rows:
     """codes int8, uint8 or fp8_e4m3 [..., K]; scale and zero float32 [..., 1]; total: x + second, in x's dtype.
 
     tail: outlier channels in x's dtype, zeros behind them up to the next multiple of TAIL_MULTIPLE.
-    pairs: fp8_e4m3 [2 * MOST_ROWS, K], of the rows if they are few, else anything.
+    pairs: uint8 [2 * MOST_ROWS, K], those of the rows if they are few; else nothing is written there.
     """
 
     codes: Tensor
