@@ -170,7 +170,7 @@ def _measured(case: Case, choice: Choice) -> Choice:
         raised=None if after or choice.shift is None else exact_exp2(-choice.shift).to(probe.weight.device),
         **input_of(case, choice),
     )
-    probe = probe if choice.scale is None else probe.scaled(choice.scale.to(probe.weight.device))
+    probe = probe if choice.scale is None else probe.scaled(choice.scale)
     return replace(choice, snr_db=probe.after(treatment))
 
 
@@ -254,7 +254,7 @@ def _least_noisy(case: Case, choices: Sequence[Choice]) -> Choice:
 
 def _inside(case: Case, choice: Choice) -> float:
     """Noise over signal of the outputs; a static input has its whole range, which is found at once and serves."""
-    probe = case.probe if choice.scale is None else case.probe.scaled(choice.scale.to(case.probe.weight.device))
+    probe = case.probe if choice.scale is None else case.probe.scaled(choice.scale)
     in_turn = case.rule.solver in IN_TURN
     treatment = Treatment(
         weight=case.rule.weight,
@@ -313,11 +313,14 @@ def _range_of_halves(case: Case, choice: Choice, spec: Spec) -> tuple[Tensor, Te
 
 def _clipped(new: Probe, least: Tensor, most: Tensor) -> float:
     """Noise over signal in the outputs of these rows if they are clipped.  least, most: float32 [K]."""
-    if new.signal == 0 or bool(((new.low >= least) & (new.high <= most)).all()):
+    reaching = ((new.low < least) | (new.high > most)).nonzero().flatten()
+    if new.signal == 0 or len(reaching) == 0:
         return 0.0
-    error = new.rows.clamp(least, most) - new.rows
-    hit = error.any(1).nonzero().flatten()  # mostly few rows
-    noise = new.squares(error[hit] @ new.weight.T)
+    # mostly few channels reach further, in few rows
+    rows = new.rows.index_select(1, reaching)
+    error = rows.clamp(least[reaching], most[reaching]) - rows
+    hit = error.any(1).nonzero().flatten()
+    noise = new.squares(error[hit] @ new.weight.index_select(1, reaching).T)
     return float((noise * new.counts[hit]).sum()) / new.signal
 
 

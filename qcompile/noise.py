@@ -11,7 +11,7 @@ from math import inf, log10
 import torch
 from torch import Tensor
 
-from qcompile.numerics import QParams, dequantize, find_qparams, quantize, snr_db
+from qcompile.numerics import QParams, dequantize, find_qparams, quantize, rounded, snr_db
 from qcompile.observers import Stats
 from qcompile.solvers import SOLVERS
 from qcompile.spec import Spec
@@ -75,6 +75,8 @@ class Probe:
     counts: Tensor
     features: Tensor | None = None
     numbers: Tensor | None = None
+    # of the scale that was tried last: channels are held out and inputs found under one scale after the other
+    _divided: list[tuple[Tensor, "Probe"]] = field(default_factory=list, init=False, repr=False)
 
     @cached_property
     def output(self) -> Tensor:
@@ -108,7 +110,14 @@ class Probe:
         return 10 * log10(self.signal / noise) if self.signal > 0 else -inf
 
     def scaled(self, scale: Tensor) -> "Probe":
-        """The same outputs from rows / scale and columns of the weight * scale.  scale: float32 [K]."""
+        """The same outputs from rows / scale and columns of the weight * scale.  scale: float32 [K], on any device."""
+        if self._divided and self._divided[0][0] is scale:
+            return self._divided[0][1]
+        made = self._scaled(scale.to(self.weight.device))
+        self._divided[:] = [(scale, made)]
+        return made
+
+    def _scaled(self, scale: Tensor) -> "Probe":
         numbers = None if self.numbers is None else self.numbers * scale
         made = replace(self, weight=self.weight * scale, rows=self.rows / scale, numbers=numbers)
         # not computed again for each scale that is tried
@@ -123,7 +132,7 @@ class Probe:
         output = _input(rows, treatment) @ treated(weight, treatment).T
         if kept:
             output += self.rows[:, kept] @ self.weight[:, kept].T
-        return self.snr_db(self.energy(output - self.output))
+        return self.snr_db(self.energy(output.sub_(self.output)))
 
 
 def probe(weight: Tensor, stats: Stats, *, whole: bool = False) -> Probe:
@@ -161,7 +170,7 @@ def measure_noise(probe: Probe, treatment: Treatment) -> Noise:
     if treatment.input is None:
         return Noise(snr_db=snr_db, weight_db=weight_db)
     qparams = _qparams(rows, treatment.input)
-    quantized = dequantize(quantize(rows, qparams), qparams)
+    quantized = rounded(rows, qparams)
     error = quantized - rows
     noise = error @ weight.T
     energy = probe.energy(noise)
@@ -182,11 +191,7 @@ def measure_noise(probe: Probe, treatment: Treatment) -> Noise:
 
 def _without(x: Tensor, channels: list[int]) -> Tensor:
     """x with these columns zero."""
-    if not channels:
-        return x
-    x = x.clone()
-    x[:, channels] = 0
-    return x
+    return x.index_fill(1, torch.tensor(channels, device=x.device), 0.0) if channels else x
 
 
 def treated(weight: Tensor, treatment: Treatment) -> Tensor:
@@ -198,7 +203,7 @@ def treated(weight: Tensor, treatment: Treatment) -> Tensor:
     # an error in a column that is lowered afterwards costs as much less
     importance = importance if factor is None or importance is None else importance / factor.square()
     qparams = SOLVERS[treatment.solver](taken, treatment.weight, importance)
-    quantized = dequantize(quantize(taken, qparams), qparams)
+    quantized = rounded(taken, qparams)
     return quantized if factor is None else quantized / factor
 
 
@@ -207,7 +212,7 @@ def _input(rows: Tensor, treatment: Treatment) -> Tensor:
         return rows
     taken = rows if treatment.factor is None else rows * treatment.factor
     qparams = _qparams(taken, treatment.input)
-    quantized = dequantize(quantize(taken, qparams), qparams)
+    quantized = rounded(taken, qparams)
     return quantized if treatment.factor is None else quantized / treatment.factor
 
 

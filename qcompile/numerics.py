@@ -200,6 +200,26 @@ def dequantize(codes: Tensor, qparams: QParams, dtype: torch.dtype = torch.float
     return view.reshape(codes.shape).to(dtype)
 
 
+def rounded(x: Tensor, qparams: QParams) -> Tensor:
+    """dequantize(quantize(x)) in fewer steps, to try many qparams: of integers no codes are made.
+
+    x: floating.  Returns float32, shape of x.
+    """
+    spec = qparams.spec
+    if qparams.codes is not None or not isinstance(spec.format, Integer):
+        return dequantize(quantize(x, qparams), qparams)
+    view, _ = tiles(x.float(), spec.granularity)
+    scale = over_tiles(qparams.scale, spec.granularity)
+    zero = None if qparams.zero is None else over_tiles(qparams.zero, spec.granularity)
+    if zero is None:
+        made = view.div(scale).round_().clamp_(*spec.code_range).mul_(scale)
+    elif spec.zero is Zero.MINIMUM:
+        made = view.sub(zero).div_(scale).round_().clamp_(*spec.code_range).mul_(scale).add_(zero)
+    else:
+        made = view.div(scale).round_().add_(zero).clamp_(*spec.code_range).sub_(zero).mul_(scale)
+    return made.reshape(x.shape)
+
+
 def fake_quantize(x: Tensor, spec: Spec) -> Tensor:
     """x rounded to what `spec` can hold: dequantize(quantize(x)).  Same shape and dtype as x."""
     qparams = find_qparams(x, spec)

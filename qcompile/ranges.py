@@ -16,7 +16,7 @@ from qcompile.clipping import KL_BINS, divergence_cells, least_divergence, least
 from qcompile.distribution import Distribution, lloyd_max_levels, quantile_levels
 from qcompile.errors import CalibrationError, RecipeError, SpecError, nearest
 from qcompile.formats import CodeBook
-from qcompile.numerics import QParams, dequantize, on_device, qparams_of_range, quantize
+from qcompile.numerics import QParams, on_device, qparams_of_range, rounded
 from qcompile.observers import BATCHES, History, Part, Stats
 from qcompile.spec import Spec, parse_granularity
 
@@ -306,7 +306,7 @@ def _rounding(lines: Lines, spec: Spec, ends: Range, inside: Range) -> Tensor:
     """Squared error of sampled values under a range, [C]; if they are not all there are, of those inside only."""
     alone = replace(spec, granularity=parse_granularity("channel"))
     qparams = qparams_of_range(ends[0][:, None], ends[1][:, None], alone)
-    error = (dequantize(quantize(lines.rows, qparams), qparams) - lines.rows).double().square() * lines.counts
+    error = (rounded(lines.rows, qparams) - lines.rows).double().square() * lines.counts
     if lines.whole:
         return error.sum(1)
     reach = torch.maximum(-inside[0], inside[1])[:, None]

@@ -119,7 +119,7 @@ def _options(case: Case, probe: Probe, choice: Choice) -> _Options:
 
 
 def _divided(probe: Probe, choice: Choice) -> Probe:
-    return probe if choice.scale is None else probe.scaled(choice.scale.to(probe.weight.device))
+    return probe if choice.scale is None else probe.scaled(choice.scale)
 
 
 def _same(one: Choice, other: Choice) -> bool:

@@ -1,5 +1,6 @@
 """The noise of a site: against the same sums written out, and with causes that were planted."""
 
+from dataclasses import replace
 from math import inf, log10
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qcompile.noise import FEATURES, Probe, Treatment, measure_noise, probe, shares_rows
-from qcompile.numerics import dequantize, fake_quantize, find_qparams, quantize
+from qcompile.numerics import dequantize, fake_quantize, find_qparams, quantize, rounded
 from qcompile.observers import observe
 from qcompile.spec import parse_spec
 
@@ -136,3 +137,24 @@ def test_a_large_weight_is_looked_at_in_part_unless_its_rows_share_scales() -> N
     }
     assert list(shared.values()) == [False, False, True, True]
     assert not shares_rows(None)
+
+
+@pytest.mark.parametrize(
+    "spec", ["int8/tensor", "int8/token/asym", "int4/g32", "int4/g32/min", "int8/b16x16", "fp8_e4m3/tensor", "nf4/g32"]
+)
+def test_rounding_in_fewer_steps_gives_the_oracles_numbers(spec: str) -> None:
+    x = 3 * torch.randn(32, 64, generator=torch.Generator().manual_seed(1)) + 0.5
+    before = x.clone()
+    # under half of the range, much is clipped
+    qparams = find_qparams(x, parse_spec(spec), clip=0.5)
+    assert torch.equal(rounded(x, qparams), dequantize(quantize(x, qparams), qparams))
+    assert torch.equal(x, before)
+
+
+def test_each_scale_gives_its_own_probe_and_a_changed_probe_none_of_the_old() -> None:
+    seen = some_probe()
+    one, two = torch.full((48,), 2.0), torch.full((48,), 4.0)
+    assert seen.scaled(one) is seen.scaled(one)
+    assert torch.equal(seen.scaled(two).rows, seen.rows / 4)
+    other = replace(seen, rows=2 * seen.rows)
+    assert torch.equal(other.scaled(two).rows, seen.rows / 2)
