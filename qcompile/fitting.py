@@ -6,6 +6,7 @@ from math import gcd
 import torch
 
 from qcompile.errors import SpecError, WeightError
+from qcompile.folds import is_finite
 from qcompile.graph import Op
 from qcompile.sites import Site
 from qcompile.spec import ALL, SCALES, Spec, Zero, by_channel, parse_granularity
@@ -23,10 +24,8 @@ def check_weight(site: Site) -> None:
             f"{where} has dtype {str(weight.dtype).removeprefix('torch.')}, not a floating one: it is quantized "
             "already; exclude it with a rule without specs, or load the float model"
         )
-    if weight.is_meta:
-        return
-    bad = weight.numel() - int(torch.isfinite(weight).sum())
-    if bad:
+    if not is_finite(weight):
+        bad = weight.numel() - int(torch.isfinite(weight).sum())
         raise WeightError(
             f"{where} holds {bad} NaN or Inf among {weight.numel()} values: load the checkpoint again, "
             "or exclude the site with a rule without specs"

@@ -74,7 +74,7 @@ def rescaled(name: str, tensor: Tensor, columns: Tensor | None, rows: Tensor | N
 
 def require_finite(name: str, made: Tensor, wide: Tensor) -> Tensor:
     """`made`, which is `wide` rounded to a shorter dtype.  Raises GraphError if finite numbers became infinite."""
-    if _is_finite(made) or not _is_finite(wide):
+    if is_finite(made) or not is_finite(wide):
         return made
     raise GraphError(
         f"a fold makes {name!r} overflow {str(made.dtype).removeprefix('torch.')}: its largest value would be "
@@ -82,7 +82,8 @@ def require_finite(name: str, made: Tensor, wide: Tensor) -> Tensor:
     )
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no NaN and no Inf is in a tensor of any shape and floating dtype; taken for granted on meta."""
     if tensor.is_meta or not tensor.numel():
         return True
     low, high = tensor.aminmax()
