@@ -108,6 +108,9 @@ def quantize_rows_kernel(
         # a kernel before may make them, as 1 + weight, so that they are not read yet
         prefetch(weight, K, BLOCK)
         prefetch(bias, K, BLOCK)
+        if not EARLY:
+            prefetch(shift, K, BLOCK)
+            prefetch(keep, K, BLOCK)
         gdc_wait()
         gdc_launch_dependents()
     x += row * stride_x
