@@ -84,14 +84,26 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Plan:
         tensors = load_file(folder / _TENSORS)
         plan = _plan(data, tensors)
     except OSError as e:
-        raise PlanError(
-            f"no plan in {str(folder)!r}: {e.strerror or e}; give the folder that qcompile.save wrote"
-        ) from e
+        raise PlanError(f"no plan in {str(folder)!r}: {_instead(folder, e)}") from e
     except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as e:
         raise PlanError(
             f"the plan in {str(folder)!r} is broken ({type(e).__name__}: {e}); save it again with qcompile.save"
         ) from e
     return plan if model is None else plan.bind(model)
+
+
+def _instead(folder: Path, error: OSError) -> str:
+    """What is there in place of a plan, and what to do."""
+    if folder.is_file():
+        return (
+            "that is a file; give the folder that qcompile.save wrote, or a .gguf file and its model to qcompile.load"
+        )
+    if (folder / "config.json").exists():
+        return (
+            "that is a model in float; compile it, torch.compile(model, backend='qcompile'), call it once, and write "
+            "it with qcompile.save"
+        )
+    return f"{error.strerror or error}; give the folder that qcompile.save wrote"
 
 
 def holds_model(folder: str | Path) -> bool:

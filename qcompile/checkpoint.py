@@ -95,7 +95,7 @@ def load_model(folder: str | Path, model: nn.Module, device: str | torch.device 
     Codes are compared with what was saved when they are read first, which is then an error of compiling; everything
     else here, and so what stays float is read once.
     """
-    folder, device = Path(folder), torch.device(device)
+    folder, device = Path(folder), _present(device)
     model = getattr(model, "_orig_mod", model)
     manifest = read_manifest(folder)
     require_fit(manifest, model, folder)
@@ -116,13 +116,24 @@ def load_model(folder: str | Path, model: nn.Module, device: str | torch.device 
     return plan.bind(model)
 
 
+def _present(device: str | torch.device) -> torch.device:
+    """The device.  Raises OptionsError if it is a CUDA device and there is none."""
+    found = torch.device(device)
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise OptionsError(
+            f"device={str(device)!r}, and this torch sees no CUDA device: load to the CPU, or see what "
+            "`qcompile doctor` says of the driver"
+        )
+    return found
+
+
 def load_checkpoint(folder: str | Path, model: nn.Module, device: str | torch.device = "cpu") -> Plan:
     """As `load_model`, of a checkpoint of others, see `qcompile.readers`; tensors take the dtypes that the model has.
 
     Its tensors go to the model's by name. What a model makes of itself when it is built, as the frequencies of rotary
     embeddings, such a checkpoint does not hold: only parameters may be on meta, and buffers that are saved.
     """
-    folder, device = Path(folder), torch.device(device)
+    folder, device = Path(folder), _present(device)
     model = getattr(model, "_orig_mod", model)
     plan, floats = read_checkpoint(folder)
     found: list[tuple[Tensor, tuple[str, ...], Tensor | None]] = []

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import qcompile
 from qcompile.cli import app
+from qcompile.errors import OptionsError
 from qcompile.graph import Op
 
 
@@ -139,3 +140,27 @@ def test_octaves_that_are_kept_beside_a_weight_are_named(weight: str, stored: st
     found = {row[0]: row[-1] for row in rows if len(row) > 1}
     # octaves of a block of numbers are in their scale
     assert (found["up"], found["fc"]) == (stored, "round")
+
+
+def test_what_is_no_plan_is_named(tmp_path: Path) -> None:
+    (tmp_path / "float").mkdir()
+    (tmp_path / "float" / "config.json").write_text("{}")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "empty").mkdir()
+    for name, said in (
+        ("float", "that is a model in float; compile it"),
+        ("model.gguf", "a .gguf file and its model to qcompile.load"),
+        ("empty", "No such file"),
+        ("nowhere", "give the folder that qcompile.save wrote"),
+    ):
+        result = CliRunner().invoke(app, ["inspect", str(tmp_path / name)])
+        assert result.exit_code != 0
+        assert said in " ".join(result.output.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_named(saved: Path) -> None:
+    with torch.device("meta"):
+        empty = Net()
+    with pytest.raises(OptionsError, match="sees no CUDA device"):
+        qcompile.load(saved, empty, device="cuda")
