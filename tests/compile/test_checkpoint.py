@@ -43,8 +43,8 @@ RECIPES = (
     "fp8-smooth-split-static",
 )
 
-# the others go the same ways as these
-QUICK = ("int8", "gptq4")
+# the others go the same ways, and int8 with each family below
+QUICK = ("gptq4",)
 
 
 def empty(family: str) -> nn.Module:
