@@ -179,7 +179,7 @@ def test_a_tail_that_is_multiplied_apart_has_no_more_columns_than_its_weight() -
     graph = FX.open(Net(CASES["norm"][0], nn.RMSNorm(K, eps=1e-5)), *pair())
     plan = make_plan([found.site for found in find_sites(graph)], parse_recipe("int8"))
     quantize_graph(graph, with_outliers(plan, {"q": SPLIT, "k": SPLIT}))
-    lower(graph, HOPPER, PlainPacks())
+    lower(graph, HOPPER, Packs())
     tails = [node for node in graph.module.graph.nodes if node.target is tail.OP]
     assert len(tails) == 2
     for node in tails:
