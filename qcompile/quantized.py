@@ -264,9 +264,11 @@ class Quantized:
 
 def _snr_db(weight: Tensor, codes: Tensor, qparams: QParams) -> float:
     """Signal-to-noise ratio of codes, before their columns were lowered, if they were: as a plan keeps it of them."""
-    shift = () if qparams.lowered is None else qparams.lowered.shift
-    raised = exact_exp2(torch.tensor(shift, device=weight.device)) if shift else torch.ones((), device=weight.device)
-    return snr_db(weight * raised, dequantize(codes, qparams) * raised)
+    held = dequantize(codes, qparams)
+    if qparams.lowered is None:
+        return snr_db(weight, held)
+    raised = exact_exp2(torch.tensor(qparams.lowered.shift, device=weight.device))
+    return snr_db(weight * raised, held * raised)
 
 
 def _stand_in(name: str, weight: Tensor, reuse: bool) -> Tensor:
