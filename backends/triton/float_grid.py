@@ -49,9 +49,3 @@ def on_grid(v, MOST: tl.constexpr, MANTISSA: tl.constexpr, LOWEST: tl.constexpr)
     # rounding up to the next binade carries by itself
     rounded = ((steps + ROUNDER) - ROUNDER) * power_of_two(exponent - MANTISSA)
     return (rounded.to(tl.int32, bitcast=True) | (v.to(tl.int32, bitcast=True) & SIGN)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def on_e4m3(v):
-    """The number of E4M3 nearest to v."""
-    return on_grid(v, 448.0, 3, -6)

@@ -11,9 +11,9 @@ WARMUP = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Captured:
-    """A graph that holds this many calls."""
+    """What runs this many calls: a graph that holds them, mostly."""
 
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     calls: int
 
 
@@ -29,7 +29,17 @@ def captured(call: Callable[[int], object], calls: int) -> Captured:
     with torch.cuda.graph(graph):
         for i in range(calls):
             call(i)
-    return Captured(graph=graph, calls=calls)
+    return Captured(replay=graph.replay, calls=calls)
+
+
+def called(call: Callable[[int], object], calls: int) -> Captured:
+    """The same without a graph, for calls that none can hold: the host's work counts where the device waits for it."""
+
+    def replay() -> None:
+        for i in range(calls):
+            call(i)
+
+    return Captured(replay=replay, calls=calls)
 
 
 def in_turns(graphs: Sequence[Captured], rounds: int) -> list[float]:
@@ -39,7 +49,7 @@ def in_turns(graphs: Sequence[Captured], rounds: int) -> list[float]:
     for turn in range(WARMUP + rounds):
         for captured_calls, found in zip(graphs, times, strict=True):
             begin.record()
-            captured_calls.graph.replay()
+            captured_calls.replay()
             end.record()
             torch.cuda.synchronize()
             if turn >= WARMUP:

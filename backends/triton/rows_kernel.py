@@ -10,6 +10,8 @@ A program holds a whole row in registers, so a row's result depends on nothing b
 of x (`before_rows`): from the same v, codes are those of `qcompile.numerics` to the bit.
 """
 
+from math import log2
+
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -23,12 +25,39 @@ from qcompile.backends.triton.before_rows import (
     weighted,
 )
 from qcompile.backends.triton.dependent import prefetch
-from qcompile.backends.triton.float_grid import ROUNDER, divide_by_one, on_e4m3, on_grid, power_of_two
+from qcompile.backends.triton.float_grid import ROUNDER, divide_by_one, on_grid, power_of_two
 from qcompile.backends.triton.pairs import APART
 from qcompile.numerics import SMALLEST_SCALE
 
 SMALLEST = tl.constexpr(SMALLEST_SCALE)
-RAISED_BY = tl.constexpr(2.0**APART)
+
+
+def _halves(power: float) -> str:
+    """A power of two as float16, twice in a word."""
+    exponent = (round(log2(power)) + 15) << 10
+    return f"{exponent << 16 | exponent:#x}"
+
+
+# Of four float32 in $3 ... $6 and octaves in the bytes of $7: $0 is the numbers of E4M3, $1 those of them that are
+# normal there when lowered, $2 the others, raised. In between they are float16, which holds all of them. Casts swap
+# neighbours: of one to E4M3 and back that does not, ptxas 12.8 makes one that reads another register.
+PAIR_PTX = tl.constexpr(f"""{{ .reg .b16 a, b; .reg .b32 f, l, h, p, q, least, raise;
+cvt.rn.satfinite.e4m3x2.f32 a, $3, $4; cvt.rn.satfinite.e4m3x2.f32 b, $5, $6;
+mov.b32 f, {{a, b}}; prmt.b32 $0, f, 0, 0x2301;
+cvt.rn.f16x2.e4m3x2 l, a; cvt.rn.f16x2.e4m3x2 h, b;
+shl.b32 f, $7, 2; sub.u32 f, 0x3C3C3C3C, f;
+prmt.b32 p, f, 0, 0x0414; prmt.b32 q, f, 0, 0x2434;
+mul.rn.f16x2 l, l, p; mul.rn.f16x2 h, h, q;
+mov.b32 least, {_halves(2.0**-6)}; mov.b32 raise, {_halves(2.0**APART)};
+abs.f16x2 p, l; abs.f16x2 q, h;
+set.ge.u32.f16x2 p, p, least; set.ge.u32.f16x2 q, q, least;
+and.b32 f, l, p; cvt.rn.satfinite.e4m3x2.f16x2 a, f;
+and.b32 f, h, q; cvt.rn.satfinite.e4m3x2.f16x2 b, f;
+mov.b32 f, {{a, b}}; prmt.b32 $1, f, 0, 0x2301;
+lop3.b32 l, l, p, 0, 0x30; lop3.b32 h, h, q, 0, 0x30;
+mul.rn.f16x2 l, l, raise; mul.rn.f16x2 h, h, raise;
+cvt.rn.satfinite.e4m3x2.f16x2 a, l; cvt.rn.satfinite.e4m3x2.f16x2 b, h;
+mov.b32 f, {{a, b}}; prmt.b32 $2, f, 0, 0x2301; }}""")
 
 
 @triton.jit
@@ -42,18 +71,11 @@ def _smaller(a, b):
 
 
 @triton.jit
-def _store_pair(pair, v, octaves, columns, inside, K):
-    """Numbers of E4M3, lowered by octaves, as a pair of rows.
-
-    They are rounded by their bits: of a cast to E4M3 and back ptxas 12.8 makes one that reads another register.
-    """
-    number = on_e4m3(v)
-    lowered = number * power_of_two(-octaves.to(tl.int32))
-    first = on_e4m3(lowered)
-    is_held = first == lowered
-    tl.store(pair + columns, tl.where(is_held, first, 0.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=inside)
-    second = tl.where(is_held, 0.0, lowered * RAISED_BY).to(tl.float8e4nv)
-    tl.store(pair + K + columns, second.to(tl.uint8, bitcast=True), mask=inside)
+def _pair_of(v, octaves):
+    """Numbers of E4M3, and the two that hold them lowered by octaves: bytes."""
+    return tl.inline_asm_elementwise(
+        PAIR_PTX, "=&r,=&r,=&r,r,r,r,r,r", [v, octaves], dtype=(tl.uint8, tl.uint8, tl.uint8), is_pure=True, pack=4
+    )
 
 
 @triton.jit
@@ -159,11 +181,15 @@ def quantize_rows_kernel(
         scaled = on_grid(scaled, MOST, MANTISSA, LOWEST) * power_of_two(octaves)
     if not INTEGER:
         # saturates; beyond the range is only what rounding put there
-        bits = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-        if pairs is not None:
+        if pairs is None:
+            bits = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        else:
             if not EARLY:
                 lowered = tl.load(shift + columns, mask=inside, other=0)
-            _store_pair(pairs + row * 2 * K, scaled, lowered, columns, inside, K)
+            bits, normal, rest = _pair_of(scaled, lowered)
+            pairs += row * 2 * K
+            tl.store(pairs + columns, normal, mask=inside)
+            tl.store(pairs + K + columns, rest, mask=inside)
     elif zeros is None:
         # within the range, because scale was found from the row
         bits = (scaled + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)

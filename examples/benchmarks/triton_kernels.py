@@ -6,13 +6,12 @@
 Each result is checked before it is timed. Times are medians of CUDA graph replays, one of each candidate in turn, so
 that all meet the same clocks; weights rotate over copies that no cache holds. The floor is the larger of bytes over
 the highest rate of reading that was measured, and operations over the rate of 8-bit products on the data sheet or the
-measured one of bfloat16. --check times nothing; what it compiles, later runs find in caches, so several such runs at
-once, of a shape each, save time. Formats and peers stand in linears.py. Writes
-examples/benchmarks/results/triton_kernels.json.
+measured one of bfloat16. What no graph can hold runs as it is called, gaps and all. --check times nothing; what it
+compiles, later runs find in caches, so several such runs at once, of a shape each, save time. Formats stand in
+linears.py, peers in linear_peers.py. Writes examples/benchmarks/results/triton_kernels.json.
 """
 
 import argparse
-import importlib.metadata
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +20,12 @@ from typing import Any
 
 import torch
 import triton
-from linears import DTYPE, FORMATS, Linear, Weight, floats, ours, peers, random_weight
+from linear_peers import peers, versions
+from linears import DTYPE, FORMATS, Linear, Weight, floats, ours, random_weight
 from result_files import RESULTS, command, device, write_result
 from torch import Tensor
 
-from qcompile.backends.triton.graphs import captured, in_turns
+from qcompile.backends.triton.graphs import called, captured, in_turns
 
 # of Llama-3.1-8B: gate and up, down, q and o, q and k and v
 SHAPES = ((28672, 4096), (4096, 14336), (4096, 4096), (6144, 4096))
@@ -105,7 +105,9 @@ def measure(
         running = {title: linear for title, (linear, most) in linears.items() if most >= M}
         found = errors(running, x, N)
         graphs = [
-            captured(lambda i, run=linear.call, x=x: run(x, i), min(linear.copies, 2) if M > MANY else linear.copies)
+            (captured if linear.graphed else called)(
+                lambda i, run=linear.call, x=x: run(x, i), min(linear.copies, 2) if M > MANY else linear.copies
+            )
             for linear in running.values()
         ]
         us = dict(zip(running, in_turns(graphs, FEW_ROUNDS if M > MANY else ROUNDS), strict=True))
@@ -145,15 +147,6 @@ def show(row: Mapping[str, Any]) -> None:
     )
 
 
-def versions() -> dict[str, str]:
-    """Of what was measured beside torch."""
-    found = {"triton": triton.__version__}
-    try:
-        return found | {"gemlite": importlib.metadata.version("gemlite")}
-    except importlib.metadata.PackageNotFoundError:
-        return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
@@ -177,7 +170,8 @@ def main() -> None:
     result: dict[str, Any] = {
         "command": command(),
         **device("cuda"),
-        **versions(),
+        "triton": triton.__version__,
+        **(versions() if given.peers else {}),
         "read_tb_s": round(limits.bytes / 1e6, 3),
         "bf16_tflop_s": round(limits.operations / 1e6, 1),
         "results": [],

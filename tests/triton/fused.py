@@ -80,10 +80,9 @@ def pairs_of(codes: Tensor, octaves: Tensor) -> Tensor:
     if rows.shape[0] > MOST_ROWS:
         return found
     lowered_rows = rows.view(torch.float8_e4m3fn).double() * torch.exp2(-octaves.double())
-    first = lowered_rows.to(torch.float8_e4m3fn)
-    is_held = first.double() == lowered_rows
-    second = (lowered_rows * 2.0**APART).masked_fill(is_held, 0).to(torch.float8_e4m3fn)
-    pairs = torch.stack([first.view(torch.uint8) * is_held, second.view(torch.uint8)], dim=1)
+    is_normal = lowered_rows.abs() >= 2.0**-6
+    first, second = lowered_rows.masked_fill(~is_normal, 0), lowered_rows.masked_fill(is_normal, 0) * 2.0**APART
+    pairs = torch.stack([first, second], dim=1).to(torch.float8_e4m3fn).view(torch.uint8)
     found[: 2 * rows.shape[0]] = pairs.flatten(0, 1)
     return found
 
