@@ -36,6 +36,19 @@ class Tiles:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RingTiles:
+    """`eight_bit_ring`. tokens, channels: of a tile of y; stages: steps of 128 columns in flight.
+
+    resident: programs that share a multiprocessor.
+    """
+
+    tokens: int
+    channels: int
+    stages: int
+    resident: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class HopperTiles:
     """`hopper`. tokens: of a group of four warps, half a tile of y; channels: of a tile.
 
@@ -52,8 +65,26 @@ class Library:
     """`torch._scaled_mm` (cuBLASLt), of fp8."""
 
 
-Config = Tiles | HopperTiles | Library
+Config = Tiles | RingTiles | HopperTiles | Library
 # with few channels there are fewer programs than multiprocessors, so each holds more of its weight in flight
+RINGS: tuple[Entry[Config], ...] = (
+    Entry(capabilities=HOPPER, rows=8, channels=8192, config=RingTiles(tokens=8, channels=128, stages=6, resident=2)),
+    Entry(capabilities=HOPPER, rows=16, channels=8192, config=RingTiles(tokens=16, channels=128, stages=4, resident=2)),
+    # long rows, of which a program has many steps, with a ring or without
+    Entry(
+        capabilities=HOPPER,
+        rows=16,
+        columns=8192,
+        config=Tiles(tokens=16, channels=64, depth=256, stages=6, warps=4, described=True),
+    ),
+    Entry(capabilities=HOPPER, rows=8, config=RingTiles(tokens=8, channels=64, stages=16, resident=1)),
+    Entry(capabilities=HOPPER, rows=16, config=RingTiles(tokens=16, channels=64, stages=14, resident=1)),
+    Entry(capabilities=HOPPER, rows=32, channels=8192, config=RingTiles(tokens=32, channels=128, stages=4, resident=2)),
+    Entry(capabilities=HOPPER, rows=32, config=RingTiles(tokens=32, channels=64, stages=12, resident=1)),
+    Entry(capabilities=HOPPER, rows=64, channels=8192, config=RingTiles(tokens=64, channels=128, stages=4, resident=2)),
+    Entry(capabilities=HOPPER, rows=64, config=RingTiles(tokens=64, channels=64, stages=12, resident=1)),
+)
+# what the copy engine does not take
 FEW_ROWS: tuple[Entry[Config], ...] = (
     Entry(
         capabilities=HOPPER,
@@ -101,6 +132,6 @@ SAFE: tuple[Entry[Config], ...] = (
     Entry(rows=64, config=Tiles(tokens=64, channels=64, depth=128, stages=3, warps=4)),
     Entry(config=Tiles(tokens=128, channels=128, depth=64, stages=3, warps=8)),
 )
-INT8 = FEW_ROWS + MANY_ROWS + SAFE
+INT8 = RINGS + FEW_ROWS + MANY_ROWS + SAFE
 # more rows: cuBLASLt is as fast as a kernel would be, and takes bfloat16 results of whole vectors only
-FP8 = FEW_ROWS + SAFE[:2] + (Entry(config=Library()),) + SAFE[2:]
+FP8 = RINGS + FEW_ROWS + SAFE[:2] + (Entry(config=Library()),) + SAFE[2:]

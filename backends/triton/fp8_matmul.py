@@ -9,9 +9,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from qcompile.backends.triton import eight_bit
+from qcompile.backends.triton import eight_bit, eight_bit_ring
 from qcompile.backends.triton.eight_bit import Operands
-from qcompile.backends.triton.eight_bit_table import FP8, Config, Library, Tiles
+from qcompile.backends.triton.eight_bit_table import FP8, Config, Library, RingTiles, Tiles
 from qcompile.backends.triton.table import capability_of, fitting, is_measured, on_device
 from qcompile.backends.triton.tuned import is_worth, tuned_entries
 
@@ -37,9 +37,12 @@ def fp8_matmul(o: Operands, config: Config | None = None) -> Tensor:
         for chosen in _configs(M, N, K, o.x.device) if config is None else (config,):
             if isinstance(chosen, Tiles):
                 return eight_bit.matmul(o, chosen)
+            if isinstance(chosen, RingTiles) and eight_bit_ring.why_not(o) is None:
+                return eight_bit_ring.matmul(o, chosen)
             if isinstance(chosen, Library) and _library_takes(o):
                 return _library(o)
-    raise ValueError(f"{config} cannot run this: cuBLASLt makes bfloat16 of N={N} and K={K} multiples of {MULTIPLE}")
+    library = f"cuBLASLt makes bfloat16 of N={N} and K={K} multiples of {MULTIPLE}"
+    raise ValueError(f"{config} cannot run this: {eight_bit_ring.why_not(o) or library}")
 
 
 @lru_cache(maxsize=4096)

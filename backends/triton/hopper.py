@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from qcompile.backends.triton.descriptors import described
 from qcompile.backends.triton.eight_bit import Operands, can_describe, row_stride, step
 from qcompile.backends.triton.eight_bit_table import HopperTiles
+from qcompile.backends.triton.items import next_stage
 from qcompile.backends.triton.launch import launch
 from qcompile.backends.triton.table import processors_of
 
@@ -50,12 +51,6 @@ def _place(tile, tiles_m, tiles_n, ROWS: gl.constexpr):
     first = tile // band * ROWS
     height = min(tiles_m - first, ROWS)
     return first + tile % band % height, tile % band // height
-
-
-@gluon.jit
-def _next(index, phase, STAGES: gl.constexpr):
-    wraps = index + 1 == STAGES
-    return gl.where(wraps, 0, index + 1), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon.jit
@@ -87,11 +82,11 @@ def _copy_all(
         m, n = row * TOKENS, column * CHANNELS
         for k in range(0, K, DEPTH):
             _copy(x, w, ring, index, phase, m, k, [n, k], GROUPS)
-            index, phase = _next(index, phase, STAGES)
+            index, phase = next_stage(index, phase, STAGES)
         if x_tail is not None:
             for t in range(0, T, w_tail.block_type.shape[0]):
                 _copy(x_tail, w_tail, ring, index, phase, m, t, [t, n], GROUPS)
-                index, phase = _next(index, phase, STAGES)
+                index, phase = next_stage(index, phase, STAGES)
 
 
 @gluon.jit
@@ -149,7 +144,7 @@ def _multiply_all(
             # the product before this one is done, and its stage is free
             sums = warpgroup_mma_wait(num_outstanding=1, deps=(sums,))
             mbarrier.arrive(free.index(gl.where(index == 0, STAGES, index) - 1), count=1, pred=k > 0)
-            index, phase = _next(index, phase, STAGES)
+            index, phase = next_stage(index, phase, STAGES)
         tokens = m + gl.arange(0, TOKENS, gl.SliceLayout(1, integers))
         channels = n + gl.arange(0, CHANNELS, gl.SliceLayout(0, integers))
         is_token, is_channel = tokens < M, channels < N
@@ -174,7 +169,7 @@ def _multiply_all(
                 result = warpgroup_mma(x_stage, w_stage, result, is_async=True)
                 result = warpgroup_mma_wait(num_outstanding=0, deps=(result,))
                 mbarrier.arrive(free.index(index), count=1)
-                index, phase = _next(index, phase, STAGES)
+                index, phase = next_stage(index, phase, STAGES)
             result = gl.convert_layout(result, integers, assert_trivial=True)
         _store(result, y, y_stage, bias, residual, stride_residual, m, n, M, N)
     tma.store_wait(pendings=0)

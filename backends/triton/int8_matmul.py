@@ -12,9 +12,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from qcompile.backends.triton import eight_bit, hopper
+from qcompile.backends.triton import eight_bit, eight_bit_ring, hopper
 from qcompile.backends.triton.eight_bit import Operands
-from qcompile.backends.triton.eight_bit_table import INT8, Config, HopperTiles, Tiles
+from qcompile.backends.triton.eight_bit_table import INT8, Config, HopperTiles, RingTiles, Tiles
 from qcompile.backends.triton.table import capability_of, fitting, is_measured, on_device
 from qcompile.backends.triton.tuned import is_worth, tuned_entries
 
@@ -40,9 +40,12 @@ def int8_matmul(o: Operands, config: Config | None = None) -> Tensor:
         for chosen in _configs(M, N, K, o.x.device) if config is None else (config,):
             if isinstance(chosen, Tiles):
                 return eight_bit.matmul(o, chosen)
+            if isinstance(chosen, RingTiles) and eight_bit_ring.why_not(o) is None:
+                return eight_bit_ring.matmul(o, chosen)
             if isinstance(chosen, HopperTiles) and hopper.why_not(o) is None:
                 return hopper.matmul(o, chosen)
-    raise ValueError(f"{config} cannot run this: {hopper.why_not(o)}")
+    reason = eight_bit_ring.why_not(o) if isinstance(config, RingTiles) else hopper.why_not(o)
+    raise ValueError(f"{config} cannot run this: {reason}")
 
 
 @lru_cache(maxsize=4096)

@@ -127,6 +127,8 @@ def quantize_rows_kernel(
         lowered = tl.load(shift + columns, mask=inside, other=0) if shift is not None else None
         left = tl.load(keep + columns, mask=inside, other=0.0) if keep is not None else None
     if DEPENDENT:
+        # a matmul that follows fills its room with weights, also while the kernel before this one still runs
+        gdc_launch_dependents()
         # a kernel before may make them, as 1 + weight, so that they are not read yet
         prefetch(weight, K, BLOCK)
         prefetch(bias, K, BLOCK)
@@ -134,7 +136,6 @@ def quantize_rows_kernel(
             prefetch(shift, K, BLOCK)
             prefetch(keep, K, BLOCK)
         gdc_wait()
-        gdc_launch_dependents()
     x += row * stride_x
     if second is not None:
         second += row * stride_second

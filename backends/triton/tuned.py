@@ -28,7 +28,7 @@ _KINDS: Mapping[str, type[Config]] = {
     kind.__name__: kind
     for kind in (
         *(width_table.FewRows, width_table.ManyRows, width_table.Unpack),
-        *(eight_bit_table.Tiles, eight_bit_table.HopperTiles, eight_bit_table.Library),
+        *(eight_bit_table.Tiles, eight_bit_table.RingTiles, eight_bit_table.HopperTiles, eight_bit_table.Library),
         *(int4_int8_table.Int4Int8Tiles, int4_int8_table.AsInt8),
     )
 }

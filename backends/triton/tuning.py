@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.backends.triton.eight_bit_table import HopperTiles, Library, Tiles
+from qcompile.backends.triton.eight_bit_table import HopperTiles, Library, RingTiles, Tiles
 from qcompile.backends.triton.families import DTYPE, FAMILIES, Family, given, reference
 from qcompile.backends.triton.graphs import Captured, captured, in_turns
 from qcompile.backends.triton.int4_int8_table import AsInt8, Int4Int8Tiles
@@ -49,6 +49,7 @@ CHOICES: Mapping[type, Mapping[str, tuple[int, ...]]] = {
         "depth": (64, 128, 256),
         "stages": (2, 3, 4, 5, 6),
     },
+    RingTiles: {"channels": (64, 128), "stages": (3, 4, 6, 8, 12, 14, 16), "resident": (1, 2)},
     HopperTiles: {"tokens": (64, 128), "channels": (64, 128, 256), "stages": (3, 4, 6, 8)},
     Int4Int8Tiles: {
         "tokens": (8, 16, 32, 64, 128, 192, 256),

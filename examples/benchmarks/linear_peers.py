@@ -19,6 +19,8 @@ from qcompile.backends.fx.kernels import KERNELS
 
 # relative error that they may have to the float linear, or to what they made of their weight
 LIMIT = 6e-2
+# rows that kernels for 4-bit weights and those of gemlite are measured with
+FEW = range(1, 129)
 # of an activation, from which bitsandbytes multiplies in 16 bits
 THRESHOLD = 6.0
 
@@ -141,23 +143,28 @@ def torchao(config: str, weight: Weight) -> Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """Another way to run a format. rows: M at most that it is for; needs: a package beside torch."""
+    """Another way to run a format. rows: M that it is for; needs: a package beside torch."""
 
     make: Callable[[Weight], Linear]
-    rows: int = 8192
+    rows: range = range(1, 8193)
     needs: str | None = None
 
 
 PEERS: Mapping[str, Mapping[str, Peer]] = {
     "int4": {
-        "tinygemm": Peer(make=tinygemm, rows=128),
-        "gemlite A16W4": Peer(make=partial(gemlite, "A16Wn"), rows=128, needs="gemlite"),
+        "tinygemm": Peer(make=tinygemm, rows=FEW),
+        "gemlite A16W4": Peer(make=partial(gemlite, "A16Wn"), rows=FEW, needs="gemlite"),
     },
     "nf4": {"bitsandbytes nf4": Peer(make=bitsandbytes_nf4, needs="bitsandbytes")},
     "int8": {
         "Inductor, _int_mm": Peer(make=partial(inductor, "int8")),
-        "gemlite A8W8 int8": Peer(make=partial(gemlite, "A8W8_int8_dynamic"), rows=128, needs="gemlite"),
-        "torchao int8": Peer(make=partial(torchao, "Int8DynamicActivationInt8WeightConfig"), needs="torchao"),
+        "gemlite A8W8 int8": Peer(make=partial(gemlite, "A8W8_int8_dynamic"), rows=FEW, needs="gemlite"),
+        "torchao int8": Peer(
+            # the library's product that it calls is for more than 16 rows
+            make=partial(torchao, "Int8DynamicActivationInt8WeightConfig"),
+            rows=range(17, 8193),
+            needs="torchao",
+        ),
         "bitsandbytes int8": Peer(make=partial(bitsandbytes_int8, 0.0), needs="bitsandbytes"),
     },
     "int8 split": {
@@ -167,7 +174,7 @@ PEERS: Mapping[str, Mapping[str, Peer]] = {
     },
     "fp8": {
         "Inductor, _scaled_mm": Peer(make=partial(inductor, "fp8")),
-        "gemlite A8W8 fp8": Peer(make=partial(gemlite, "A8W8_fp8_dynamic"), rows=128, needs="gemlite"),
+        "gemlite A8W8 fp8": Peer(make=partial(gemlite, "A8W8_fp8_dynamic"), rows=FEW, needs="gemlite"),
         "torchao fp8": Peer(make=partial(torchao, "Float8DynamicActivationFloat8WeightConfig"), needs="torchao"),
     },
 }

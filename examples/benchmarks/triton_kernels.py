@@ -67,9 +67,10 @@ def ceilings() -> Ceilings:
     return Ceilings(bytes=source.nbytes / min(moved), operations=2 * 8192**3 / multiplied)
 
 
-def candidates(weight: Weight, most: int, *, with_peers: bool) -> dict[str, tuple[Linear, int]]:
-    """What is measured, and for how many rows at most."""
-    found = {"ours": (ours(weight), most), "bf16": (floats(weight), most)}
+def candidates(weight: Weight, most: int, *, with_peers: bool) -> dict[str, tuple[Linear, range]]:
+    """What is measured, and for which numbers of rows."""
+    every = range(1, most + 1)
+    found = {"ours": (ours(weight), every), "bf16": (floats(weight), every)}
     if with_peers:
         found |= {title: (peer.make(weight), peer.rows) for title, peer in peers(weight.format)}
     return found
@@ -89,7 +90,7 @@ def check(name: str, N: int, K: int, rows: Sequence[int], *, with_peers: bool) -
     weight = random_weight(name, N, K)
     linears = candidates(weight, max(rows), with_peers=with_peers)
     for M in rows:
-        running = {title: linear for title, (linear, most) in linears.items() if most >= M}
+        running = {title: linear for title, (linear, takes) in linears.items() if M in takes}
         print(name, N, K, M, errors(running, weight.example(M), N), flush=True)
 
 
@@ -102,16 +103,9 @@ def measure(
     results = []
     for M in rows:
         x = weight.example(M)
-        running = {title: linear for title, (linear, most) in linears.items() if most >= M}
+        running = {title: linear for title, (linear, takes) in linears.items() if M in takes}
         found = errors(running, x, N)
-        graphs = [
-            (captured if linear.graphed else called)(
-                lambda i, run=linear.call, x=x: run(x, i), min(linear.copies, 2) if M > MANY else linear.copies
-            )
-            for linear in running.values()
-        ]
-        us = dict(zip(running, in_turns(graphs, FEW_ROUNDS if M > MANY else ROUNDS), strict=True))
-        del graphs
+        us = times(running, x)
         results.append(
             {
                 "format": name,
@@ -130,6 +124,20 @@ def measure(
         )
         show(results[-1])
     return results
+
+
+def times(running: Mapping[str, Linear], x: Tensor) -> dict[str, float]:
+    """Microseconds of each linear: of those that graphs hold, and then of the others, behind which graphs are slow."""
+    M = x.shape[0]
+    found: dict[str, float] = {}
+    for graphed, made in ((True, captured), (False, called)):
+        timed = {title: linear for title, linear in running.items() if linear.graphed is graphed}
+        calls = [
+            made(lambda i, run=linear.call: run(x, i), min(linear.copies, 2) if M > MANY else linear.copies)
+            for linear in timed.values()
+        ]
+        found |= zip(timed, in_turns(calls, FEW_ROUNDS if M > MANY else ROUNDS), strict=True)
+    return found
 
 
 def against_floats(linear: Linear, weight: Tensor, x: Tensor) -> float:

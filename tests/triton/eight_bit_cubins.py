@@ -4,15 +4,21 @@ import torch
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from qcompile.backends.triton import eight_bit, hopper
-from qcompile.backends.triton.eight_bit_table import HopperTiles, Tiles
+from qcompile.backends.triton import eight_bit, eight_bit_ring, hopper
+from qcompile.backends.triton.eight_bit_table import HopperTiles, RingTiles, Tiles
 from tests.triton.compiled import NAMES, compiled, described
 
 OPTIONAL = ("zero", "sum_w", "bias", "residual", "x_tail", "w_tail")
 
 
 def cubin(
-    config: Tiles | HopperTiles, capability: int, codes: torch.dtype, dtype: torch.dtype, *, full: bool, tail: bool
+    config: Tiles | RingTiles | HopperTiles,
+    capability: int,
+    codes: torch.dtype,
+    dtype: torch.dtype,
+    *,
+    full: bool,
+    tail: bool,
 ) -> bytes:
     """The binary of the configuration's kernel, as its launcher would have it compiled.
 
@@ -22,6 +28,8 @@ def cubin(
     optional = {"zero": "*fp32", "sum_w": "*i32", "bias": f"*{name}", "residual": f"*{name}"} if full else {}
     if isinstance(config, HopperTiles):
         return _hopper(config, capability, name, optional, tail)
+    if isinstance(config, RingTiles):
+        return _ring(config, capability, NAMES[codes], name, optional, tail)
     optional |= dict.fromkeys(("x_tail", "w_tail"), f"*{name}") if tail else {}
     return _eight_bit(config, capability, NAMES[codes], name, optional)
 
@@ -66,6 +74,25 @@ def _hopper(config: HopperTiles, capability: int, name: str, optional: dict[str,
         }
     constants = {"GROUPS": hopper.GROUPS, "STAGES": config.stages, "ROWS": hopper.ROWS_OF_TILES}
     return _compiled(GluonASTSource, hopper.hopper_kernel, given | optional, constants, capability, {"num_warps": 4})
+
+
+def _ring(config: RingTiles, capability: int, codes: str, name: str, optional: dict[str, str], tail: bool) -> bytes:
+    row = eight_bit_ring.ROW
+    given = {
+        "x": described(codes, [config.tokens, row]),
+        "w": described(codes, [config.channels, row]),
+        "y": f"*{name}",
+        "scale_x": "*fp32",
+        "scale_w": "*fp32",
+    }
+    if tail:
+        optional |= {
+            "x_tail": described(name, [config.tokens, row // 2]),
+            "w_tail": described(name, [row // 2, config.channels]),
+        }
+    constants = {"STAGES": config.stages, "COPYING": eight_bit_ring.COPYING}
+    options = eight_bit_ring.options(config)
+    return _compiled(GluonASTSource, eight_bit_ring.ring_kernel, given | optional, constants, capability, options)
 
 
 def _compiled(
