@@ -15,11 +15,11 @@ from torch import Tensor
 from qcompile.cases import Case, Choice
 from qcompile.channels import tied
 from qcompile.formats import FORMATS, Float, Format, Integer, parse_format
-from qcompile.noise import Probe, Treatment
-from qcompile.numerics import QParams, exact_exp2, qparams_of_range, widened
+from qcompile.noise import BEYOND, Probe, Treatment
+from qcompile.numerics import QParams, dequantize, exact_exp2, qparams_of_range, quantize, widened
 from qcompile.observers import Stats, importance_of
 from qcompile.ranges import parse_observer
-from qcompile.recipe import FLOAT
+from qcompile.recipe import FLOAT, Rule
 from qcompile.shifts import COARSE, FINE, floor_shift, lowers_columns, scales_alone, shift_of
 from qcompile.smooth import AWQ, awq_scale, smooth_scale
 from qcompile.solvers import IN_TURN
@@ -83,7 +83,7 @@ def prepared_stats(stats: Stats, choice: Choice) -> Stats:
 
 def _best(case: Case, spec: Spec | None) -> Choice:
     """The choice under one input spec."""
-    if spec is not None and (case.rule.shift is not None or case.rule.format == FLOAT):
+    if spec is not None and _goes_by_octaves(case.rule):
         return _clipped_best(case, _shifted(case, spec, case.rule.shift))
     plain = _split(case, Choice(input=spec))
     if case.rule.smooth is None or case.channels is None:
@@ -125,24 +125,30 @@ def _of_power(case: Case, spec: Spec | None, power: float) -> Choice:
     return Choice(input=spec, scale=scale, strength=power)
 
 
+def _goes_by_octaves(rule: Rule) -> bool:
+    """Whether channels are shifted, not smoothed, and the range that the observer finds is clipped or widened."""
+    return rule.shift is not None or rule.format == FLOAT
+
+
 def _shifted(case: Case, spec: Spec, most: int | None) -> Choice:
     """The shift of least noise, or none."""
-    plain = _measured(case, Choice(input=spec))
+    plain = Choice(input=spec)
     alone = scales_alone(case.rule.weight)
     if most is None or (not alone and case.channels is None):
-        return plain
+        return _least_noisy(case, [plain])
 
-    def measured(shift: Tensor) -> Choice:
+    def raised(shift: Tensor) -> Choice:
         if not bool(shift.any()):
             return plain
-        return _measured(case, replace(plain, shift=shift) if alone else replace(plain, scale=exact_exp2(-shift)))
+        return replace(plain, shift=shift) if alone else replace(plain, scale=exact_exp2(-shift))
 
     shifts = partial(shift_of, case.stats.amax, case.channels, most)
-    coarse = {left_out: measured(shifts(left_out)) for left_out in COARSE}
-    best = max(coarse, key=lambda left_out: coarse[left_out].snr_db)
-    fine = [measured(shifts(best + step)) for step in FINE]
-    whole = measured(floor_shift(case.stats.amax, case.channels, most))
-    return max((plain, *coarse.values(), *fine, whole), key=lambda choice: choice.snr_db)
+    coarse = {left_out: raised(shifts(left_out)) for left_out in COARSE}
+    best = _least_noisy(case, list(coarse.values()))
+    middle = next(o for o, tried in coarse.items() if tried.shift is best.shift and tried.scale is best.scale)
+    whole = raised(floor_shift(case.stats.amax, case.channels, most))
+    others = _least_noisy(case, [plain, *(raised(shifts(middle + step)) for step in FINE), whole])
+    return max(best, others, key=lambda choice: choice.snr_db)
 
 
 def _clipped_best(case: Case, choice: Choice) -> Choice:
@@ -150,28 +156,10 @@ def _clipped_best(case: Case, choice: Choice) -> Choice:
 
     The observer's range is that of least error of the input's own numbers.
     """
-    if not _is_static(choice.input) or choice.input.scale != "fp32":
+    if not CLIPS or not _is_static(choice.input) or choice.input.scale != "fp32":
         return choice
-    tried = (_measured(case, replace(choice, clip=clip)) for clip in CLIPS)
-    best = max(tried, key=lambda clipped: clipped.snr_db, default=choice)
+    best = _least_noisy(case, [replace(choice, clip=clip) for clip in CLIPS])
     return best if best.snr_db > choice.snr_db + LEAST_GAIN else choice
-
-
-def _measured(case: Case, choice: Choice) -> Choice:
-    """The choice with the signal-to-noise ratio of the outputs; a static range is found as it will be in the end."""
-    probe, rule = case.probe, case.rule
-    # what is lowered after its numbers were chosen has the same noise under every shift
-    after = lowers_columns(rule.weight)
-    stats = case.stats if choice.scale is None else case.stats.divided(choice.scale)
-    treatment = Treatment(
-        weight=None if after else rule.weight,
-        solver=rule.solver,
-        importance=stats.importance.to(probe.weight.device) if rule.weighs_columns and not after else None,
-        raised=None if after or choice.shift is None else exact_exp2(-choice.shift).to(probe.weight.device),
-        **input_of(case, choice),
-    )
-    probe = probe if choice.scale is None else probe.scaled(choice.scale)
-    return replace(choice, snr_db=probe.after(treatment))
 
 
 def input_of(case: Case, choice: Choice) -> dict[str, Any]:
@@ -240,7 +228,9 @@ def _candidates(case: Case, choice: Choice) -> Iterator[tuple[int, ...]]:
 
 def _least_noisy(case: Case, choices: Sequence[Choice]) -> Choice:
     """The choice of least noise, of equals the first, with its signal-to-noise ratio."""
-    inside = [_inside(case, choice) for choice in choices]
+    # one that stands there several times is measured once
+    measured = {choice: _inside(case, choice) for choice in dict.fromkeys(choices)}
+    inside = [measured[choice] for choice in choices]
     best, least = -1, inf
     for i in sorted(range(len(choices)), key=inside.__getitem__):
         # clipping only adds noise: those behind it are no better
@@ -253,10 +243,33 @@ def _least_noisy(case: Case, choices: Sequence[Choice]) -> Choice:
 
 
 def _inside(case: Case, choice: Choice) -> float:
-    """Noise over signal of the outputs; a static input has its whole range, which is found at once and serves."""
+    """Noise over signal of the outputs for the rows that calibration saw."""
     probe = case.probe if choice.scale is None else case.probe.scaled(choice.scale)
+    treatment = _by_octaves(case, choice) if _goes_by_octaves(case.rule) else _by_range(case, choice)
+    snr_db = probe.after(treatment)
+    # what is no number is no good
+    return inf if isnan(snr_db) else 10 ** (-snr_db / 10)
+
+
+def _by_octaves(case: Case, choice: Choice) -> Treatment:
+    """How the sites are quantized by octaves; a static range is found as it will be in the end."""
+    rule, device = case.rule, case.probe.weight.device
+    # what is lowered after its numbers were chosen has the same noise under every shift
+    after = lowers_columns(rule.weight)
+    stats = case.stats if choice.scale is None else case.stats.divided(choice.scale)
+    return Treatment(
+        weight=None if after else rule.weight,
+        solver=rule.solver,
+        importance=stats.importance.to(device) if rule.weighs_columns and not after else None,
+        raised=None if after or choice.shift is None else exact_exp2(-choice.shift).to(device),
+        **input_of(case, choice),
+    )
+
+
+def _by_range(case: Case, choice: Choice) -> Treatment:
+    """How the sites are quantized; a static input has its whole range, which is found at once and serves."""
     in_turn = case.rule.solver in IN_TURN
-    treatment = Treatment(
+    return Treatment(
         weight=case.rule.weight,
         input=_whole_range(case, choice, choice.input) if _is_static(choice.input) else choice.input,
         # those that are run in turn begin with its scales
@@ -264,9 +277,6 @@ def _inside(case: Case, choice: Choice) -> float:
         channels=tuple(choice.outliers),
         importance=_importance(case, choice) if in_turn or case.rule.weighs_columns else None,
     )
-    snr_db = probe.after(treatment)
-    # what is no number is no good
-    return inf if isnan(snr_db) else 10 ** (-snr_db / 10)
 
 
 def _is_static(spec: Spec | None) -> TypeGuard[Spec]:
@@ -284,31 +294,58 @@ def _beyond(case: Case, choice: Choice) -> float:
     """Noise over signal that a static range will add when it clips rows that calibration did not see.
 
     The sampled rows are new to each other: scale and range are found on half of them, and what they clip of the other
-    half is that noise. The more rows were seen, the more rarely one reaches further: as often as 1 / count.
+    half, beyond what they clip of their own, is that noise. The more rows were seen, the more rarely one reaches
+    further: as often as 1 / count.
     """
     spec = choice.input
     if case.halves is None or not _is_static(spec):
         return 0.0
     one, other = case.halves
     least, most = _range_of_halves(case, choice, spec)
-    noise = (_clipped(other, least[0], most[0]) + _clipped(one, least[1], most[1])) / 2
-    return noise * float(one.counts.sum()) / case.stats.count
+    noise = _clipped(other, least[0], most[0]) + _clipped(one, least[1], most[1])
+    if noise > 0:
+        noise -= _clipped(one, least[0], most[0]) + _clipped(other, least[1], most[1])
+    return max(noise, 0.0) / 2 * float(one.counts.sum()) / case.stats.count
 
 
 def _range_of_halves(case: Case, choice: Choice, spec: Spec) -> tuple[Tensor, Tensor]:
     """The ends, float32 [2, K], between which numbers are not clipped by scale and range of each half of the rows."""
     low, high = case.extremes
-    scale = torch.ones_like(low)
-    if choice.scale is not None:
-        assert choice.strength is not None
-        scale = _scale(case, torch.maximum(-low, high), choice.strength)
+    scale = _scale_of_halves(case, choice, torch.maximum(-low, high))
     outliers = _indices(choice.outliers, case.stats).to(low.device)
     low = (low / scale).index_fill(1, outliers, 0.0).amin(1, keepdim=True).clamp(max=0.0)
     high = (high / scale).index_fill(1, outliers, 0.0).amax(1, keepdim=True).clamp(min=0.0)
     if spec.symmetric:
         low, high = torch.minimum(low, -high), torch.maximum(high, -low)
+    if _goes_by_octaves(case.rule):
+        # a range of least error hardly depends on what reaches furthest: half of the rows have it, too, or reach less
+        first, last = _ends(input_of(case, replace(choice, clip=0.0))["input"])
+        low, high = low.clamp(min=first) * 2.0**choice.clip, high.clamp(max=last) * 2.0**choice.clip
     # what the scale takes from a row it gives to the weight: both are left as they are
     return (low * scale).index_fill(1, outliers, -inf), (high * scale).index_fill(1, outliers, inf)
+
+
+def _scale_of_halves(case: Case, choice: Choice, amax: Tensor) -> Tensor:
+    """What each half of the rows would have the activation divided by, float32 [2, K].  amax: [2, K], of the halves."""
+    scale = choice.scale if choice.shift is None else exact_exp2(-choice.shift)
+    if scale is None:
+        return torch.ones_like(amax)
+    if choice.strength is not None:
+        return _scale(case, amax, choice.strength)
+    scale, reach = scale.to(amax.device), case.stats.amax.to(amax.device)
+    if case.channels is not None:
+        amax, reach = tied(amax, case.channels), tied(reach, case.channels)
+    # a channel that is raised until it reaches the end would be raised further where it reaches less; but not one that
+    # reaches it anyway, or is raised by as much as the rule allows
+    follows = (scale < 1) & (scale > 2.0 ** -(case.rule.shift or 0)) & (amax > 0)
+    return torch.where(follows, scale * (amax / reach), scale)
+
+
+def _ends(qparams: QParams) -> tuple[float, float]:
+    """The least and the greatest number of a grid with one scale."""
+    codes = quantize(torch.tensor([-BEYOND, BEYOND], device=qparams.scale.device), qparams)
+    first, last = dequantize(codes, qparams).tolist()
+    return first, last
 
 
 def _clipped(new: Probe, least: Tensor, most: Tensor) -> float:

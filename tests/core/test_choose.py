@@ -13,9 +13,11 @@ from qcompile.choose import (
     LEAST_SMOOTHING,
     POWERS,
     choose,
+    input_of,
     prepared_stats,
     rivals,
 )
+from qcompile.noise import Treatment
 from qcompile.numerics import QParams, dequantize, qparams_of_range, quantize
 from qcompile.observers import observe
 from qcompile.recipe import FLOAT, Rule
@@ -275,6 +277,28 @@ def test_weights_in_blocks_are_divided_before_they_are_quantized(spec: Spec) -> 
         > choose(case(level, rule, weight * torch.ones(K).index_fill(0, torch.tensor(LOUD), 50))).snr_db - 0.5
     )
     assert choose(case(x, rule, weight, free=False)).scale is None
+
+
+@pytest.mark.parametrize("weight", [E2M1, None])
+@pytest.mark.parametrize("count", [400, 2000])
+def test_a_shift_leaves_room_for_rows_that_were_not_seen(weight: Spec | None, count: int) -> None:
+    """Raised to where the largest that was seen meets the end of the range, every channel clips the next rows."""
+    x = torch.randn(20000, 256, generator=torch.Generator().manual_seed(0)) ** 3 * torch.linspace(0, -6, 256).exp2()
+    rule = Rule(weight=weight, input=parse_spec("fp8_e3m4/tensor"), observer="minmax", shift=14)
+    made = case(x[:count], rule)
+    found, plain = choose(made), Choice(input=rule.input)
+    full = replace(plain, shift=floor_shift(made.stats.amax, None, 14))
+
+    def snr_db(rows: Tensor, choice: Choice) -> float:
+        probe = replace(made.probe, rows=rows, counts=torch.ones(len(rows), dtype=torch.float64))
+        probe = probe if choice.scale is None else probe.scaled(choice.scale)
+        return probe.after(Treatment(**input_of(made, choice)))
+
+    seen, unseen = x[:count], x[10000:]
+    assert snr_db(seen, full) > snr_db(seen, plain) + 0.3
+    assert snr_db(unseen, full) < snr_db(unseen, plain) - 6
+    assert snr_db(unseen, found) > snr_db(unseen, plain) - 2
+    assert found.snr_db == pytest.approx(snr_db(unseen, found), abs=2)
 
 
 def test_columns_are_lowered_as_the_input_is_raised_and_as_the_weight_fits() -> None:
