@@ -7,7 +7,7 @@ FAST = not slow and not gpu
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help torch install install-test install-dev minilm demo test test-slow kernels gpu check format bench
+.PHONY: help torch install install-test install-dev minilm demo test test-slow triton kernels gpu check format bench
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,8 +39,10 @@ minilm: install
 demo: minilm  ## a real model, quantized, beside its float original (under 3 minutes)
 	@$(PYTHON) -m qcompile.cli demo
 
-test: install-test minilm  ## all tests that need neither a GPU nor patience
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m '$(FAST)'
+# what needs Triton runs apart, and of what only compiles, each kernel once for every device
+test: install-test minilm triton  ## all tests that need neither a GPU nor patience
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m '$(FAST)' --ignore tests/triton
+	$(WITH_TRITON) -m '$(FAST) and not again' tests/triton
 
 test-slow: install-dev minilm  ## the slow tests: real models, wheels, fresh environments
 	$(PYTHON) -m pytest -m 'slow and not gpu'
@@ -49,9 +51,12 @@ test-slow: install-dev minilm  ## the slow tests: real models, wheels, fresh env
 KERNELS = build/triton
 # what the kernels were measured with; not in constraints.txt, as torch for CUDA brings the one that it was built for
 TRITON ?= triton==3.6.0
-kernels: install-test  ## compile and interpret the GPU kernels without a GPU (installs Triton in build/)
+WITH_TRITON = PYTHONPATH=$(CURDIR)/$(KERNELS) OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS)
+triton: install-test
 	@test -d $(KERNELS)/triton || $(PIP) --no-deps --target $(KERNELS) "$(TRITON)"
-	PYTHONPATH=$(CURDIR)/$(KERNELS) OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) -m '$(FAST)' tests/triton
+
+kernels: triton  ## compile and interpret the GPU kernels without a GPU, in every configuration
+	$(WITH_TRITON) -m '$(FAST)' tests/triton
 
 gpu:  ## the tests that need a CUDA device; installs nothing
 	$(PYTHON) -m pytest -m gpu

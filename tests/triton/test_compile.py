@@ -62,6 +62,7 @@ def test_slices_compile(config: Config) -> None:
     assert cubin(config, 90, torch.bfloat16, FORMS["int8"], parts=4)[:4] == b"\x7fELF"
 
 
+@pytest.mark.again
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_books_in_the_smallest_groups_compile(capability: int) -> None:
     form = Form(width="book", groups=COLUMNS // SMALLEST_GROUP, wide=True, zero=False)
@@ -92,6 +93,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.again
 @pytest.mark.parametrize("form", BLOCKS, ids=str)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_minima_and_integer_scales_compile(form: Form, capability: int) -> None:
