@@ -4,7 +4,8 @@
 
 A causal language model on 64 windows of 512 tokens, in batches of 1 and of 8 windows: `qcompile.calibrate` from start
 to plan, and before each of its batches the float model alone on the same one, so that a machine that slows down slows
-both; a batch's time is the median over all of them. What follows the last batch is the median over the rounds. Memory
+both. Activations of small batches are looked at together, so that what counts is the sum over all batches; of it, and
+of what follows the last batch, the median over the rounds. Memory
 is of a process of its own that calibrates on 16 or on 256 batches of one window: the most that it ever holds, and what
 it holds before the last batch once the allocator has given back what is free, which it keeps as it happens to lie.
 Writes examples/benchmarks/results/calibration_cost.json.
@@ -43,7 +44,7 @@ def windows_of(model: Any, folder: Path, tokens: Path, count: int) -> Tensor:
 
 
 class Timed:
-    """Calibrations on the same batches, each run plainly before: seconds of both, and of what follows the last."""
+    """Calibrations on the same batches, each run plainly before: seconds of both, and of what follows, a round each."""
 
     def __init__(self, model: nn.Module, recipe: str, batches: Sequence[dict[str, Any]]) -> None:
         self._model, self._recipe, self._batches = model, recipe, batches
@@ -53,26 +54,27 @@ class Timed:
 
     def run(self) -> None:
         """One calibration, from start to plan."""
-        asked = 0.0
+        asked = plain = calibrated = 0.0
 
         def batches() -> Iterator[dict[str, Any]]:
-            nonlocal asked
+            nonlocal asked, plain, calibrated
             for batch in self._batches:
                 start = time.perf_counter()
                 self._model(**batch)
                 given = time.perf_counter()
                 yield batch
                 asked = time.perf_counter()
-                self.plain.append(given - start)
-                self.calibrated.append(asked - given)
+                plain += given - start
+                calibrated += asked - given
 
         qcompile.calibrate(self._model, batches(), recipe=self._recipe, progress=False)
         self.rest.append(time.perf_counter() - asked)
+        self.plain.append(plain)
+        self.calibrated.append(calibrated)
 
     def row(self) -> dict[str, float]:
-        """Of all batches at the pace of the median one: a machine that stalls at times hits few."""
-        plain, each = (median(times) * len(self._batches) for times in (self.plain, self.calibrated))
-        rest = median(self.rest)
+        """Of all batches, the median over the rounds."""
+        plain, each, rest = (median(times) for times in (self.plain, self.calibrated, self.rest))
         found = {"plain": plain, "calibrating": each + rest, "after_the_last_batch": rest}
         return {
             **{f"{name}_seconds": round(seconds, 3) for name, seconds in found.items()},
