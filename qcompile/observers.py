@@ -297,7 +297,8 @@ def _exceeding(rows: Tensor, amax: Tensor, channels: Histogram | None) -> Tensor
         return torch.where(amax >= THRESHOLD, channels.reaching(THRESHOLD), 0)
     for part in rows.split(max(1, step_size(rows, CHUNK) // (len(large) if gathered else len(amax)))):
         chosen = part.index_select(1, large) if gathered else part
-        found = (chosen.abs() >= THRESHOLD).float().sum(0).long()
+        # ones and zeros in place: a tensor of bool would be slow to make numbers of
+        found = chosen.float().abs().ge_(THRESHOLD).sum(0).long()
         exceeding[large] += found if gathered else found[large]
     return exceeding
 
