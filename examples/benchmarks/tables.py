@@ -252,10 +252,11 @@ def triton_peers_table() -> str:
     """The same linears in other libraries, in the same run."""
     found = result("triton_kernels")
     N, K = max((row["N"], row["K"]) for row in found["results"])
+    libraries = ", ".join(f"{name} {found[name]}" for name in ("gemlite", "torchao", "bitsandbytes"))
     text = (
-        f"The same beside others in one run on an {found['device']}, {N} x {K}, microseconds: the library's products "
-        f"with everything around them by Inductor, tinygemm of torch, gemlite {found['gemlite']} "
-        f"(`examples/benchmarks/triton_kernels.py`). {drawing('triton_kernels', 'All shapes, drawn')}."
+        f"The same beside others, {found['device']}, {N} x {K}, microseconds: the library's products with everything "
+        f"around them by Inductor, tinygemm of torch, {libraries} (`examples/benchmarks/triton_kernels.py`). "
+        f"{drawing('triton_kernels', 'All shapes, drawn')}.{remark(found)}"
     )
     rows = (
         (

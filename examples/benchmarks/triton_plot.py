@@ -31,6 +31,7 @@ PEERS: Sequence[Style] = (
     {"color": "#e69f00", "marker": "s", "markersize": 3.5, "linewidth": 1},
     {"color": "#009e73", "marker": "^", "markersize": 4, "linewidth": 1},
     {"color": "#cc79a7", "marker": "D", "markersize": 3.5, "linewidth": 1},
+    {"color": "#56b4e9", "marker": "v", "markersize": 4, "linewidth": 1},
 )
 # inches: a panel, what stands above all of them, and a line of text below
 WIDE, HIGH, HEAD, LINE = 2.8, 1.5, 1.1, 0.16
