@@ -37,6 +37,8 @@ RESCUE_DB, RESCUE_GAIN = 34.0, 3.0
 LEAST_RID = 6e-5
 # dB that a split and that smoothing must gain: less is within what other rows would show
 LEAST_GAIN, LEAST_SMOOTHING = 0.3, 0.5
+# that a shift must gain, which under inputs of 8 bits costs a little time
+LEAST_SHIFT = 0.05
 # bits of exponent that are tried, as in LLM-FP4's code: more reach further than any tensor does
 MOST_EXPONENT = 5
 # octaves by which a static range may be wider than the observer finds it, if that gains as much as a split must; no
@@ -83,7 +85,7 @@ def prepared_stats(stats: Stats, choice: Choice) -> Stats:
 
 def _best(case: Case, spec: Spec | None) -> Choice:
     """The choice under one input spec."""
-    if spec is not None and _goes_by_octaves(case.rule):
+    if _goes_by_octaves(spec, case.rule):
         return _clipped_best(case, _shifted(case, spec, case.rule.shift))
     plain = _split(case, Choice(input=spec))
     if case.rule.smooth is None or case.channels is None:
@@ -125,17 +127,17 @@ def _of_power(case: Case, spec: Spec | None, power: float) -> Choice:
     return Choice(input=spec, scale=scale, strength=power)
 
 
-def _goes_by_octaves(rule: Rule) -> bool:
+def _goes_by_octaves(spec: Spec | None, rule: Rule) -> TypeGuard[Spec]:
     """Whether channels are shifted, not smoothed, and the range that the observer finds is clipped or widened."""
-    return rule.shift is not None or rule.format == FLOAT
+    return spec is not None and (rule.shift is not None or rule.format == FLOAT)
 
 
 def _shifted(case: Case, spec: Spec, most: int | None) -> Choice:
     """The shift of least noise, or none."""
-    plain = Choice(input=spec)
+    plain = _least_noisy(case, [Choice(input=spec)])
     alone = scales_alone(case.rule.weight)
     if most is None or (not alone and case.channels is None):
-        return _least_noisy(case, [plain])
+        return plain
 
     def raised(shift: Tensor) -> Choice:
         if not bool(shift.any()):
@@ -147,8 +149,9 @@ def _shifted(case: Case, spec: Spec, most: int | None) -> Choice:
     best = _least_noisy(case, list(coarse.values()))
     middle = next(o for o, tried in coarse.items() if tried.shift is best.shift and tried.scale is best.scale)
     whole = raised(floor_shift(case.stats.amax, case.channels, most))
-    others = _least_noisy(case, [plain, *(raised(shifts(middle + step)) for step in FINE), whole])
-    return max(best, others, key=lambda choice: choice.snr_db)
+    others = _least_noisy(case, [*(raised(shifts(middle + step)) for step in FINE), whole])
+    found = max(best, others, key=lambda choice: choice.snr_db)
+    return found if found.snr_db > plain.snr_db + LEAST_SHIFT else plain
 
 
 def _clipped_best(case: Case, choice: Choice) -> Choice:
@@ -245,7 +248,7 @@ def _least_noisy(case: Case, choices: Sequence[Choice]) -> Choice:
 def _inside(case: Case, choice: Choice) -> float:
     """Noise over signal of the outputs for the rows that calibration saw."""
     probe = case.probe if choice.scale is None else case.probe.scaled(choice.scale)
-    treatment = _by_octaves(case, choice) if _goes_by_octaves(case.rule) else _by_range(case, choice)
+    treatment = _by_octaves(case, choice) if _goes_by_octaves(choice.input, case.rule) else _by_range(case, choice)
     snr_db = probe.after(treatment)
     # what is no number is no good
     return inf if isnan(snr_db) else 10 ** (-snr_db / 10)
@@ -317,7 +320,7 @@ def _range_of_halves(case: Case, choice: Choice, spec: Spec) -> tuple[Tensor, Te
     high = (high / scale).index_fill(1, outliers, 0.0).amax(1, keepdim=True).clamp(min=0.0)
     if spec.symmetric:
         low, high = torch.minimum(low, -high), torch.maximum(high, -low)
-    if _goes_by_octaves(case.rule):
+    if _goes_by_octaves(spec, case.rule):
         # a range of least error hardly depends on what reaches furthest: half of the rows have it, too, or reach less
         first, last = _ends(input_of(case, replace(choice, clip=0.0))["input"])
         low, high = low.clamp(min=first) * 2.0**choice.clip, high.clamp(max=last) * 2.0**choice.clip

@@ -1,4 +1,9 @@
-"""Kernels that start before the one before them in their stream has ended, and wait inside for what that writes."""
+"""Kernels that start before the one before them in their stream has ended, and wait inside for what that writes.
+
+What they read before they wait are constants: written by none of the last kernels of the stream. One that waits may let
+the next start first, so that a kernel runs beside the last but one, too; it still waits for all of them, each of which
+has waited for the one before it.
+"""
 
 import torch
 import triton

@@ -40,6 +40,7 @@ class Operands:
 
     x [M, K] and w [N, K] of one dtype; scale_x and zero float32, one a row or one for all; scale_w float32, one a
     channel; sum_w int32 [N], read with zero; bias [N]; residual [M, N]; x_tail [M, at least T] and w_tail [T, N].
+    is_made: w is what the kernel before makes, not a constant, so that nothing of it may be read sooner.
     """
 
     x: Tensor
@@ -53,6 +54,7 @@ class Operands:
     residual: Tensor | None = None
     x_tail: Tensor | None = None
     w_tail: Tensor | None = None
+    is_made: bool = False
 
 
 @triton.jit

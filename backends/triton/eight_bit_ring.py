@@ -195,6 +195,8 @@ def ring_kernel(
 
 def why_not(o: Operands) -> str | None:
     """None if this kernel can multiply `o`, else the reason."""
+    if o.is_made:
+        return "the weight is made by the kernel before, and would be read too soon"
     if not can_describe(*(t for t in (o.x, o.w, o.x_tail, o.w_tail) if t is not None)):
         return f"rows of codes or of the tail are not multiples of 16 bytes, at K={o.x.shape[1]}"
     if o.x_tail is not None and o.x_tail.element_size() != 2:

@@ -66,17 +66,14 @@ class Library:
 
 
 Config = Tiles | RingTiles | HopperTiles | Library
-# with few channels there are fewer programs than multiprocessors, so each holds more of its weight in flight
+# few channels: there are fewer programs than multiprocessors, so each holds more of its weight in flight
+_FEW = Tiles(tokens=16, channels=64, depth=256, stages=6, warps=4, described=True)
+# an H200 was measured with each (examples/benchmarks/results/ring_h200.json)
 RINGS: tuple[Entry[Config], ...] = (
     Entry(capabilities=HOPPER, rows=8, channels=8192, config=RingTiles(tokens=8, channels=128, stages=6, resident=2)),
     Entry(capabilities=HOPPER, rows=16, channels=8192, config=RingTiles(tokens=16, channels=128, stages=4, resident=2)),
-    # long rows, of which a program has many steps, with a ring or without
-    Entry(
-        capabilities=HOPPER,
-        rows=16,
-        columns=8192,
-        config=Tiles(tokens=16, channels=64, depth=256, stages=6, warps=4, described=True),
-    ),
+    # long rows: programs have many steps, and gain nothing by a start that is sooner
+    Entry(capabilities=HOPPER, rows=16, columns=8192, config=_FEW),
     Entry(capabilities=HOPPER, rows=8, config=RingTiles(tokens=8, channels=64, stages=16, resident=1)),
     Entry(capabilities=HOPPER, rows=16, config=RingTiles(tokens=16, channels=64, stages=14, resident=1)),
     Entry(capabilities=HOPPER, rows=32, channels=8192, config=RingTiles(tokens=32, channels=128, stages=4, resident=2)),
@@ -84,7 +81,7 @@ RINGS: tuple[Entry[Config], ...] = (
     Entry(capabilities=HOPPER, rows=64, channels=8192, config=RingTiles(tokens=64, channels=128, stages=4, resident=2)),
     Entry(capabilities=HOPPER, rows=64, config=RingTiles(tokens=64, channels=64, stages=12, resident=1)),
 )
-# what the copy engine does not take
+# what the ring refuses
 FEW_ROWS: tuple[Entry[Config], ...] = (
     Entry(
         capabilities=HOPPER,
@@ -95,7 +92,7 @@ FEW_ROWS: tuple[Entry[Config], ...] = (
     Entry(
         capabilities=HOPPER,
         rows=16,
-        config=Tiles(tokens=16, channels=64, depth=256, stages=6, warps=4, described=True),
+        config=_FEW,
     ),
     Entry(
         capabilities=HOPPER,

@@ -1,7 +1,7 @@
 """W8A8 on fp8 tensor cores: y = (x @ w.T) * (scale_x * scale_w) + bias + residual.
 
-x fp8_e4m3 [M, K], w fp8_e4m3 [N, K]. Few rows run through `eight_bit`; from some number of rows on cuBLASLt
-(`torch._scaled_mm`) is faster, and the table names it.
+x fp8_e4m3 [M, K], w fp8_e4m3 [N, K]. Few rows run through `eight_bit_ring` or `eight_bit`; from some number of rows on
+cuBLASLt (`torch._scaled_mm`) is faster, and the table names it.
 """
 
 from functools import lru_cache
@@ -42,7 +42,8 @@ def fp8_matmul(o: Operands, config: Config | None = None) -> Tensor:
             if isinstance(chosen, Library) and _library_takes(o):
                 return _library(o)
     library = f"cuBLASLt makes bfloat16 of N={N} and K={K} multiples of {MULTIPLE}"
-    raise ValueError(f"{config} cannot run this: {eight_bit_ring.why_not(o) or library}")
+    reason = eight_bit_ring.why_not(o) if isinstance(config, RingTiles) else library
+    raise ValueError(f"{config} cannot run this: {reason}")
 
 
 @lru_cache(maxsize=4096)

@@ -108,6 +108,7 @@ def _as_int8(o: Operands, dtype: torch.dtype, config: AsInt8) -> Tensor:
         zero=o.zero,
         sum_w=o.totals,
         bias=o.bias,
+        is_made=True,
     )
     return int8_matmul.int8_matmul(operands)
 

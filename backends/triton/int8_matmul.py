@@ -1,4 +1,4 @@
-"""W8A8 on integer tensor cores, for any number of rows, by the kernel that the table names: `eight_bit` or `hopper`.
+"""W8A8 on integer tensor cores, for any number of rows, by the kernel that the table names.
 
     y = ((x - zero) @ w.T) * (scale_x * scale_w) + x_tail @ w_tail + bias + residual
 

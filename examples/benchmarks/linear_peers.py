@@ -18,7 +18,7 @@ from torch import nn
 from qcompile.backends.fx.kernels import KERNELS
 
 # relative error that they may have to the float linear, or to what they made of their weight
-LIMIT = 6e-2
+PEER_LIMIT = 6e-2
 # rows that kernels for 4-bit weights and those of gemlite are measured with
 FEW = range(1, 129)
 # of an activation, from which bitsandbytes multiplies in 16 bits
@@ -50,7 +50,7 @@ def tinygemm(weight: Weight) -> Linear:
         reference=weight.oracle,
         copies=len(copies),
         nbytes=nbytes,
-        limit=LIMIT,
+        limit=PEER_LIMIT,
     )
 
 
@@ -76,7 +76,7 @@ def gemlite(processor: str, weight: Weight) -> Linear:
         reference=exact,
         copies=len(copies),
         nbytes=nbytes,
-        limit=LIMIT,
+        limit=PEER_LIMIT,
     )
 
 
@@ -92,7 +92,7 @@ def bitsandbytes_nf4(weight: Weight) -> Linear:
         reference=lambda x: x.float() @ exact.T,
         copies=len(copies),
         nbytes=nbytes + state.absmax.nbytes,
-        limit=LIMIT,
+        limit=PEER_LIMIT,
     )
 
 
@@ -115,7 +115,7 @@ def bitsandbytes_int8(threshold: float, weight: Weight) -> Linear:
         reference=lambda x: x.float() @ weight.floats.T,
         copies=len(copies),
         nbytes=weight.floats.numel(),
-        limit=LIMIT,
+        limit=PEER_LIMIT,
         graphed=threshold == 0,
     )
 
@@ -137,7 +137,7 @@ def torchao(config: str, weight: Weight) -> Linear:
         reference=lambda x: x.float() @ weight.floats.T,
         copies=len(copies),
         nbytes=weight.floats.numel(),
-        limit=LIMIT,
+        limit=PEER_LIMIT,
     )
 
 

@@ -301,6 +301,17 @@ def test_a_shift_leaves_room_for_rows_that_were_not_seen(weight: Spec | None, co
     assert found.snr_db == pytest.approx(snr_db(unseen, found), abs=2)
 
 
+@pytest.mark.parametrize("weight", [E2M1, None])
+@pytest.mark.parametrize("spec", ["fp8_e5m2/token", "fp8_e4m3/token"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_shift_that_gains_nothing_is_not_taken(weight: Spec | None, spec: str, seed: int) -> None:
+    """Powers of two change no rounding of numbers that are far from the format's ends."""
+    x = rows(1.0, seed=seed) * torch.linspace(0, -4, K).exp2()
+    found = choose(case(x, Rule(weight=weight, input=parse_spec(spec), shift=14)))
+    assert found.shift is None
+    assert found.scale is None
+
+
 def test_columns_are_lowered_as_the_input_is_raised_and_as_the_weight_fits() -> None:
     x, weight = rows(50.0), torch.randn(48, K, generator=torch.Generator().manual_seed(1))
     weight[:, LOUD] /= 50

@@ -10,7 +10,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         given = item.callspec.params if hasattr(item, "callspec") else {}
         config = given.get("config", given.get("tiles"))
-        key = (item.path, item.originalname, given.get("capability"), type(config), given.get("codes"))
+        named = (given.get(name) for name in ("capability", "codes", "before"))
+        key = (item.path, item.originalname, type(config), *named)
         if key in seen:
             item.add_marker(pytest.mark.again)
         seen.add(key)

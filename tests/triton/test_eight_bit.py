@@ -1,11 +1,13 @@
 """The kernels of 8-bit codes without a GPU: every configuration becomes a binary; the interpreter runs integers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
-from qcompile.backends.triton import fp8_matmul, int8_matmul
+from qcompile.backends.triton import eight_bit, eight_bit_ring, fp8_matmul, int8_matmul
 from qcompile.backends.triton.eight_bit_table import FP8 as FP8_TABLE
 from qcompile.backends.triton.eight_bit_table import INT8 as INT8_TABLE
 from qcompile.backends.triton.eight_bit_table import Config, HopperTiles, Library, RingTiles, Tiles
@@ -78,6 +80,14 @@ def test_int8_says_why_not(N: int, K: int, capability: tuple[int, int], words: s
 def test_fp8_says_why_not(capability: tuple[int, int], words: str | None) -> None:
     reason = fp8_matmul.why_not(4096, 4096, capability)
     assert reason is None if words is None else words in str(reason)
+
+
+def test_a_ring_reads_no_weight_before_it_is_made() -> None:
+    x, w = (torch.zeros(rows, 64, dtype=torch.int8) for rows in (1, 128))
+    o = eight_bit.Operands(x=x, w=w, scale_x=torch.ones(1, 1), scale_w=torch.ones(128, 1), dtype=torch.bfloat16)
+    assert eight_bit_ring.why_not(o) is None
+    assert "made by the kernel before" in str(eight_bit_ring.why_not(replace(o, is_made=True)))
+    assert "multiples of 16 bytes, at K=63" in str(eight_bit_ring.why_not(replace(o, x=x[:, :63], w=w[:, 1:])))
 
 
 INTERPRETED = """
