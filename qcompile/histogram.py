@@ -6,7 +6,6 @@ order of the data: when a larger value arrives, the lowest octaves fold into the
 """
 
 from dataclasses import dataclass, replace
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -20,8 +19,6 @@ LARGEST = torch.finfo(torch.float32).max
 # elements and counters of one step on the CPU: both stay in a second-level cache, and calls into torch cost little
 CHUNK = 2**18
 COUNTERS = 2**17
-# elements of one step that counts all codes of a float: those of FINE are an eighth as many, and none is in a cache
-CODED = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,25 +143,11 @@ def count(
     window then holds both, so that merging moves no counts.
     """
     top = _top(amax[None], resolution) if beside is None else torch.maximum(_top(amax[None], resolution), beside.top)
-    if rows.numel() < 1 << (32 - resolution.shift):
-        counts = _counted(rows.float(), top, resolution, finite)
-    else:
-        counts = _in_window(_coded(rows, resolution), int(_base(top, resolution)), resolution)
+    parts = rows.split(max(1, step_size(rows, CHUNK) // rows.shape[1]))
+    counts = _counted(parts[0].float(), top, resolution, finite)
+    for part in parts[1:]:
+        counts += _counted(part.float(), top, resolution, finite)
     return Histogram(counts=counts.view(1, 2, -1), top=top, resolution=resolution)
-
-
-def _coded(rows: Tensor, resolution: Resolution) -> Tensor:
-    """How many elements have each sign, exponent and first bits of the mantissa: int64 [2, codes], positive first."""
-    codes = 1 << (32 - resolution.shift)
-    parts = rows.split(max(1, step_size(rows, CODED) // rows.shape[1]))
-    found = ((part.float().view(torch.int32) >> resolution.shift).bitwise_and_(codes - 1) for part in parts)
-    return reduce(torch.add, (torch.bincount(code.flatten(), minlength=codes) for code in found)).view(2, -1)
-
-
-def _in_window(counts: Tensor, base: int, resolution: Resolution) -> Tensor:
-    """Counts of codes as those of bins, int64 [2, bins]; what is not finite is beyond every window."""
-    below = counts[:, : base + 1].sum(1, keepdim=True)
-    return torch.cat([below, counts[:, base + 1 : base + resolution.bins]], 1)
 
 
 def count_channels(

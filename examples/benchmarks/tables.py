@@ -213,6 +213,7 @@ def calibration_table() -> str:
         f"{machine['threads']} threads, torch {machine['torch']}: time over that of running the float model, and "
         f"the memory that the process holds before the last of {few} and of {many} batches of one window, and the most "
         "that it ever held, free memory included that its allocator keeps (`examples/benchmarks/calibration_cost.py`)."
+        f"{remark(found)}"
     )
     rows = (
         (

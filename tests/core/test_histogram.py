@@ -125,22 +125,6 @@ def test_counting_in_steps_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         assert_equal(of_tensor(x), whole[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("step", [2**13, 2**20])
-def test_many_numbers_fall_into_the_bins_of_few(monkeypatch: pytest.MonkeyPatch, step: int, dtype: torch.dtype) -> None:
-    monkeypatch.setattr("qcompile.histogram.CODED", step)
-    x = wide(rows=2000, k=23).to(dtype)
-    x[0, :6] = torch.tensor([0.0, -0.0, 1e-45, -1e-40, torch.finfo(dtype).max, -torch.finfo(dtype).max])
-    x[1, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
-    amax = torch.where(torch.isfinite(x), x, 0.0).float().abs().amax()
-    # numbers enough for each code of a float to be counted, and parts that are too few for that
-    assert x.numel() >= 1 << (32 - COARSE.shift) > 80 * 23
-    few = [count(part, COARSE, amax=amax, finite=False) for part in x.split(80)]
-    many = count(x, COARSE, amax=amax, finite=False)
-    assert torch.equal(many.counts, sum(part.counts for part in few))
-    assert many.total == x.numel() - 3
-
-
 @pytest.mark.parametrize("power", [-20, -1, 1, 20])
 def test_a_power_of_two_moves_the_window_and_no_count(power: int) -> None:
     x = wide()[:, [0, 3, 4, 5]]

@@ -70,6 +70,7 @@ def test_books_in_the_smallest_groups_compile(capability: int) -> None:
         assert cubin(config, capability, torch.bfloat16, form)[:4] == b"\x7fELF"
 
 
+@pytest.mark.again
 @pytest.mark.parametrize("config", configs_of(TABLES["book"], 90), ids=name_of)
 @pytest.mark.parametrize("parts", [1, 4])
 def test_shared_memory_beside_a_table_can_be_had(config: Config, parts: int) -> None:
