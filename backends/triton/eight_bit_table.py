@@ -89,11 +89,7 @@ FEW_ROWS: tuple[Entry[Config], ...] = (
         channels=8192,
         config=Tiles(tokens=16, channels=128, depth=128, stages=4, warps=4, described=True),
     ),
-    Entry(
-        capabilities=HOPPER,
-        rows=16,
-        config=_FEW,
-    ),
+    Entry(capabilities=HOPPER, rows=16, config=_FEW),
     Entry(
         capabilities=HOPPER,
         rows=32,
